@@ -1,0 +1,1 @@
+"""Models: what a method computes, what it costs, how it decodes. PyTorch only."""

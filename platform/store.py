@@ -1,0 +1,262 @@
+"""The run store: plain files under one root, nothing else to run.
+
+    <root>/<study>/
+        study.json                 what the study asks, its runs in order, when it was planned
+        <run_key>/
+            spec.json              what the run is: identity (makes the key) and execution (does not)
+            status.json            how it is going: state, step, time left, heartbeat, error
+            metrics.jsonl          one line per logged training step
+            evaluations.jsonl      one line per evaluation on held-out documents
+            halting/probe-<step>.parquet   per-token events on the probe text, one file per evaluation
+            checkpoints/           training checkpoints (DeepSpeed's shards, managed by Ray Train)
+            model/                 the finished model: model.safetensors, config.json, tokenizer.json
+            record.json            the result; written last and atomically. A run without it is unfinished.
+
+The root is a local folder or any fsspec URL (``s3://bucket/runs``). Every JSON document carries ``schema``; a reader
+refuses a document of another schema version instead of guessing. This module imports neither Ray nor torch, so that
+a reader (the dashboard, a notebook) starts fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+
+SCHEMA_VERSION = 1
+STALL_SECONDS = 120.0
+"""A run that calls itself running but has not written a heartbeat for this long is shown as stalled."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+class StoreError(ValueError):
+    """A store, study or run folder cannot be read or written as asked; the message says what to do."""
+
+
+class RunState(StrEnum):
+    """Where a run stands, derived from what its folder holds."""
+
+    PLANNED = "planned"
+    RUNNING = "running"
+    STALLED = "stalled"
+    FAILED = "failed"
+    FINISHED = "finished"
+
+
+def haltscale_home() -> Path:
+    """The folder for everything haltscale keeps: ``$HALTSCALE_HOME``, else ``~/haltscale``.
+
+    It does not depend on the working directory, because Ray runs jobs and workers in folders of its own.
+    """
+    return Path(os.environ.get("HALTSCALE_HOME") or Path.home() / "haltscale").expanduser().absolute()
+
+
+def default_root() -> str:
+    """The store's root: ``$HALTSCALE_STORE`` (a path or an fsspec URL), else ``<haltscale_home>/runs``."""
+    return os.environ.get("HALTSCALE_STORE") or str(haltscale_home() / "runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """One run as a reader sees it; fields that its folder does not hold (yet) are empty."""
+
+    study: str
+    key: str
+    state: RunState
+    spec: Mapping[str, Any]
+    """``spec.json``: ``label``, ``identity``, ``execution``."""
+    status: Mapping[str, Any]
+    """``status.json``: ``state``, ``step``, ``steps``, ``seconds_left``, ``heartbeat``, ``error``."""
+    record: Mapping[str, Any]
+    """``record.json``; empty until the run is finished."""
+    problem: str = ""
+    """Why the folder could not be read in full; empty when it could."""
+
+    @property
+    def label(self) -> str:
+        return str(self.spec.get("label", self.key))
+
+
+class RunStore:
+    """Reads and writes the store. Paths inside it are built here and nowhere else."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        self.root = str(root or default_root()).rstrip("/")
+        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+
+    # ---- paths ----------------------------------------------------------------------------------------------------
+
+    def path(self, study: str, key: str | None = None, *parts: str) -> str:
+        """The path of a study, a run or a file inside it, on this store's filesystem.
+
+        Raises:
+            StoreError: a name could leave the store (a slash, ``..``, an empty name).
+        """
+        for name in (study, key):
+            if name is not None and not _NAME.fullmatch(name):
+                raise StoreError(f"{name!r} is no name for a study or a run: use letters, digits, '-', '_' and '.'")
+        return "/".join([self._base.rstrip("/"), study, *([key] if key else []), *parts])
+
+    def local_path(self, study: str, key: str, *parts: str) -> Path:
+        """Like :meth:`path`, for code that needs a real folder.
+
+        Raises:
+            StoreError: the store is not on a local filesystem.
+        """
+        if "file" not in self.fs.protocol:
+            raise StoreError(f"{self.root} is not a local folder")
+        return Path(self.path(study, key, *parts))
+
+    # ---- writing --------------------------------------------------------------------------------------------------
+
+    def write_json(self, path: str, document: Mapping[str, Any]) -> None:
+        """Write a JSON document so that a reader sees the old one or the new one, never half of one."""
+        text = json.dumps({"schema": SCHEMA_VERSION, **document}, indent=1, sort_keys=False, allow_nan=False)
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if "file" not in self.fs.protocol:  # object stores put whole objects
+            self.fs.pipe_file(path, text.encode())
+            return
+        partial = f"{path}.{uuid.uuid4().hex}.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def append_lines(self, path: str, rows: list[Mapping[str, Any]]) -> None:
+        """Append rows to a JSON-lines file."""
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        with self.fs.open(path, "ab") as file:
+            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+
+    def truncate_lines(self, path: str, *, after_step: int) -> None:
+        """Drop the rows written after ``after_step``: a resumed run writes them again."""
+        if self.fs.exists(path):
+            rows = [row for row in self.read_lines(path) if row["step"] <= after_step]
+            self.fs.pipe_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        """Read a JSON document; an absent one is ``{}``.
+
+        Raises:
+            StoreError: the document is damaged or of another schema version.
+        """
+        try:
+            document = json.loads(self.fs.cat_file(path))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged ({error}); remove the run's folder to train it again") from error
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA_VERSION:
+            found = document.get("schema") if isinstance(document, dict) else None
+            raise StoreError(
+                f"{path} has schema {found!r}, this version reads {SCHEMA_VERSION}: use another store root"
+                " (HALTSCALE_STORE) or the haltscale that wrote it"
+            )
+        return document
+
+    def read_lines(self, path: str) -> list[dict[str, Any]]:
+        """Read a JSON-lines file; a last line still being written is left for the next read."""
+        try:
+            text = self.fs.cat_file(path).decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        rows = []
+        for line in text.splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def studies(self) -> list[str]:
+        """Names of the studies in the store, sorted."""
+        if not self.fs.isdir(self._base):
+            return []
+        names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self._base, detail=True)]
+        return sorted(name for name in names if _NAME.fullmatch(name) and self.fs.exists(self.path(name, None, "study.json")))
+
+    def study(self, name: str) -> dict[str, Any]:
+        """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study)."""
+        return self.read_json(self.path(name, None, "study.json"))
+
+    def run(self, study: str, key: str, *, now: float | None = None) -> RunView:
+        """One run; a folder that cannot be read becomes a view with ``problem`` set, never an exception."""
+        documents: dict[str, dict[str, Any]] = {}
+        problem = ""
+        for name in ("spec", "status", "record"):
+            try:
+                documents[name] = self.read_json(self.path(study, key, f"{name}.json"))
+            except (StoreError, OSError) as error:
+                documents[name], problem = {}, str(error)
+        status, record = documents["status"], documents["record"]
+        if record:
+            state = RunState.FINISHED
+        elif status.get("state") == RunState.FAILED:
+            state = RunState.FAILED
+        elif status.get("state") == RunState.RUNNING:
+            silent = (now or time.time()) - float(status.get("heartbeat", 0))
+            state = RunState.STALLED if silent > STALL_SECONDS else RunState.RUNNING
+        else:
+            state = RunState.PLANNED
+        return RunView(
+            study=study, key=key, state=state, spec=documents["spec"], status=status, record=record, problem=problem
+        )
+
+    def runs(self, study: str) -> Iterator[RunView]:
+        """The runs of a study, in its order; runs of earlier versions of the study come last."""
+        planned = [str(key) for key in self.study(study).get("runs", [])]
+        folder = self.path(study)
+        present = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(folder, detail=True)]
+        earlier = sorted(
+            key for key in set(present) - set(planned) if self.fs.exists(self.path(study, key, "spec.json"))
+        )
+        for key in [*planned, *earlier]:
+            yield self.run(study, key)
+
+    def finished_keys(self, study: str) -> set[str]:
+        """Keys of the runs that have a record."""
+        return {run.key for run in self.runs(study) if run.state is RunState.FINISHED}
+
+    def metrics(self, study: str, key: str) -> pd.DataFrame:
+        """Training metrics: one row per logged step."""
+        return pd.DataFrame(self.read_lines(self.path(study, key, "metrics.jsonl")))
+
+    def evaluations(self, study: str, key: str) -> pd.DataFrame:
+        """Held-out evaluations: one row per evaluated step."""
+        return pd.DataFrame(self.read_lines(self.path(study, key, "evaluations.jsonl")))
+
+    def probe_steps(self, study: str, key: str) -> list[int]:
+        """Training steps at which the probe text was read, ascending."""
+        folder = self.path(study, key, "halting")
+        if not self.fs.isdir(folder):
+            return []
+        names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(folder, detail=False)]
+        return sorted(int(m.group(1)) for name in names if (m := re.fullmatch(r"probe-(\d+)\.parquet", name)))
+
+    def probe_path(self, study: str, key: str, step: int) -> str:
+        """Path of the probe's events at a training step."""
+        return self.path(study, key, "halting", f"probe-{step:08d}.parquet")
+
+    def probe(self, study: str, key: str, step: int) -> pd.DataFrame:
+        """Per-token events on the probe text: one row per emitted token, in reading order.
+
+        Columns: ``position``; ``token_id``; ``text`` (what the token adds to the text); ``steps`` (latent steps executed
+        before it was emitted); ``expected_steps`` (their expectation under the exit masses); ``reach`` and ``exit``
+        (lists of l_max+1 masses); ``nll`` (nats, of this token given what stands before it).
+        """
+        with self.fs.open(self.probe_path(study, key, step), "rb") as file:
+            return pd.read_parquet(file)

@@ -1,0 +1,1 @@
+"""Studies that ship: one module per study."""
