@@ -1,0 +1,272 @@
+"""The Llama stack that every method thinks with, and the rule of who sees whom.
+
+RMSNorm before each part, rotary positions, multi-head or grouped-query attention, SwiGLU, no biases, a final norm that
+belongs to the stack. Rows are packed: every linear layer sees [N, d] with just the N rows that exist in this pass.
+Which row attends to which is not the block's business; an *attention plan* decides:
+
+- CausalPlan: one state per position, the ordinary causal pass over [B, T].
+- ThoughtPlan: pass k of a latent chain, where the active rows of pass k attend to every state that has been executed
+  at their position or before (the paper's 2-D causal attention).
+
+Shape suffixes, here and in the files beside this one:
+B sequences, T positions, N packed rows, M query slots, S key slots, H query heads, G key/value heads, E head dimension,
+d hidden size, V vocabulary, K states per position (l_max + 1), L layers.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from haltscale.model.config import Shape
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Rope = tuple[Tensor, Tensor]  # cos_N1E, sin_N1E with E halved
+Memory = tuple[Tensor, Tensor]  # keys [rows, G*E] and values [rows, G*E] of one layer, in the plan's order
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 if it is in half precision; softmax, cross-entropy, gates and masses are computed in this."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that linear layers give for input x: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@functools.lru_cache(maxsize=16)
+def _rope_table(length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Rope:
+    """Angles of positions 0..length-1. Derived, never a buffer: `model.bfloat16()` would round a buffer's angles."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        inverse_E = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle_TE = torch.arange(length, dtype=torch.float64)[:, None] * inverse_E
+        return angle_TE.cos().to(device, dtype), angle_TE.sin().to(device, dtype)
+
+
+def rope_table(length: int, shape: Shape, theta: float, like: Tensor) -> Rope:
+    """cos and sin, [length, 1, head_dim / 2], in float32 (float64 for a float64 model), on the device of `like`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    rounded = 1 << max(length - 1, 0).bit_length()  # few distinct tables, whatever lengths come
+    cos_TE, sin_TE = _rope_table(rounded, shape.head_dim, theta, like.device, dtype)
+    return cos_TE[:length, None], sin_TE[:length, None]
+
+
+def rotate(x_NHE: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding (Su et al., 2021), in the half-split layout that Llama's Hugging Face weights use."""
+    cos_N1E, sin_N1E = rope
+    a_NHE, b_NHE = x_NHE.chunk(2, dim=-1)
+    turned = torch.cat((a_NHE * cos_N1E - b_NHE * sin_N1E, b_NHE * cos_N1E + a_NHE * sin_N1E), dim=-1)
+    return turned.to(x_NHE.dtype)
+
+
+class AttentionPlan(Protocol):
+    """Who sees whom in one pass, shared by all layers of it."""
+
+    def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """Attention output [N, H*E] of this pass's rows, and the layer's memory with this pass's states added."""
+        ...
+
+
+def _sdpa(q_BMHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention on position-major tensors; gives [B, M, H, E]."""
+    grouped = q_BMHE.shape[2] != k_BSGE.shape[2]
+    out_BHME = F.scaled_dot_product_attention(
+        q_BMHE.transpose(1, 2),
+        k_BSGE.transpose(1, 2),
+        v_BSGE.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=grouped,
+    )
+    return out_BHME.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class CausalPlan:
+    """The ordinary causal pass: rows are [B, T] flattened, each sees its own sequence up to itself.
+
+    Padding stands only at the end of a sequence, so no real position can see it and no mask is needed.
+    """
+
+    batch: int
+    length: int
+
+    def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        B, T = self.batch, self.length
+        q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
+        out_BTHE = _sdpa(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
+        return out_BTHE.reshape(B * T, -1), (k_NGE.flatten(1), v_NGE.flatten(1))
+
+    @property
+    def executed_keys(self) -> int:
+        """Query-key pairs handed to attention."""
+        return self.batch * self.length * self.length
+
+
+class ThoughtPlan:
+    """Pass k >= 1 of a latent chain: the active rows see all states executed so far at their position or before.
+
+    That is the paper's rule, (t, k) attends to (j, i) iff j <= t and i <= k, because when pass k runs every state that
+    exists has i <= k. The states of a sequence are kept position-major: (0,0) (0,1) .. (1,0) (1,1) .. So what a query
+    at position t may see is a *prefix* of the keys, and the whole mask follows from one count per query. Queries are
+    cut into a few chunks, each handed only the prefix that its last query needs, which removes most masked work.
+
+    Building a plan reads a few integers back from the device (sizes of this pass), once per pass, not per layer.
+    """
+
+    QUERIES_PER_CHUNK = 64
+    MAX_CHUNKS = 8
+
+    def __init__(self, before_BT: Tensor, active_BT: Tensor, row_N: Tensor, slots_before: int, dtype: torch.dtype):
+        """
+        before_BT: states executed at each position before this pass (0 at padding).
+        active_BT: bool, positions that run this pass.
+        row_N: the active positions as indices into [B*T], ascending; N = their number.
+        slots_before: key slots per sequence in the memory that the pass before this one left behind.
+        dtype: of the queries, for the additive mask.
+        """
+        B, T = before_BT.shape
+        device = before_BT.device
+        self.batch = B
+        end_BT = (before_BT + active_BT).cumsum(1)  # keys visible at t = slot one past its newest state
+        slots = int(end_BT[:, -1].max())
+        self.slots = slots
+        sequence_N = row_N // T
+        visible_N = end_BT.flatten()[row_N]
+        self.keys_needed = int(visible_N.sum())
+
+        # Where the states go: each old one moves right by the new states at earlier positions of its sequence; the new
+        # one of position t takes the last place of t. Old padding slots all go to one spare slot that nobody reads.
+        self.new_slot_N = sequence_N * slots + visible_N - 1
+        old_BT = before_BT.cumsum(1)
+        shift_BT = (end_BT - old_BT) - active_BT.long()
+        first = before_BT.flatten()
+        position_R = torch.repeat_interleave(torch.arange(B * T, device=device), first)  # of each old state
+        sequence_R = position_R // T
+        start_B = old_BT[:, -1].cumsum(0) - old_BT[:, -1]
+        old_R = torch.arange(len(position_R), device=device) - start_B[sequence_R]  # place within its sequence
+        spare = B * slots
+        self.old_slot = torch.full((B * slots_before,), spare, device=device)
+        moved_R = sequence_R * slots + old_R + shift_BT.flatten()[position_R]
+        if slots_before == T:  # after the first pass: one state per position, padding included, in place
+            self.old_slot[position_R] = moved_R
+        else:
+            self.old_slot[sequence_R * slots_before + old_R] = moved_R
+
+        active_B = active_BT.sum(1)
+        M = int(active_B.max())
+        self.queries = M
+        self.dense = len(row_N) == B * M
+        offset_B = active_B.cumsum(0) - active_B
+        self.query_slot_N = sequence_N * M + torch.arange(len(row_N), device=device) - offset_B[sequence_N]
+        # A query slot that holds no row sees one key, which keeps its softmax finite; nobody reads what it gives.
+        visible_BM = torch.ones(B * M, dtype=torch.long, device=device).index_copy(0, self.query_slot_N, visible_N)
+        visible_BM = visible_BM.view(B, M)
+        chunks = max(1, min(self.MAX_CHUNKS, M // self.QUERIES_PER_CHUNK))
+        edges = [M * c // chunks for c in range(chunks + 1)]
+        widest = [int(w) for w in torch.stack([visible_BM[:, a:b].max() for a, b in pairwise(edges)])]
+        slot_S = torch.arange(slots, device=device)
+        self.chunks: list[tuple[int, int, int, Tensor]] = []
+        for (a, b), width in zip(pairwise(edges), widest, strict=True):
+            unseen_BMS = slot_S[:width] >= visible_BM[:, a:b, None]
+            mask_BMS = torch.zeros(unseen_BMS.shape, dtype=dtype, device=device).masked_fill_(unseen_BMS, -torch.inf)
+            self.chunks.append((a, b, width, mask_BMS[:, None]))
+
+    @property
+    def executed_keys(self) -> int:
+        """Query-key pairs handed to attention, masked ones included."""
+        return sum(self.batch * (b - a) * width for a, b, width, _ in self.chunks)
+
+    def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        assert memory is not None, "a thought follows an ordinary pass"
+        B, M, S = self.batch, self.queries, self.slots
+        G, E = k_NGE.shape[1:]
+        keys, values = self._insert(memory[0], k_NGE.flatten(1)), self._insert(memory[1], v_NGE.flatten(1))
+        k_BSGE, v_BSGE = keys.view(B, S, G, E), values.view(B, S, G, E)
+        q_flat = q_NHE.flatten(1)
+        if not self.dense:
+            q_flat = q_flat.new_zeros(B * M, q_flat.shape[1]).index_add(0, self.query_slot_N, q_flat)
+        q_BMHE = q_flat.view(B, M, -1, E)
+        out_BMHE = torch.cat(
+            [_sdpa(q_BMHE[:, a:b], k_BSGE[:, :width], v_BSGE[:, :width], mask) for a, b, width, mask in self.chunks],
+            dim=1,
+        )
+        out_flat = out_BMHE.reshape(B * M, -1)
+        return out_flat if self.dense else out_flat.index_select(0, self.query_slot_N), (keys, values)
+
+    def _insert(self, old: Tensor, new: Tensor) -> Tensor:
+        """The old states and the new ones in position-major order, [B*S, G*E].
+
+        Slots are unique (but for the spare one), so adding into zeros is a copy, whose backward is a plain gather.
+        """
+        merged = new.new_zeros(self.batch * self.slots + 1, new.shape[1])
+        return merged.index_add_(0, self.old_slot, old).index_add_(0, self.new_slot_N, new)[:-1]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned gain; the mean square is taken in at least float32."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x_Nd: Tensor) -> Tensor:
+        return F.rms_norm(x_Nd, (x_Nd.shape[-1],), self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """One transformer block: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, shape: Shape, norm_eps: float):
+        super().__init__()
+        self.shape = shape
+        kv = shape.kv_heads * shape.head_dim
+        self.attention_norm = RMSNorm(shape.d, norm_eps)
+        self.qkv = nn.Linear(shape.d, shape.d + 2 * kv, bias=False)  # one product for queries, keys and values
+        self.out = nn.Linear(shape.d, shape.d, bias=False)
+        self.mlp_norm = RMSNorm(shape.d, norm_eps)
+        self.gate_up = nn.Linear(shape.d, 2 * shape.ffn, bias=False)
+        self.down = nn.Linear(shape.ffn, shape.d, bias=False)
+
+    def forward(self, x_Nd: Tensor, rope: Rope, plan: AttentionPlan, memory: Memory | None) -> tuple[Tensor, Memory]:
+        shape = self.shape
+        qkv = self.qkv(self.attention_norm(x_Nd)).unflatten(1, (shape.heads + 2 * shape.kv_heads, shape.head_dim))
+        turned, v_NGE = qkv.split((shape.heads + shape.kv_heads, shape.kv_heads), dim=1)
+        q_NHE, k_NGE = rotate(turned, rope).split((shape.heads, shape.kv_heads), dim=1)
+        mixed_Nd, memory = plan.attend(q_NHE, k_NGE, v_NGE, memory)
+        x_Nd = x_Nd + self.out(mixed_Nd)
+        gate, up = self.gate_up(self.mlp_norm(x_Nd)).chunk(2, dim=1)
+        return x_Nd + self.down(F.silu(gate) * up), memory
+
+
+class Stack(nn.Module):
+    """f: all blocks and the final norm. What goes out has unit scale and can go in again."""
+
+    def __init__(self, shape: Shape, norm_eps: float):
+        super().__init__()
+        self.shape = shape
+        self.blocks = nn.ModuleList(Block(shape, norm_eps) for _ in range(shape.layers))
+        self.final_norm = RMSNorm(shape.d, norm_eps)
+        self.activation_checkpointing = False
+
+    def forward(
+        self, x_Nd: Tensor, rope: Rope, plan: AttentionPlan, memories: Sequence[Memory | None] | None = None
+    ) -> tuple[Tensor, list[Memory]]:
+        """One pass over the packed rows x_Nd; `memories` holds, per layer, what the passes before this one left."""
+        left: list[Memory] = []
+        for block, memory in zip(self.blocks, memories or [None] * len(self.blocks), strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_Nd, memory = checkpoint(
+                    block, x_Nd, rope, plan, memory, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_Nd, memory = block(x_Nd, rope, plan, memory)
+            left.append(memory)
+        return self.final_norm(x_Nd), left

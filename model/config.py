@@ -1,0 +1,231 @@
+"""What a model is: the method, the size of its stack, and the options of the method.
+
+A configuration says everything that decides what a model computes, and nothing about where or how fast it runs (worker
+counts, precision, activation checkpointing are the trainer's business). `ModelConfig.problems()` lists every error at
+once, each naming its field and what is allowed; `to_dict` and `from_dict` round-trip through JSON.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class Method(StrEnum):
+    """The methods that a study can compare. Each has one file here and one line in registry.py."""
+
+    VANILLA = "vanilla"
+    ADAPTIVE = "adaptive"
+
+
+class MethodOptions(Protocol):
+    """What every method's options dataclass offers besides its fields."""
+
+    def problems(self) -> list[str]:
+        """All errors of the options, each naming the field and the allowed values; empty if they are sound."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The size of a Llama stack."""
+
+    layers: int
+    """Transformer blocks in one pass."""
+    d: int
+    """Hidden size."""
+    heads: int
+    """Query heads; the head dimension is d / heads."""
+    kv_heads: int
+    """Key/value heads; equal to `heads` for plain multi-head attention, a divisor of it for grouped queries (GQA)."""
+    ffn: int
+    """Inner size of the SwiGLU MLP."""
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.d // self.heads
+
+    def parameters(self, vocab_size: int, *, tie_embeddings: bool = False) -> int:
+        """Parameters of the plain Llama of this shape: embedding, blocks, final norm and (untied) head."""
+        attention = 2 * self.d * self.d + 2 * self.d * self.kv_heads * self.head_dim
+        block = attention + 3 * self.d * self.ffn + 2 * self.d
+        vocabularies = 1 if tie_embeddings else 2
+        return vocabularies * vocab_size * self.d + self.layers * block + self.d
+
+    def problems(self) -> list[str]:
+        """All errors of the shape."""
+        found = [
+            f"shape.{field.name} = {getattr(self, field.name)!r}: must be a positive integer"
+            for field in dataclasses.fields(self)
+            if not _is_int(getattr(self, field.name)) or getattr(self, field.name) < 1
+        ]
+        if found:
+            return found
+        if self.d % self.heads:
+            found.append(f"shape.heads = {self.heads}: must divide shape.d = {self.d}")
+        elif self.head_dim % 2:
+            found.append(f"shape.heads = {self.heads}: the head dimension {self.head_dim} must be even (rotary pairs)")
+        if self.heads % self.kv_heads:
+            found.append(f"shape.kv_heads = {self.kv_heads}: must divide shape.heads = {self.heads}")
+        return found
+
+
+def _multi_head(layers: int, d: int, heads: int, ffn: int) -> Shape:
+    return Shape(layers=layers, d=d, heads=heads, kv_heads=heads, ffn=ffn)
+
+
+SIZES: dict[str, Shape] = {
+    # Our ladder, named for the parameter count at vocabulary 4,096, untied. ffn = 2.6875 d throughout, as the authors'.
+    "0.6m": _multi_head(2, 64, 2, 172),
+    "1.8m": _multi_head(4, 128, 4, 344),
+    "4m": _multi_head(6, 192, 3, 516),
+    "8m": _multi_head(8, 256, 4, 688),
+    "17m": _multi_head(8, 384, 6, 1032),
+    "35m": _multi_head(13, 448, 7, 1204),
+    "70m": _multi_head(13, 640, 10, 1720),
+    # The authors' ladder, with their names: 162.7M, 406.6M, 837.6M, 1420.4M, 2634.7M at vocabulary 50,304.
+    "125m": _multi_head(12, 768, 12, 2064),
+    "410m": _multi_head(24, 1024, 16, 2752),
+    "834m": _multi_head(24, 1536, 24, 4128),
+    "1.4b": _multi_head(24, 2048, 32, 5504),
+    "2.8b": _multi_head(48, 2048, 32, 5504),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model, complete: same config and seed, same initial weights and same results."""
+
+    method: Method
+    """How the model thinks before it emits a token."""
+    shape: Shape
+    """Size of the stack; see SIZES."""
+    vocab_size: int
+    """Rows of the embedding and of the head."""
+    context: int
+    """Longest sequence, in tokens, that the model is asked to read."""
+    options: MethodOptions
+    """The method's own options; its type is fixed by `method` (see registry.METHODS)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position wavelengths."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    tie_embeddings: bool = False
+    """Whether the head uses the embedding's matrix. The authors do not tie."""
+    embedding_scale: bool = True
+    """Unit-scale inputs: embeddings are initialised with std sqrt(2/(5d)) and multiplied by sqrt(2.5 d) on the way in,
+    so that a token and a fed-back hidden state have the same size (PonderLM-2). The authors' vanilla model goes
+    without; here every arm has it, so that a comparison is about thinking and not about scale."""
+
+    def problems(self) -> list[str]:
+        """All errors of the configuration at once; empty if a model can be built from it."""
+        from haltscale.model.registry import METHODS  # the registry imports this module
+
+        found = []
+        if self.method not in METHODS:
+            found.append(f"method = {self.method!r}: must be one of {', '.join(METHODS)}")
+        else:
+            expected = METHODS[self.method].options
+            if isinstance(self.options, expected):
+                found += [f"options.{problem}" for problem in self.options.problems()]
+            else:
+                found.append(f"options = {type(self.options).__name__}: method {self.method} takes {expected.__name__}")
+        found += self.shape.problems()
+        for name in ("vocab_size", "context"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                found.append(f"{name} = {getattr(self, name)!r}: must be a positive integer")
+        if not _is_number(self.rope_theta) or not self.rope_theta > 1:
+            found.append(f"rope_theta = {self.rope_theta!r}: must be a number above 1")
+        if not _is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
+            found.append(f"norm_eps = {self.norm_eps!r}: must be a number between 0 and 1")
+        for name in ("tie_embeddings", "embedding_scale"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name} = {getattr(self, name)!r}: must be true or false")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-able data."""
+        return dataclasses.asdict(self) | {"method": str(self.method)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
+        """The configuration that `to_dict` wrote.
+
+        Raises ValueError with all unknown or missing keys at once, each with the nearest known name.
+        """
+        from haltscale.model.registry import METHODS  # the registry imports this module
+
+        found = _key_problems(cls, data, "")
+        method = data.get("method")
+        if "method" in data and method not in METHODS:
+            found.append(f"method = {method!r}: must be one of {', '.join(METHODS)}{_did_you_mean(method, METHODS)}")
+        parts: dict[str, type] = {"shape": Shape}
+        if method in METHODS:
+            parts["options"] = METHODS[Method(method)].options
+        for name, kind in parts.items():
+            if isinstance(data.get(name), Mapping):
+                found += _key_problems(kind, data[name], f"{name}.")
+            elif name in data:
+                found.append(f"{name} = {data[name]!r}: must be an object with {kind.__name__}'s fields")
+        if found:
+            raise ValueError("\n".join(found))
+        built = {name: _build(kind, data[name]) for name, kind in parts.items()}
+        return cls(**(dict(data) | built | {"method": Method(data["method"])}))
+
+
+def _key_problems(kind: Any, data: Mapping[str, Any], prefix: str) -> list[str]:
+    """Keys of `data` that the dataclass `kind` does not have, and required ones that are missing."""
+    fields = dataclasses.fields(kind)
+    names = [field.name for field in fields]
+    found = [f"{prefix}{key}: unknown{_did_you_mean(key, names)}" for key in data if key not in names]
+    required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    return found + [f"{prefix}{name}: missing" for name in required if name not in data]
+
+
+def _build(kind: Any, data: Mapping[str, Any]) -> Any:
+    """The dataclass `kind` from plain data; a string for a StrEnum field becomes its member where it is one."""
+    hints = typing.get_type_hints(kind)
+    values = dict(data)
+    for name, value in values.items():
+        hint = hints[name]
+        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        for choice in choices:
+            if isinstance(choice, type) and issubclass(choice, StrEnum) and value in list(choice):
+                values[name] = choice(value)
+    return kind(**values)
+
+
+def _did_you_mean(word: Any, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def require(holds: bool, field: str, value: object, allowed: str) -> list[str]:
+    """One problem line if `holds` is false: for the options dataclasses, so that all of them speak alike."""
+    return [] if holds else [f"{field} = {value!r}: must be {allowed}"]
+
+
+def in_range(
+    field: str, value: object, low: float, high: float = float("inf"), *, integer: bool = False, above: bool = False
+) -> list[str]:
+    """A problem line unless `value` is a number (an integer) from `low` (exclusive if `above`) to `high`."""
+    kind = "an integer" if integer else "a finite number"
+    right_type = _is_int(value) if integer else _is_number(value)
+    bounds = f"{'above' if above else 'of at least'} {low:g}" + (
+        f" and at most {high:g}" if high < float("inf") else ""
+    )
+    holds = right_type and (value > low if above else value >= low) and value <= high  # type: ignore[operator]
+    return require(holds and value != float("inf"), field, value, f"{kind} {bounds}")

@@ -1,0 +1,128 @@
+"""What a forward pass cost: passes counted while it ran, and the FLOPs that follow.
+
+Three kinds of FLOPs, never to be mixed on one axis:
+
+- realised: what the active positions needed. Every row that was really thought about, every key that it could really
+  see; no padding, no masked pairs. This is the cost of the method.
+- executed: what the hardware was made to do. Padding, masked query-key pairs and head rows without a target included.
+  It equals torch's FlopCounterMode, which counts each matrix product it sees as a full rectangle (a causal kernel may
+  skip half of one; neither that counter nor this one credits it).
+- paper: 2 * N * passes, with N all parameters: the convention behind the paper's figures, which leaves out attention's
+  growing key length, the head and the router (and counts the embedding table as if it were multiplied).
+
+A multiply-add is 2 FLOPs. Norms, rotary, softmax and other elementwise work are left out, as everywhere.
+
+Training costs 3 x forward: the backward pass does two products of the forward's size for each of the forward's (one for
+the gradient of the input, one for that of the weight; for attention, one for each of its two operands). Recomputation
+under activation checkpointing adds up to one more forward, which is execution, not method, and is not in here.
+"""
+
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from haltscale.model.config import Shape
+
+TRAINING_TO_FORWARD = 3
+"""Training FLOPs = this x forward FLOPs; the reason stands at the top of this file."""
+
+
+@dataclass
+class PassCounts:
+    """What was counted while a model ran, per pass k: plain integers, so that counts of batches add up exactly."""
+
+    rows: list[int] = field(default_factory=list)
+    """Positions that needed pass k."""
+    keys: list[int] = field(default_factory=list)
+    """Query-key pairs that they needed: the sum over those positions of the keys visible to each."""
+    executed_rows: list[int] = field(default_factory=list)
+    """Rows that went through the linear layers in pass k, padding included."""
+    executed_keys: list[int] = field(default_factory=list)
+    """Query-key pairs that attention was handed in pass k, padding and masked pairs included."""
+    tokens: int = 0
+    """Real (not padded) positions."""
+    head_rows: int = 0
+    """Rows that went through the LM head."""
+
+    def __add__(self, other: "PassCounts") -> "PassCounts":
+        def add(mine: list[int], theirs: list[int]) -> list[int]:
+            return [a + b for a, b in zip_longest(mine, theirs, fillvalue=0)]
+
+        return PassCounts(
+            rows=add(self.rows, other.rows),
+            keys=add(self.keys, other.keys),
+            executed_rows=add(self.executed_rows, other.executed_rows),
+            executed_keys=add(self.executed_keys, other.executed_keys),
+            tokens=self.tokens + other.tokens,
+            head_rows=self.head_rows + other.head_rows,
+        )
+
+    def record(self, *, rows: int, keys: int, executed_rows: int, executed_keys: int) -> None:
+        """Append one pass."""
+        self.rows.append(rows)
+        self.keys.append(keys)
+        self.executed_rows.append(executed_rows)
+        self.executed_keys.append(executed_keys)
+
+    @property
+    def mean_passes(self) -> float:
+        """Passes per real token."""
+        return sum(self.rows) / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations, by kind (see the top of this file)."""
+
+    realised: float = 0.0
+    executed: float = 0.0
+    paper: float = 0.0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.realised + other.realised, self.executed + other.executed, self.paper + other.paper)
+
+    def __mul__(self, factor: float) -> "Flops":
+        return Flops(self.realised * factor, self.executed * factor, self.paper * factor)
+
+    __rmul__ = __mul__
+
+    @property
+    def training(self) -> "Flops":
+        """Forward and backward, given that self is the forward."""
+        return self * TRAINING_TO_FORWARD
+
+
+def layer_row_flops(shape: Shape) -> float:
+    """Linear-layer FLOPs of one row in one block: q, k, v and output projections and the three SwiGLU matrices."""
+    attention = 2 * shape.d * shape.d + 2 * shape.d * shape.kv_heads * shape.head_dim
+    return 2.0 * (attention + 3 * shape.d * shape.ffn)
+
+
+def layer_pair_flops(shape: Shape) -> float:
+    """Attention FLOPs of one query-key pair in one block: a score and a weighted value, d multiply-adds each."""
+    return 4.0 * shape.d
+
+
+def stack_flops(shape: Shape, rows: int, pairs: int, *, layers: int | None = None) -> float:
+    """FLOPs of passing `rows` through the stack (or through `layers` of it) with `pairs` query-key pairs per layer."""
+    per_layer = rows * layer_row_flops(shape) + pairs * layer_pair_flops(shape)
+    return (shape.layers if layers is None else layers) * per_layer
+
+
+def head_flops(shape: Shape, vocab_size: int, rows: int) -> float:
+    """FLOPs of the LM head on `rows`."""
+    return 2.0 * rows * shape.d * vocab_size
+
+
+def paper_training_flops(parameters: float, tokens: float, passes: float) -> float:
+    """C = 6 N D passes. The paper's figures follow with N the nominal size (1.4e9) and D = 26e9 training tokens."""
+    return 6.0 * parameters * tokens * passes
+
+
+def paper_inference_flops(parameters: float, tokens: float, passes: float) -> float:
+    """C = 2 N D passes."""
+    return 2.0 * parameters * tokens * passes
+
+
+def paper_passes(training_flops: float, parameters: float, tokens: float) -> float:
+    """Mean passes per token behind a figure that the paper gives as training FLOPs."""
+    return training_flops / (6.0 * parameters * tokens)
