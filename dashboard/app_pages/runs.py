@@ -1,0 +1,87 @@
+"""Runs as they train: progress and time left, training curves, and why a run stopped."""
+
+import math
+
+import pandas as pd
+import streamlit as st
+from haltscale.dashboard import data, figures, shell, style
+from haltscale.dashboard.data import StudyView
+
+TITLE = "Runs"
+ICON = ":material/monitoring:"
+ORDER = 4
+MOST_CURVES = 12
+
+
+def body(view: StudyView) -> None:
+    shell.heading(view, "Runs")
+    runs = view.runs
+    for state in ("running", "stalled", "failed", "diverged", "damaged"):
+        for _, run in runs[runs["state"] == state].iterrows():
+            card(run)
+    planned = runs[runs["state"] == "planned"]
+    if len(planned):
+        with st.expander(f"{len(planned)} planned, not begun", icon=style.STATE_ICONS["planned"]):
+            st.markdown("\n".join(f"- {shell.plain(label)}" for label in planned["label"]))
+    curves(view)
+
+
+def card(run: pd.Series) -> None:
+    """One run that is not finished: how far it is, or what stopped it."""
+    state = str(run["state"])
+    with st.container(border=True, gap="small"):
+        st.markdown(
+            f":{style.STATE_COLORS[state]}-badge[{style.STATE_ICONS[state]} {state}] **{shell.plain(run['label'])}**"
+        )
+        if math.isfinite(run["step"]) and run["steps"] > 0:
+            st.progress(min(max(run["step"] / run["steps"], 0.0), 1.0), text=progress_text(run))
+        if run["note"]:
+            st.code(run["note"], language=None, wrap_lines=True)
+
+
+def progress_text(run: pd.Series) -> str:
+    parts = [f"step {run['step']:,.0f} of {run['steps']:,.0f}"]
+    if math.isfinite(run["seconds_left"]):
+        parts.append(f"{style.duration(run['seconds_left'])} left")
+    if math.isfinite(run["loss"]):
+        parts.append(f"validation loss {style.three(run['loss'])} nats/token")
+    if math.isfinite(run["tokens_per_second"]):
+        parts.append(f"{style.compact(run['tokens_per_second'])} tokens/s")
+    return shell.plain(" · ".join(parts))
+
+
+def curves(view: StudyView) -> None:
+    """Training curves of the chosen runs."""
+    labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
+    st.subheader("Training curves", anchor=False)
+    running = list(view.runs.loc[view.runs["state"].isin(["running", "stalled", "failed"]), "key"])
+    begun = list(view.runs.loc[view.runs["state"] != "planned", "key"])
+    chosen = st.multiselect(
+        "Runs",
+        begun,
+        format_func=lambda key: labels.get(key, key),
+        key="curves",
+        bind="query-params",
+        max_selections=MOST_CURVES,
+        placeholder="All of them" if len(begun) <= MOST_CURVES else "Those being trained, or the first of the study",
+    )
+    chosen = chosen or (begun if len(begun) <= MOST_CURVES else (running or begun)[:MOST_CURVES])
+    shelf = shell.store()
+    found = {key: data.metrics(shelf, view.name, key) for key in chosen}
+    silent = [labels[key] for key, rows in found.items() if rows.empty]
+    found = {key: rows for key, rows in found.items() if not rows.empty}
+    if found:
+        with st.container(border=True):
+            st.plotly_chart(
+                figures.training_curves(view.runs, found),
+                key="training-curves",
+                config=shell.PLOTLY,
+                alt=f"Training loss, latent steps and tokens per second of {len(found)} runs over tokens",
+            )
+    else:
+        st.info("No run has logged a training step yet.", icon=":material/hourglass_empty:")
+    if silent:
+        st.caption(f":material/sensors_off: No training metrics: {shell.plain(', '.join(silent))}.")
+
+
+shell.live(body)

@@ -1,0 +1,353 @@
+"""From the run store to DataFrames: everything the pages show, without Streamlit.
+
+One damaged run must never take a page down, so every value read from a document goes through :func:`number`,
+:func:`mapping` or :func:`words`, and a run that cannot be read becomes a row with a problem instead of an exception.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import pandas as pd
+from haltscale.platform.store import RunState, RunStore, RunView, StoreError
+
+DEMO_TOKENS = 20e6
+"""Runs shorter than this show the machinery and the halting, not what the method gains."""
+
+UNREADABLE = (StoreError, OSError, ValueError, TypeError, KeyError, AttributeError)
+"""What reading a damaged folder may raise, pandas and pyarrow included (their errors are ValueErrors or OSErrors)."""
+
+
+class FlopsKind(StrEnum):
+    """How floating-point operations are counted; numbers of two kinds never share an axis."""
+
+    REALISED = "realised"
+    EXECUTED = "executed"
+    PAPER = "paper"
+
+    @property
+    def meaning(self) -> str:
+        return {
+            FlopsKind.REALISED: "what the active positions needed, with the keys that they really attend to",
+            FlopsKind.EXECUTED: "what the hardware was made to do, padding included",
+            FlopsKind.PAPER: "6 · parameters · tokens · mean full passes per token, the paper's convention",
+        }[self]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something in the store that could not be read, and what to do about it."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyView:
+    """A study as the pages see it."""
+
+    name: str
+    question: str = ""
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    runs: pd.DataFrame
+    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS` and ``steps_histogram``."""
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def active(self) -> bool:
+        """Whether a run is being trained right now."""
+        return bool((self.runs["state"] == RunState.RUNNING).any())
+
+    @property
+    def demo(self) -> bool:
+        """Whether every run is too short to say anything about the method's gain."""
+        tokens = self.runs["tokens"].max()
+        return bool(pd.notna(tokens) and tokens < DEMO_TOKENS)
+
+
+TEXT = ("key", "label", "state", "method", "size", "series", "note", "git_commit")
+OPTIONS = ("lam", "beta", "l_max", "tau")
+SHARED = (
+    *("loss", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
+    *("flops_realised", "flops_executed", "flops_paper"),
+)
+"""Numbers that records and evaluations both carry."""
+NUMBERS = (
+    *OPTIONS,
+    *SHARED,
+    *("seed", "tokens", "tokens_done", "parameters", "loss_standard_error", "passes", "wall_seconds"),
+    *("tokens_per_second", "step", "steps", "seconds_left", "well_steps", "badly_steps"),
+)
+
+
+# ---- one value at a time -------------------------------------------------------------------------
+
+
+def number(value: object) -> float:
+    """A finite number, or NaN for anything else (null, text, a list, infinity)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A mapping, or an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def words(value: object) -> str:
+    """Text, or an empty string for a missing value."""
+    return "" if value is None else str(value)
+
+
+def fractions(value: object) -> list[float]:
+    """A histogram of fractions; an empty list when any entry is not a number."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return []
+    entries = [number(entry) for entry in value]
+    return [] if any(math.isnan(entry) for entry in entries) else entries
+
+
+def size_order(size: str) -> float:
+    """The number behind a size's name (``1.8m`` -> 1.8e6), to sort by; unknown names come last."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt])", size.strip().lower())
+    return float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]] if match else math.inf
+
+
+# ---- one run -------------------------------------------------------------------------------------
+
+
+def _frame(rows: pd.DataFrame) -> pd.DataFrame:
+    """Metrics or evaluations with numeric columns, ordered by tokens, the last of rows written twice kept."""
+    if rows.empty:
+        return rows
+    rows = rows.copy()
+    for name in rows.columns:
+        if name not in ("steps_histogram", "split"):
+            rows[name] = pd.to_numeric(rows[name], errors="coerce")
+    if "steps_histogram" in rows:
+        rows["steps_histogram"] = rows["steps_histogram"].map(fractions)
+    if "step" in rows:
+        rows = rows.dropna(subset="step").drop_duplicates("step", keep="last").sort_values("step")
+    return rows.reset_index(drop=True)
+
+
+def metrics(store: RunStore, study: str, key: str) -> pd.DataFrame:
+    """Training metrics of a run; empty when there are none or they cannot be read."""
+    try:
+        return _frame(store.metrics(study, key))
+    except UNREADABLE:
+        return pd.DataFrame()
+
+
+def evaluations(store: RunStore, study: str, key: str) -> pd.DataFrame:
+    """Held-out evaluations of a run; empty when there are none or they cannot be read."""
+    try:
+        rows = store.evaluations(study, key)
+        return _frame(rows[rows["split"] == "validation"] if "split" in rows else rows)
+    except UNREADABLE:
+        return pd.DataFrame()
+
+
+def probe_steps(store: RunStore, study: str, key: str) -> list[int]:
+    """Training steps with token events."""
+    try:
+        return store.probe_steps(study, key)
+    except UNREADABLE:
+        return []
+
+
+def probe(store: RunStore, study: str, key: str, step: int) -> pd.DataFrame:
+    """Token events of a run at a training step.
+
+    Raises:
+        StoreError: the file is damaged or lacks the columns that every probe has.
+    """
+    path = store.probe_path(study, key, step)
+    try:
+        events = store.probe(study, key, step)
+    except Exception as error:  # pyarrow raises many kinds on a half-written file; the page shows them all alike
+        raise StoreError(f"{path} cannot be read ({error}); the next evaluation writes a new one") from error
+    missing = {"text", "steps", "nll"} - set(events.columns)
+    if missing:
+        raise StoreError(f"{path} lacks the columns {', '.join(sorted(missing))}")
+    events["steps"] = pd.to_numeric(events["steps"], errors="coerce").fillna(0).astype(int)
+    return events
+
+
+def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> dict[str, Any]:
+    """One run as one row. Numbers come from its record, else from its last evaluation with a finite loss."""
+    identity = mapping(view.spec.get("identity")) or mapping(view.record.get("identity"))
+    options, record, status = mapping(identity.get("options")), view.record, view.status
+    last: Mapping[str, Any] = {}
+    if "loss" in evaluated:
+        finite = evaluated[evaluated["loss"].notna()]
+        last = finite.iloc[-1].to_dict() if len(finite) else {}
+
+    row: dict[str, Any] = {name: number(options.get(name)) for name in OPTIONS}
+    for name in SHARED:
+        # A record with a null loss is a result (the run diverged): an earlier evaluation must not stand in for it.
+        row[name] = number(record.get(name)) if record else number(last.get(name))
+    if math.isnan(row["perplexity"]) and row["loss"] < 700:
+        row["perplexity"] = math.exp(row["loss"])
+    halting = mapping(record.get("halting"))
+    speed = trained["tokens_per_second"].tail(20).median() if "tokens_per_second" in trained else math.nan
+    row |= {
+        "key": view.key,
+        "label": words(view.spec.get("label")) or words(record.get("label")) or view.key,
+        "state": view.state.value,
+        "method": words(identity.get("method")) or "unknown",
+        "size": words(identity.get("size")) or "?",
+        "series": "",
+        "note": "",
+        "git_commit": words(record.get("git_commit")),
+        "seed": number(identity.get("seed")),
+        "tokens": number(identity.get("tokens")),
+        "tokens_done": number(record.get("tokens") if record else last.get("tokens")),
+        "parameters": number(record.get("parameters_total")),
+        "loss_standard_error": number(record.get("loss_standard_error")),
+        "passes": number(record.get("passes_per_token")),
+        "wall_seconds": number(record.get("wall_seconds")),
+        "tokens_per_second": number(record.get("tokens_per_second")) if record else number(speed),
+        "step": number(record.get("steps") if record else status.get("step")),
+        "steps": number(record.get("steps") if record else status.get("steps")),
+        "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
+        "well_steps": number(halting.get("well_predicted_mean_steps")),
+        "badly_steps": number(halting.get("badly_predicted_mean_steps")),
+        "steps_histogram": fractions(record.get("steps_histogram") if record else last.get("steps_histogram")),
+    }
+    if math.isnan(row["passes"]):
+        row["passes"] = 1 + row["mean_steps"]
+
+    if view.problem:
+        row["state"], row["note"] = "damaged", view.problem
+    elif record and math.isnan(row["loss"]):
+        row["state"], row["note"] = "diverged", "its final loss is not a number; it is left out of the figures"
+    elif view.state is RunState.FAILED:
+        row["note"] = words(status.get("error")) or "failed without saying why"
+    elif view.state is RunState.STALLED:
+        row["note"] = f"silent for {silence(status, time.time())}; submit the study again to go on from its checkpoint"
+    elif "loss" in trained and len(trained) and pd.isna(trained["loss"].iloc[-1]):
+        row["note"] = f"its training loss is not a number at step {int(trained['step'].iloc[-1])}"
+    return row
+
+
+def silence(status: Mapping[str, Any], now: float) -> str:
+    """How long ago a run last wrote its heartbeat, in words."""
+    heartbeat = number(status.get("heartbeat"))
+    if math.isnan(heartbeat):
+        return "an unknown time"
+    minutes = (now - heartbeat) / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+# ---- one study -----------------------------------------------------------------------------------
+
+
+def _views(store: RunStore, study: str, planned: Iterable[str]) -> list[RunView]:
+    """The study's runs, each read on its own, so that one that raises costs no other."""
+    keys = list(dict.fromkeys(planned))
+    folders = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in store.fs.ls(store.path(study), detail=True)]
+    earlier = sorted(key for key in set(folders) - set(keys) if store.fs.exists(f"{store.path(study)}/{key}/spec.json"))
+    views = []
+    for key in [*keys, *earlier]:
+        try:
+            views.append(store.run(study, key))
+        except UNREADABLE as error:
+            problem = f"{key}: {error or type(error).__name__}"
+            views.append(
+                RunView(study=study, key=key, state=RunState.PLANNED, spec={}, status={}, record={}, problem=problem)
+            )
+    return views
+
+
+def empty_runs() -> pd.DataFrame:
+    """A runs frame with every column and no row."""
+    columns = dict.fromkeys((*TEXT, "steps_histogram"), "object") | dict.fromkeys(NUMBERS, "float64")
+    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
+
+
+def load_study(store: RunStore, name: str) -> StudyView:
+    """Read a study and all its runs. A study or run that cannot be read shows up in ``problems``."""
+    try:
+        document = store.study(name)
+        planned = document.get("runs")
+        views = _views(store, name, [str(key) for key in planned] if isinstance(planned, list) else [])
+    except UNREADABLE as error:
+        return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
+    rows = [
+        run_row(view, evaluations(store, name, view.key), metrics(store, name, view.key) if not view.record else _NONE)
+        for view in views
+    ]
+    frame = pd.DataFrame(rows) if rows else empty_runs()
+    frame["label"] = _unique(frame["label"], frame["key"])
+    frame["series"] = series_names(frame)
+    problems = tuple(Problem(where=view.key, what=view.problem) for view in views if view.problem)
+    return StudyView(
+        name=name,
+        question=words(document.get("question")),
+        corpus=mapping(document.get("corpus")),
+        runs=frame,
+        problems=problems,
+    )
+
+
+_NONE = pd.DataFrame()
+
+
+def _unique(labels: pd.Series, keys: pd.Series) -> list[str]:
+    """Labels that can name a run in a selection: those that occur twice get the start of the run's key."""
+    twice = labels.duplicated(keep=False)
+    return [
+        f"{label} · {key[:6]}" if repeated else label for label, key, repeated in zip(labels, keys, twice, strict=True)
+    ]
+
+
+def series_names(runs: pd.DataFrame) -> list[str]:
+    """The line that each run belongs to: its method and lam, plus every other option that varies within the method."""
+    symbols = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ"}
+    names = []
+    for _, run in runs.iterrows():
+        peers = runs[runs["method"] == run["method"]]
+        parts = [str(run["method"])]
+        for name, symbol in symbols.items():
+            if pd.notna(run[name]) and (name == "lam" or peers[name].nunique() > 1):
+                parts.append(f"{symbol} {run[name]:g}")
+        names.append(" · ".join(parts))
+    return names
+
+
+def facets(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """What the runs can be filtered by: methods, sizes (smallest first) and lam, as text."""
+    known = runs[runs["method"] != "unknown"]
+    return {
+        "method": list(dict.fromkeys(known["method"])),
+        "size": sorted(set(known["size"]), key=lambda size: (size_order(size), size)),
+        "lam": [f"{lam:g}" for lam in sorted(known["lam"].dropna().unique())],
+    }
+
+
+def select(
+    view: StudyView, *, method: Sequence[str] = (), size: Sequence[str] = (), lam: Sequence[str] = ()
+) -> StudyView:
+    """The runs that pass the filters; an empty filter lets all pass. Runs without a lam pass the filter on lam."""
+    runs = view.runs
+    if method:
+        runs = runs[runs["method"].isin(method)]
+    if size:
+        runs = runs[runs["size"].isin(size)]
+    if lam:
+        runs = runs[runs["lam"].isna() | runs["lam"].map("{:g}".format).isin(lam)]
+    return replace(view, runs=runs.reset_index(drop=True))
+
+
+def plotted(runs: pd.DataFrame, kind: FlopsKind) -> pd.DataFrame:
+    """The runs that have a place in the scaling figure: a finite perplexity and a positive count of FLOPs."""
+    flops = f"flops_{kind}"
+    return runs[runs["perplexity"].gt(0) & runs[flops].gt(0) & (runs["state"] != "damaged")]

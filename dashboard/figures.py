@@ -1,0 +1,318 @@
+"""Figures: pure functions from DataFrames to Plotly figures, at most 10,000 points each.
+
+Colour says the method; dash and marker say the series, so that no figure depends on colour alone. Backgrounds, fonts
+and grid lines are left to the page's theme, which follows the reader's light or dark mode.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from haltscale.dashboard import style
+from haltscale.dashboard.data import FlopsKind, plotted, size_order
+from plotly.subplots import make_subplots
+
+MOST_POINTS = 10_000
+MUTED = "rgba(128,128,128,0.9)"
+
+
+def _hover(run: pd.Series, kind: FlopsKind) -> str:
+    """A run's details for a hover box. Labels come from the store, so they are escaped."""
+    lines = [
+        f"<b>{html.escape(str(run['label']))}</b>",
+        f"perplexity {style.three(run['perplexity'])} · loss {style.three(run['loss'])} nats/token",
+        f"{style.scientific(run[f'flops_{kind}'])} {kind} training FLOPs",
+        f"{style.compact(run['tokens_done'])} of {style.compact(run['tokens'])} tokens",
+    ]
+    if math.isfinite(run["mean_steps"]):
+        lines.append(f"{style.three(run['mean_steps'])} latent steps per token on average")
+    if run["state"] != "finished":
+        lines.append(f"{run['state']}: its last evaluation")
+    return "<br>".join(lines)
+
+
+def _series(runs: pd.DataFrame) -> list[str]:
+    """Series in a fixed order: the study's own."""
+    return list(dict.fromkeys(runs["series"]))
+
+
+def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
+    """Validation perplexity against training FLOPs, log-log: a line per series through the sizes, a marker per run.
+
+    The line joins the means over seeds (geometric, as the axes are logarithmic) of finished runs. Hollow markers are
+    runs without a result yet, at their last evaluation.
+    """
+    figure = go.Figure()
+    shown, flops = plotted(runs, kind), f"flops_{kind}"
+    for index, name in enumerate(_series(runs)):
+        members = shown[shown["series"] == name]
+        if members.empty:
+            continue
+        color = style.method_color(str(members["method"].iloc[0]))
+        dash = style.DASHES[index % len(style.DASHES)]
+        marker = style.MARKERS[index % len(style.MARKERS)]
+        finished = members[members["state"] == "finished"]
+        means = finished.assign(x=np.log(finished[flops]), y=np.log(finished["perplexity"]))
+        means = np.exp(means.groupby(["size", "tokens"], dropna=False)[["x", "y"]].mean()).sort_values("x")
+        line = {"color": color, "dash": dash, "width": 2}
+        figure.add_scatter(
+            x=means["x"], y=means["y"], mode="lines", line=line, legendgroup=name, showlegend=False, hoverinfo="skip"
+        )
+        for part, symbol, detail in (
+            (finished, marker, "result"),
+            (members[members["state"] != "finished"], f"{marker}-open", "so far"),
+        ):
+            if len(part):
+                figure.add_scatter(
+                    x=part[flops],
+                    y=part["perplexity"],
+                    mode="markers",
+                    name=f"{name}, {detail}",
+                    marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
+                    legendgroup=name,
+                    showlegend=False,
+                    customdata=part["key"],
+                    hovertext=[_hover(run, kind) for _, run in part.iterrows()],
+                    hovertemplate="%{hovertext}<extra></extra>",
+                )
+        # The legend's entry shows line and marker together, whatever the series has so far.
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            mode="lines+markers",
+            name=html.escape(name),
+            line=line,
+            marker={"color": color, "symbol": marker if len(finished) else f"{marker}-open", "size": 10},
+            legendgroup=name,
+        )
+    _log_axis(figure, "x", shown[flops], f"training FLOPs, {kind}")
+    _log_axis(figure, "y", shown["perplexity"], "validation perplexity")
+    _name_sizes(figure, shown, flops)
+    return _layout(figure, height=520)
+
+
+def _name_sizes(figure: go.Figure, shown: pd.DataFrame, flops: str) -> None:
+    """Write each size's name once, under its best run."""
+    for size, members in shown.groupby("size"):
+        best = members.loc[members["perplexity"].idxmin()]
+        figure.add_annotation(
+            x=math.log10(best[flops]),
+            y=math.log10(best["perplexity"]),
+            text=html.escape(str(size)),
+            showarrow=False,
+            yshift=-18,
+            font={"size": 12, "color": MUTED},
+        )
+
+
+def _log_axis(figure: go.Figure, axis: str, values: pd.Series, title: str) -> None:
+    """A logarithmic axis with a margin around the values and ticks written in full."""
+    update = figure.update_xaxes if axis == "x" else figure.update_yaxes
+    update(type="log", title=title)
+    if len(values):
+        margin = max(0.08 * math.log10(values.max() / values.min()), 0.03)
+        low, high = math.log10(values.min()) - margin, math.log10(values.max()) + margin
+        ticks, names = style.log_ticks(10**low, 10**high)
+        update(range=[low, high], tickvals=ticks, ticktext=names)
+
+
+def steps_share(runs: pd.DataFrame) -> go.Figure:
+    """Share of tokens by executed latent steps, a bar per run, with the mean written at its end."""
+    shown = runs[runs["steps_histogram"].map(len) > 0]
+    shown = shown.assign(order=shown["size"].map(size_order)).sort_values("order", kind="stable")
+    most = max((len(histogram) for histogram in shown["steps_histogram"]), default=1) - 1
+    figure = go.Figure()
+    labels = [_short(label) for label in shown["label"]]
+    for step in range(most + 1):
+        share = [100 * histogram[step] if step < len(histogram) else 0.0 for histogram in shown["steps_histogram"]]
+        color = style.step_color(step, most)
+        figure.add_bar(
+            orientation="h",
+            x=share,
+            y=labels,
+            name=_steps(step),
+            marker={"color": color, "line": {"width": 1, "color": MUTED}},
+            text=[f"{step}: {value:.0f} %" if value >= 9 else (str(step) if value >= 3 else "") for value in share],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            textfont={"color": style.ink_on(color), "size": 12},
+            hovertemplate="%{y}<br>" + _steps(step) + ": %{x:.3g} % of tokens<extra></extra>",
+        )
+    for label, mean in zip(labels, shown["mean_steps"], strict=True):
+        if math.isfinite(mean):
+            figure.add_annotation(
+                x=101, y=label, text=f"mean {style.three(mean)}", showarrow=False, xanchor="left", font={"size": 12}
+            )
+    figure.update_layout(barmode="stack", bargap=0.25)
+    figure.update_xaxes(title="share of validation tokens, %", range=[0, 112], tickvals=[0, 25, 50, 75, 100])
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return _layout(figure, height=130 + 38 * max(len(shown), 1), legend_title="latent steps before the token")
+
+
+def steps_over_training(rows: pd.DataFrame) -> go.Figure:
+    """Share of tokens by executed latent steps over training, as a stacked area over tokens seen."""
+    figure = go.Figure()
+    if "steps_histogram" in rows and "tokens" in rows:
+        rows = rows[rows["steps_histogram"].map(len) > 0]
+        most = max((len(histogram) for histogram in rows["steps_histogram"]), default=1) - 1
+        rows = thin(rows, MOST_POINTS // (most + 1))
+        for step in range(most + 1):
+            color = style.step_color(step, most)
+            figure.add_scatter(
+                x=rows["tokens"],
+                y=[100 * histogram[step] if step < len(histogram) else 0.0 for histogram in rows["steps_histogram"]],
+                mode="lines",
+                stackgroup="steps",
+                name=_steps(step),
+                line={"width": 0.5, "color": MUTED},
+                fillcolor=color,
+                hovertemplate=_steps(step) + ": %{y:.3g} %<extra></extra>",
+            )
+    figure.update_layout(hovermode="x unified")
+    figure.update_xaxes(title="tokens trained on", tickformat=".3~s")
+    figure.update_yaxes(title="share of tokens, %", range=[0, 100])
+    return _layout(figure, height=380, legend_title="latent steps")
+
+
+def easy_and_hard(runs: pd.DataFrame) -> go.Figure:
+    """Mean latent steps on well- and badly-predicted tokens, one pair per run."""
+    shown = runs.dropna(subset=["well_steps", "badly_steps"])
+    shown = shown.assign(order=shown["size"].map(size_order)).sort_values("order", kind="stable")
+    labels = [_short(label) for label in shown["label"]]
+    figure = go.Figure()
+    for label, well, badly in zip(labels, shown["well_steps"], shown["badly_steps"], strict=True):
+        figure.add_scatter(
+            x=[well, badly],
+            y=[label, label],
+            mode="lines",
+            line={"color": MUTED, "width": 3},
+            showlegend=False,
+            hoverinfo="skip",
+        )
+    for name, column, color, symbol in (
+        ("well predicted", "well_steps", "#009E73", "circle"),
+        ("badly predicted", "badly_steps", "#D55E00", "diamond"),
+    ):
+        figure.add_scatter(
+            x=shown[column],
+            y=labels,
+            mode="markers",
+            name=name,
+            marker={"color": color, "symbol": symbol, "size": 13},
+            hovertemplate="%{y}<br>" + name + ": %{x:.3g} latent steps<extra></extra>",
+        )
+    figure.update_xaxes(title="mean latent steps per token", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed", automargin=True, type="category")
+    return _layout(figure, height=150 + 34 * max(len(shown), 1), legend_title="tokens")
+
+
+def nll_by_steps(events: pd.DataFrame) -> go.Figure:
+    """How hard the tokens were (NLL) by the latent steps they got: a box per number of steps, quartiles and 5–95 %."""
+    figure = go.Figure()
+    events = events.assign(nll=pd.to_numeric(events["nll"], errors="coerce")).dropna(subset="nll")
+    most = int(events["steps"].max()) if len(events) else 0
+    names = []
+    for step, group in events.groupby("steps"):
+        low, q1, median, q3, high = np.percentile(group["nll"], [5, 25, 50, 75, 95])
+        color = style.step_color(int(step), most)
+        names.append(f"{step}<br><span style='font-size:11px'>{len(group)} tokens</span>")
+        figure.add_box(
+            x=[names[-1]],
+            q1=[q1],
+            median=[median],
+            q3=[q3],
+            lowerfence=[low],
+            upperfence=[high],
+            mean=[group["nll"].mean()],
+            name=_steps(int(step)),
+            fillcolor=color,
+            line={"color": MUTED, "width": 2},
+            showlegend=False,
+        )
+    figure.update_xaxes(title="latent steps before the token", type="category")
+    figure.update_yaxes(title="NLL of the token, nats", rangemode="tozero")
+    return _layout(figure, height=380)
+
+
+def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.Figure:
+    """Loss, mean latent steps and speed over tokens, one line per run; ``metrics`` holds a frame per run key."""
+    panels = (
+        ("loss", "training loss, nats/token"),
+        ("mean_steps", "latent steps per token"),
+        ("tokens_per_second", "tokens/s"),
+    )
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.5, 0.27, 0.23])
+    shown = runs[runs["key"].isin(metrics)]
+    most = MOST_POINTS // max(3 * len(shown), 1)
+    for index, (_, run) in enumerate(shown.iterrows()):
+        rows = thin(metrics[str(run["key"])], most)
+        color, name = style.method_color(str(run["method"])), _short(str(run["label"]))
+        for panel, (column, _) in enumerate(panels, start=1):
+            if column not in rows or "tokens" not in rows:
+                continue
+            ends = [0] * (len(rows) - 1) + [9]  # a marker where the curve stands now
+            figure.add_scatter(
+                x=rows["tokens"],
+                y=rows[column],
+                mode="lines+markers",
+                name=name,
+                legendgroup=str(run["key"]),
+                showlegend=panel == 1,
+                line={"color": color, "dash": style.DASHES[index % len(style.DASHES)], "width": 2},
+                marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": ends, "opacity": 1},
+                hovertemplate=f"{name}: %{{y:.3g}} at %{{x:.3s}} tokens<extra></extra>",
+                row=panel,
+                col=1,
+            )
+    for panel, (_, title) in enumerate(panels, start=1):
+        figure.update_yaxes(title=title, row=panel, col=1)
+    figure.update_yaxes(rangemode="tozero", row=2, col=1)
+    figure.update_yaxes(rangemode="tozero", row=3, col=1)
+    figure.update_xaxes(title="tokens trained on", tickformat=".3~s", row=3, col=1)
+    return _layout(figure, height=720)
+
+
+def thin(rows: pd.DataFrame, most: int) -> pd.DataFrame:
+    """At most ``most`` rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return rows.iloc[np.unique(np.linspace(0, len(rows) - 1, max(most, 2)).round().astype(int))]
+
+
+def _steps(step: int) -> str:
+    return f"{step} step" if step == 1 else f"{step} steps"
+
+
+def _short(label: str) -> str:
+    """A label for an axis: escaped, and cut when it would eat the figure."""
+    return html.escape(label if len(label) <= 48 else f"{label[:47]}…")
+
+
+def _layout(figure: go.Figure, *, height: int, legend_title: str = "") -> go.Figure:
+    figure.update_layout(
+        height=height,
+        margin={"l": 8, "r": 8, "t": 56, "b": 8},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "title": {"text": legend_title}},
+        hoverlabel={"align": "left"},
+        uirevision="keep",  # a live update keeps the reader's zoom
+    )
+    return figure
+
+
+def as_html(figure: go.Figure, title: str) -> bytes:
+    """A page of its own that works without a network: the drawing library is inside."""
+    copy = go.Figure(figure)
+    copy.update_layout(template="plotly_white", title=html.escape(title), margin={"l": 60, "r": 30, "t": 110, "b": 60})
+    return str(copy.to_html(include_plotlyjs=True, full_html=True)).encode()
+
+
+def point_count(figure: go.Figure) -> int:
+    """Points in a figure, over all its traces."""
+    counts: Sequence[int] = [len(trace.x) for trace in figure.data if trace.x is not None]
+    return sum(counts)

@@ -1,0 +1,82 @@
+"""Start the dashboard: ``haltscale dashboard``, or ``python -m haltscale.dashboard``.
+
+The server listens on this machine only (127.0.0.1): a store can hold text that nobody else should read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from haltscale.platform.store import default_root
+
+ADDRESS = "127.0.0.1"
+PORT = 8501
+
+
+def is_free(port: int) -> bool:
+    """Whether this machine lets us listen on a port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        if os.name == "posix":  # a port in TIME_WAIT is free, as the server itself sees it
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((ADDRESS, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(preferred: int = PORT) -> int:
+    """The preferred port, or any free one when it is taken."""
+    if is_free(preferred):
+        return preferred
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((ADDRESS, 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(store_root: str) -> dict[str, str]:
+    """The server's environment: this one, with the store's root made independent of the working directory."""
+    root = store_root if "://" in store_root else str(Path(store_root).expanduser().absolute())
+    return {**os.environ, "HALTSCALE_STORE": root}
+
+
+def command(store_root: str, port: int | None) -> list[str]:
+    """The line that starts the server. Theme and manners stand in ``.streamlit/config.toml`` beside ``app.py``.
+
+    ``store_root`` reaches the server through :func:`environment`; it is taken here so that both are called alike.
+    """
+    app = Path(__file__).with_name("app.py")
+    options = {
+        "server.address": ADDRESS,
+        "server.port": str(free_port() if port is None else port),
+        "server.headless": "true",
+        "browser.gatherUsageStats": "false",
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return [sys.executable, "-m", "streamlit", "run", str(app), *flags]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the server, say where it is, and stay until it ends."""
+    parser = argparse.ArgumentParser(prog="haltscale dashboard", description="Show the studies of a run store.")
+    parser.add_argument("--store", default=None, help="root of the run store, a folder or a URL (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=None, help=f"port on {ADDRESS} (default: {PORT}, else any free one)"
+    )
+    options = parser.parse_args(argv)
+    if options.port is not None and not is_free(options.port):
+        parser.error(f"port {options.port} is taken; choose another or leave --port out")
+    root = options.store or default_root()
+    port = options.port or free_port()
+    sys.stdout.write(f"haltscale dashboard: http://{ADDRESS}:{port}\nstore: {environment(root)['HALTSCALE_STORE']}\n")
+    sys.stdout.flush()
+    try:
+        return subprocess.run(command(root, port), env=environment(root), check=False).returncode
+    except KeyboardInterrupt:
+        return 0

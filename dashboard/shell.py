@@ -1,0 +1,231 @@
+"""What every page shares: the cached store, the sidebar, live following, and the states a page can be in.
+
+A page is a script in ``app_pages/``. It gets its study from :func:`live`, which draws the page's body again whenever
+something new may have been written, without a reload and without touching the reader's choices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+from haltscale.dashboard import data, style
+from haltscale.dashboard.data import StudyView
+from haltscale.platform.store import RunStore, default_root
+
+ACTIVE_SECONDS = 3.0
+"""How often a page looks at the store while a run is being trained."""
+IDLE_SECONDS = 10.0
+PLOTLY = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+SUBMIT = "make study"
+SUBMIT_RAY = "ray job submit --working-dir . -- python -m haltscale.studies.quickstart"
+
+
+# ---- the store, read through Streamlit's cache ---------------------------------------------------
+
+
+@st.cache_data(max_entries=4_000, show_spinner=False)
+def _json(root: str, path: str, stamp: str) -> dict[str, Any]:
+    return RunStore(root).read_json(path)
+
+
+@st.cache_data(max_entries=1_000, show_spinner=False)
+def _lines(root: str, path: str, stamp: str) -> list[dict[str, Any]]:
+    return [row for row in RunStore(root).read_lines(path) if isinstance(row, dict)]
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _probe(root: str, study: str, key: str, step: int, stamp: str) -> pd.DataFrame:
+    return data.probe(RunStore(root), study, key, step)
+
+
+class CachedStore(RunStore):
+    """A run store that reads a file again only when it has changed.
+
+    The stamp is taken before the read: a file that changes in between is read once more, never too seldom.
+    """
+
+    def stamp(self, path: str) -> str:
+        """What changes when the file does: inode, time and size locally, the object's tag elsewhere; "" when absent."""
+        try:
+            info = self.fs.info(path)
+        except OSError:
+            return ""
+        return "/".join(str(info.get(name)) for name in ("ino", "mtime", "LastModified", "ETag", "size"))
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        stamp = self.stamp(path)
+        return _json(self.root, path, stamp) if stamp else {}
+
+    def read_lines(self, path: str) -> list[dict[str, Any]]:
+        stamp = self.stamp(path)
+        return _lines(self.root, path, stamp) if stamp else []
+
+    def events(self, study: str, key: str, step: int) -> pd.DataFrame:
+        """The probe's events, checked; see :func:`haltscale.dashboard.data.probe`."""
+        return _probe(self.root, study, key, step, self.stamp(self.probe_path(study, key, step)))
+
+
+def store() -> CachedStore:
+    """The store that the dashboard was started with."""
+    return CachedStore(default_root())
+
+
+# ---- the sidebar ---------------------------------------------------------------------------------
+
+
+def sidebar() -> bool:
+    """Draw the study's choice and the filters; False when there is no study to choose."""
+    shelf = store()
+    names = shelf.studies()
+    with st.sidebar:
+        if names:
+            st.selectbox("Study", names, key="study", bind="query-params")
+            options = data.facets(_load().runs)
+            for name, label in (("method", "Methods"), ("size", "Sizes"), ("lam", "λ, the price of a latent step")):
+                if len(options[name]) > 1:
+                    st.pills(
+                        label,
+                        options[name],
+                        selection_mode="multi",
+                        key=name,
+                        bind="query-params",
+                        help="Choose none to see all.",
+                    )
+        st.caption("Run store")
+        st.code(shelf.root, language=None, wrap_lines=True)
+    return bool(names)
+
+
+def _load() -> StudyView:
+    """The chosen study, unfiltered."""
+    return data.load_study(store(), str(st.session_state["study"]))
+
+
+def _filtered(view: StudyView) -> StudyView:
+    chosen = {name: st.session_state.get(name) or () for name in ("method", "size", "lam")}
+    return data.select(view, **chosen)
+
+
+# ---- live ----------------------------------------------------------------------------------------
+
+
+def live(body: Callable[[StudyView], None]) -> None:
+    """Draw ``body`` now and again every few seconds, as a fragment: the rest of the page stays as it is.
+
+    When what the sidebar offers has changed (a new study, method or size), or training begins or ends, the whole page
+    runs once, so that its choices and its pace follow.
+    """
+    known = _pulse(_load())
+
+    @st.fragment(run_every=ACTIVE_SECONDS if known[-1] else IDLE_SECONDS)
+    def follow() -> None:
+        view = _load()
+        if _pulse(view) != known:
+            st.rerun()
+        for problem in view.problems:
+            if problem.where == view.name:
+                st.error(f"**This study cannot be read.** {plain(problem.what)}", icon=":material/broken_image:")
+                return
+        if view.runs.empty:
+            st.info("This study has planned no runs.", icon=":material/hourglass_empty:")
+            return
+        chosen = _filtered(view)
+        if chosen.runs.empty:
+            st.info("No run passes the filters in the sidebar.", icon=":material/filter_alt_off:")
+            return
+        body(chosen)
+
+    follow()
+
+
+def _pulse(view: StudyView) -> tuple[object, ...]:
+    """What the whole page depends on; the last entry says whether something is being trained."""
+    options = data.facets(view.runs)
+    return (*store().studies(), *(tuple(options[name]) for name in options), view.active)
+
+
+def empty() -> None:
+    """The page of a store without a study: what this is, and the exact line to get one."""
+    st.title("No study yet")
+    st.markdown(
+        "Here you will see **how much a language model gains from thinking before it speaks, and what that costs**: "
+        "perplexity against training compute for every method and size, where the latent steps went, and the text "
+        "itself with the steps each token got."
+    )
+    with st.container(border=True):
+        st.markdown("**Start the quickstart study** from the project's folder; it runs in minutes on two CPU cores.")
+        st.code(SUBMIT, language="bash")
+        st.markdown("On a Ray cluster that is already up, submit it as a job:")
+        st.code(SUBMIT_RAY, language="bash")
+        st.caption("This page shows the study as soon as its first file is there. No reload is needed.")
+
+    @st.fragment(run_every=ACTIVE_SECONDS)
+    def wait() -> None:
+        if store().studies():
+            st.rerun()
+
+    wait()
+
+
+# ---- small pieces --------------------------------------------------------------------------------
+
+
+def plain(text: object) -> str:
+    """Text from the store as markdown that shows it literally."""
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:<>&])", r"\\\1", str(text))
+
+
+def heading(view: StudyView, title: str) -> None:
+    """A page's title, the study's question, and how the study is going."""
+    st.title(title, anchor=False)
+    counts = view.runs["state"].value_counts()
+    badges = " ".join(
+        f":{color}-badge[{style.STATE_ICONS[state]} {counts[state]} {state}]"
+        for state, color in style.STATE_COLORS.items()
+        if state in counts
+    )
+    question = f"{plain(view.question)}  \n" if view.question else ""
+    st.markdown(question + badges)
+
+
+def honest(view: StudyView) -> None:
+    """Say what runs of minutes can show and what they cannot."""
+    if view.demo:
+        longest = style.compact(float(view.runs["tokens"].max()))
+        st.caption(
+            f":material/info: These runs train on at most {longest} tokens each. Runs this short show the machinery "
+            "and the halting, not the method's gain: extra passes begin to pay at far larger budgets."
+        )
+
+
+def download(label: str, build: Callable[[], bytes | str], name: str, mime: str) -> None:
+    """A download whose file is built on the click, so that drawing the page costs nothing."""
+    st.download_button(
+        label, data=build, file_name=name, mime=mime, on_click="ignore", icon=":material/download:", key=f"get-{name}"
+    )
+
+
+def pages(folder: Path) -> list[dict[str, Any]]:
+    """The pages of a folder in order. A page is one file; TITLE, ICON and ORDER at its top say how it is listed."""
+    found = []
+    for path in sorted(folder.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        # Read, not imported: importing a page would run it.
+        facts = dict(re.findall(r'^(TITLE|ICON|ORDER) = "?([^"\n]+?)"?$', text, flags=re.MULTILINE))
+        purpose = re.match(r'"""(.+?)(?:"""|\n\n)', text, flags=re.DOTALL)
+        if "TITLE" in facts:
+            found.append(
+                {
+                    "page": path,
+                    "title": facts["TITLE"],
+                    "icon": facts.get("ICON", ":material/article:"),
+                    "help": " ".join(purpose[1].split()) if purpose else None,
+                    "order": float(facts.get("ORDER", 100)),
+                }
+            )
+    return sorted(found, key=lambda entry: (entry["order"], entry["title"]))

@@ -1,0 +1,130 @@
+"""How things look and how numbers are written: one place, so that a method has one colour on every page."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from functools import lru_cache
+
+from plotly.colors import sample_colorscale
+
+METHOD_COLORS = {
+    "adaptive": "#0072B2",
+    "vanilla": "#8C8C8C",
+    "fixed": "#D55E00",
+    "shuffled": "#E69F00",
+    "looped": "#009E73",
+    "pause": "#CC79A7",
+    "ponder": "#56B4E9",
+    "ponder2": "#E69F00",
+    "mor": "#F0E442",
+}
+"""Okabe and Ito's palette, safe for colour-blind readers; grey stands for its black, which a dark page would hide."""
+OTHER_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
+
+STATE_COLORS = {
+    "finished": "green",
+    "running": "blue",
+    "planned": "gray",
+    "stalled": "orange",
+    "failed": "red",
+    "diverged": "violet",
+    "damaged": "red",
+}
+STATE_ICONS = {
+    "finished": ":material/check_circle:",
+    "running": ":material/play_circle:",
+    "planned": ":material/schedule:",
+    "stalled": ":material/pause_circle:",
+    "failed": ":material/error:",
+    "diverged": ":material/trending_up:",
+    "damaged": ":material/broken_image:",
+}
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def method_color(method: str) -> str:
+    """The method's colour; a method that is new here gets one by its name, the same on every page."""
+    return METHOD_COLORS.get(method) or OTHER_COLORS[sum(method.encode()) % len(OTHER_COLORS)]
+
+
+@lru_cache(maxsize=256)
+def step_color(step: int, most: int) -> str:
+    """Cividis for ordinal steps: 0 is the dark end, ``most`` the light one."""
+    (color,) = sample_colorscale("Cividis", [min(max(step, 0) / max(most, 1), 1.0)])
+    red, green, blue = (round(float(part)) for part in color.removeprefix("rgb(").removesuffix(")").split(","))
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def ink_on(color: str) -> str:
+    """Black or white, whichever reads better on a colour (by WCAG contrast)."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
+
+
+def three(value: float) -> str:
+    """Three significant digits, without an exponent where a person would write none; a dash for a missing number."""
+    if not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(float(f"{value:.2e}"))))
+    if -4 <= exponent < 6:
+        return f"{value:,.{max(2 - exponent, 0)}f}" if exponent < 3 else f"{float(f'{value:.2e}'):,.0f}"
+    return scientific(value)
+
+
+def scientific(value: float) -> str:
+    """``3.21×10¹²``."""
+    if not math.isfinite(value) or value == 0:
+        return "–" if not math.isfinite(value) else "0"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits}×10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def compact(value: float) -> str:
+    """Counts with a suffix: ``1.02 M``."""
+    if not math.isfinite(value):
+        return "–"
+    for unit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= unit:
+            return f"{three(value / unit)}{suffix}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``1:02:33``, or ``42 s`` below a minute."""
+    if not math.isfinite(seconds):
+        return "–"
+    return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Ticks of a logarithmic axis over ``low``..``high``: round numbers written in full, about eight at most."""
+    decades = math.log10(high / low) if high > low > 0 else 0.0
+    steps: tuple[float, ...]
+    if decades > 4:
+        steps = (1,)
+    elif decades > 1.5:
+        steps = (1, 3)
+    elif decades > 0.6:
+        steps = (1, 2, 3, 5)
+    else:
+        steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    start, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    values = [s * 10.0**e for e in range(start, end + 1) for s in steps if low * 0.999 <= s * 10.0**e <= high * 1.001]
+    return values, [_tick(value) for value in values]
+
+
+def _tick(value: float) -> str:
+    if 1e-2 <= value < 1e5:
+        return f"{value:,.6g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+    digits = digits.removesuffix(".0")
+    return power if digits == "1" else f"{digits}×{power}"

@@ -1,0 +1,132 @@
+// Tokens with their latent steps. Everything from the store reaches the page as text nodes: no HTML is ever built here.
+
+const make = (tag, className, text) => {
+  const element = document.createElement(tag)
+  if (className) element.className = className
+  if (text !== undefined) element.textContent = text
+  return element
+}
+
+const three = value => (value === null || value === undefined ? "–" : Number(value).toPrecision(3))
+const steps = count => (count === 1 ? "1 latent step" : `${count} latent steps`)
+
+const legend = data => {
+  const box = make("div", "legend")
+  box.append(make("span", "caption", "latent steps before the token"))
+  data.palette.forEach((color, step) => {
+    const count = data.tokens.filter(token => token.steps === step).length
+    const chip = make("span", "chip", String(step))
+    chip.style.backgroundColor = color.background
+    chip.style.color = color.ink
+    const share = data.tokens.length ? Math.round((100 * count) / data.tokens.length) : 0
+    const entry = make("span", "entry")
+    entry.append(chip, make("span", "share", `${share} %`))
+    box.append(entry)
+  })
+  return box
+}
+
+const bars = (data, title, masses) => {
+  const box = make("div", "bars")
+  box.append(make("div", "caption", title))
+  masses.forEach((mass, step) => {
+    const row = make("div", "bar")
+    const track = make("span", "track")
+    const fill = make("span", "fill")
+    fill.style.width = `${Math.max(0, Math.min(100, 100 * mass))}%`
+    fill.style.backgroundColor = data.palette[Math.min(step, data.most)].background
+    track.append(fill)
+    row.append(make("span", "step", String(step)), track, make("span", "value", three(mass)))
+    box.append(row)
+  })
+  return box
+}
+
+const describe = (data, panel, token, position) => {
+  panel.replaceChildren()
+  if (!token) {
+    panel.append(make("div", "hint", "Point at a token, or move through them with the arrow keys; Enter pins one."))
+    return
+  }
+  panel.append(make("div", "word", token.text))
+  const facts = make("dl", "facts")
+  const fact = (name, value) => facts.append(make("dt", "", name), make("dd", "", value))
+  fact("position", String(position))
+  fact("latent steps", `${token.steps} of ${data.most}`)
+  fact("expected", three(token.expected))
+  fact("NLL", `${three(token.nll)} nats`)
+  fact("probability", token.nll === null ? "–" : `${three(100 * Math.exp(-token.nll))} %`)
+  panel.append(facts)
+  if (token.exit.length) panel.append(bars(data, "exit: weight of each step in the output", token.exit))
+  if (token.reach.length) panel.append(bars(data, "reach: probability of getting there", token.reach))
+}
+
+export default function ({ data, parentElement }) {
+  const root = parentElement.querySelector(".halting")
+  if (!root || !data || root.dataset.shown === data.id) return
+  root.dataset.shown = data.id // the page runs this again on every update; what is on show stays as the reader left it
+
+  const body = make("div", "body")
+  const text = make("div", "text")
+  text.setAttribute("role", "listbox")
+  text.setAttribute("aria-label", "Tokens of the probe text with their latent steps")
+  const panel = make("aside", "panel")
+  panel.setAttribute("aria-live", "polite")
+  let pinned = -1
+
+  const elements = data.tokens.map((token, position) => {
+    const color = data.palette[Math.min(token.steps, data.most)]
+    const element = make("span", "token")
+    element.setAttribute("role", "option")
+    element.setAttribute("aria-label", `${token.text}, ${steps(token.steps)}, NLL ${three(token.nll)} nats`)
+    element.setAttribute("aria-selected", "false")
+    element.tabIndex = position === 0 ? 0 : -1 // one tab stop; arrows move inside
+    element.dataset.position = String(position)
+    element.style.backgroundColor = color.background
+    element.style.color = color.ink
+    element.append(make("span", "piece", token.text), make("span", "count", String(token.steps)))
+    return element
+  })
+  elements.forEach((element, position) => {
+    text.append(element)
+    if (data.tokens[position].break) text.append(make("span", "break"))
+  })
+  if (data.left_out > 0) text.append(make("div", "caption", `and ${data.left_out} tokens more, not shown`))
+
+  const show = position => describe(data, panel, data.tokens[position], position)
+  const pin = position => {
+    if (pinned >= 0) elements[pinned].setAttribute("aria-selected", "false")
+    pinned = pinned === position ? -1 : position
+    if (pinned >= 0) elements[pinned].setAttribute("aria-selected", "true")
+    show(position)
+  }
+  const at = event => {
+    const element = event.target.closest ? event.target.closest(".token") : null
+    return element ? Number(element.dataset.position) : -1
+  }
+  text.onmouseover = event => at(event) >= 0 && show(at(event))
+  text.onmouseleave = () => show(pinned)
+  text.addEventListener("focusin", event => at(event) >= 0 && show(at(event)))
+  text.onclick = event => at(event) >= 0 && pin(at(event))
+  text.onkeydown = event => {
+    const here = at(event)
+    const moves = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }
+    if (here < 0) return
+    if (event.key === "Enter" || event.key === " ") {
+      pin(here)
+      event.preventDefault()
+      return
+    }
+    const next =
+      event.key === "Home" ? 0 : event.key === "End" ? elements.length - 1 : here + (moves[event.key] ?? NaN)
+    if (!elements[next]) return
+    elements[here].tabIndex = -1
+    elements[next].tabIndex = 0
+    elements[next].focus()
+    event.preventDefault()
+  }
+
+  show(-1)
+  body.append(text, panel)
+  root.replaceChildren(legend(data), body)
+}
