@@ -1,0 +1,117 @@
+"""Configurations: refused with all their errors at once, round-tripped, and built the same from the same seed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from haltscale.model import (
+    METHODS,
+    SIZES,
+    AdaptiveOptions,
+    Method,
+    ModelConfig,
+    Shape,
+    VanillaOptions,
+    build_model,
+)
+from haltscale.model.language_model import canonical_name
+
+GOOD = ModelConfig(
+    method=Method.ADAPTIVE, shape=SIZES["0.6m"], vocab_size=64, context=32, options=AdaptiveOptions(lam=0.3)
+)
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_every_method_is_registered_and_its_defaults_build(method: Method) -> None:
+    entry = METHODS[method]
+    config = replace(GOOD, method=method, options=entry.options())
+    assert config.problems() == []
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert isinstance(build_model(config, seed=0), entry.model)
+
+
+def test_all_errors_at_once() -> None:
+    bad = replace(
+        GOOD,
+        shape=Shape(layers=0, d=64, heads=2, kv_heads=2, ffn=-3),
+        vocab_size=0,
+        options=AdaptiveOptions(lam=-1, tau=2.0, l_max=True, beta=float("nan")),
+        rope_theta=0.5,
+        tie_embeddings=1,  # type: ignore[arg-type]
+    )
+    with pytest.raises(ValueError, match="lam") as caught:
+        build_model(bad, seed=0)
+    lines = str(caught.value).splitlines()
+    fields = ["lam", "tau", "l_max", "beta"]
+    for field in [f"options.{name}" for name in fields] + [
+        "shape.layers",
+        "shape.ffn",
+        "vocab_size",
+        "rope_theta",
+        "tie_embeddings",
+    ]:
+        assert sum(line.startswith(f"{field} = ") and "must be" in line for line in lines) == 1, field
+    assert len(lines) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"heads": 3, "kv_heads": 3}, "shape.heads = 3: must divide shape.d = 64"),
+        ({"heads": 64, "kv_heads": 64}, "shape.heads = 64: the head dimension 1 must be even (rotary pairs)"),
+        ({"heads": 4, "kv_heads": 3}, "shape.kv_heads = 3: must divide shape.heads = 4"),
+    ],
+)
+def test_impossible_shapes(changes: dict[str, int], problem: str) -> None:
+    assert replace(GOOD, shape=replace(GOOD.shape, **changes)).problems() == [problem]
+
+
+def test_options_of_another_method() -> None:
+    assert replace(GOOD, options=VanillaOptions()).problems() == [
+        "options = VanillaOptions: method adaptive takes AdaptiveOptions"
+    ]
+
+
+def test_unknown_keys_are_errors_with_a_suggestion() -> None:
+    data = GOOD.to_dict()
+    data["vocabsize"] = data.pop("vocab_size")
+    data["options"]["lmax"] = 3
+    with pytest.raises(ValueError, match="unknown") as caught:
+        ModelConfig.from_dict(data)
+    assert str(caught.value).splitlines() == [
+        "vocabsize: unknown; did you mean 'vocab_size'?",
+        "vocab_size: missing",
+        "options.lmax: unknown; did you mean 'l_max'?",
+    ]
+    with pytest.raises(ValueError, match="did you mean 'adaptive'"):
+        ModelConfig.from_dict(GOOD.to_dict() | {"method": "adaptve"})
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {canonical_name(name): value for name, value in model.named_parameters()}
+
+
+def test_the_seed_alone_decides_the_initial_weights() -> None:
+    torch.manual_seed(1)
+    one = weights(build_model(GOOD, seed=5))
+    torch.manual_seed(2)
+    two, other = weights(build_model(GOOD, seed=5)), weights(build_model(GOOD, seed=6))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["stack.blocks.0.qkv.weight"], other["stack.blocks.0.qkv.weight"])
+
+
+def test_methods_share_their_initial_weights() -> None:
+    plain = weights(build_model(replace(GOOD, method=Method.VANILLA, options=VanillaOptions()), seed=5))
+    adaptive = weights(build_model(GOOD, seed=5))
+    assert set(plain) <= set(adaptive)
+    assert all(torch.equal(plain[name], adaptive[name]) for name in plain)
+
+
+def test_inputs_have_unit_scale(tiny: Callable) -> None:
+    model = build_model(GOOD, seed=0)
+    vectors = model.embed(torch.arange(64))
+    assert float(vectors.pow(2).mean().sqrt()) == pytest.approx(1.0, abs=0.05)
+    assert float(model.embedding.weight.std()) == pytest.approx((2 / (5 * 64)) ** 0.5, rel=0.05)

@@ -1,0 +1,85 @@
+"""The backbone against the definition and against transformers' Llama."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from haltscale.model import Method, VanillaOptions
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def test_forward_and_gradients_equal_the_definition(tiny: Callable, batch: Callable, oracle: ModuleType) -> None:
+    model = tiny(Method.VANILLA, VanillaOptions())
+    tokens, targets = batch(2, 7)
+    loss, logits, _ = oracle.batch_loss(model, oracle.vanilla_sequence, tokens.tolist(), targets.tolist())
+    out = model(tokens, targets, return_logits=True)
+    torch.testing.assert_close(out.logits_BTV, torch.stack(logits), atol=1e-9, rtol=0)
+    parameters = list(model.parameters())
+    for mine, theirs in zip(
+        torch.autograd.grad(out.loss, parameters), torch.autograd.grad(loss, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
+
+
+def as_llama(model: Any) -> LlamaForCausalLM:
+    """transformers' Llama with the same weights."""
+    config, shape = model.config, model.config.shape
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=shape.d,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=False,
+        )
+    )
+    q, kv = shape.d, shape.kv_heads * shape.head_dim
+    weights = {
+        "model.embed_tokens.weight": model.embedding.weight,
+        "model.norm.weight": model.stack.final_norm.weight,
+        "lm_head.weight": model.head.weight,
+    }
+    for i, block in enumerate(model.stack.blocks):
+        parts = dict(zip("qkv", block.qkv.weight.split((q, kv, kv)), strict=True))
+        gate, up = block.gate_up.weight.chunk(2)
+        weights |= {f"model.layers.{i}.self_attn.{name}_proj.weight": part for name, part in parts.items()}
+        weights |= {
+            f"model.layers.{i}.self_attn.o_proj.weight": block.out.weight,
+            f"model.layers.{i}.mlp.gate_proj.weight": gate,
+            f"model.layers.{i}.mlp.up_proj.weight": up,
+            f"model.layers.{i}.mlp.down_proj.weight": block.down.weight,
+            f"model.layers.{i}.input_layernorm.weight": block.attention_norm.weight,
+            f"model.layers.{i}.post_attention_layernorm.weight": block.mlp_norm.weight,
+        }
+    llama.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
+    return llama
+
+
+def test_equals_transformers_llama(tiny: Callable, batch: Callable) -> None:
+    model = tiny(Method.VANILLA, VanillaOptions(), dtype=torch.float32, embedding_scale=False)
+    llama = as_llama(model)
+    tokens, targets = batch(3, 20)
+    out = model(tokens, targets, return_logits=True)
+    theirs = llama(input_ids=tokens, labels=targets, shift_labels=targets)
+    torch.testing.assert_close(out.logits_BTV, theirs.logits, atol=1e-4, rtol=0)
+    assert out.loss.item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+    out.loss.backward()
+    theirs.loss.backward()
+    torch.testing.assert_close(model.embedding.weight.grad, llama.model.embed_tokens.weight.grad, atol=1e-5, rtol=1e-4)
+    for mine, other in zip(model.stack.blocks, llama.model.layers, strict=True):
+        grad = torch.cat([getattr(other.self_attn, f"{name}_proj").weight.grad for name in "qkv"])
+        torch.testing.assert_close(mine.qkv.weight.grad, grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.down.weight.grad, other.mlp.down_proj.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_context_is_a_limit(tiny: Callable, batch: Callable) -> None:
+    tokens, _ = batch(1, 65)
+    with pytest.raises(ValueError, match="65 tokens: the model's context is 64"):
+        tiny(Method.VANILLA, VanillaOptions())(tokens)
