@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import streamlit as st
-from haltscale.dashboard import shell
+from haltscale.dashboard import shell, style
 
 st.set_page_config(page_title="haltscale", page_icon=":material/hourglass_top:", layout="wide")
+
+st.logo(style.WORDMARK, size="large")
 
 entries = shell.pages(Path(__file__).parent / "app_pages")
 page = st.navigation(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -82,7 +83,7 @@ NUMBERS = (
     *OPTIONS,
     *SHARED,
     *("seed", "tokens", "tokens_done", "parameters", "loss_standard_error", "passes", "wall_seconds"),
-    *("tokens_per_second", "step", "steps", "seconds_left", "well_steps", "badly_steps"),
+    *("tokens_per_second", "step", "steps", "seconds_left", "well_steps", "badly_steps", "rank"),
 )
 
 
@@ -91,7 +92,7 @@ NUMBERS = (
 
 def number(value: object) -> float:
     """A finite number, or NaN for anything else (null, text, a list, infinity)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Reals too
         return math.nan
     return float(value) if math.isfinite(value) else math.nan
 
@@ -178,6 +179,9 @@ def probe(store: RunStore, study: str, key: str, step: int) -> pd.DataFrame:
     if missing:
         raise StoreError(f"{path} lacks the columns {', '.join(sorted(missing))}")
     events["steps"] = pd.to_numeric(events["steps"], errors="coerce").fillna(0).astype(int)
+    for name in ("expected_steps", "reach", "exit"):
+        if name not in events:
+            events[name] = None
     return events
 
 
@@ -185,7 +189,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
     """One run as one row. Numbers come from its record, else from its last evaluation with a finite loss."""
     identity = mapping(view.spec.get("identity")) or mapping(view.record.get("identity"))
     options, record, status = mapping(identity.get("options")), view.record, view.status
-    last: Mapping[str, Any] = {}
+    last: Mapping[Any, Any] = {}
     if "loss" in evaluated:
         finite = evaluated[evaluated["loss"].notna()]
         last = finite.iloc[-1].to_dict() if len(finite) else {}
@@ -218,6 +222,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "step": number(record.get("steps") if record else status.get("step")),
         "steps": number(record.get("steps") if record else status.get("steps")),
         "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
+        "rank": 0.0,
         "well_steps": number(halting.get("well_predicted_mean_steps")),
         "badly_steps": number(halting.get("badly_predicted_mean_steps")),
         "steps_histogram": fractions(record.get("steps_histogram") if record else last.get("steps_histogram")),
@@ -288,6 +293,8 @@ def load_study(store: RunStore, name: str) -> StudyView:
     frame = pd.DataFrame(rows) if rows else empty_runs()
     frame["label"] = _unique(frame["label"], frame["key"])
     frame["series"] = series_names(frame)
+    # A series keeps its dash and marker whatever the filters leave of the others.
+    frame["rank"] = pd.factorize(frame["series"])[0].astype(float)
     problems = tuple(Problem(where=view.key, what=view.problem) for view in views if view.problem)
     return StudyView(
         name=name,
@@ -349,5 +356,21 @@ def select(
 
 def plotted(runs: pd.DataFrame, kind: FlopsKind) -> pd.DataFrame:
     """The runs that have a place in the scaling figure: a finite perplexity and a positive count of FLOPs."""
-    flops = f"flops_{kind}"
-    return runs[runs["perplexity"].gt(0) & runs[flops].gt(0) & (runs["state"] != "damaged")]
+    return runs[runs["perplexity"].gt(0) & runs[f"flops_{kind}"].gt(0) & sound(runs)]
+
+
+def best(runs: pd.DataFrame) -> pd.Series | None:
+    """The run with the lowest perplexity, if any has one."""
+    known = runs.dropna(subset="perplexity").sort_values("perplexity", kind="stable")
+    return known.iloc[0] if len(known) else None
+
+
+def sound(runs: pd.DataFrame) -> pd.Series:
+    """Which runs may be drawn at all: diverged and damaged ones are listed, not drawn."""
+    return ~runs["state"].isin(["diverged", "damaged"])
+
+
+def thinking(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with a distribution of latent steps that is not all zeros by construction."""
+    counted = runs[sound(runs) & (runs["steps_histogram"].map(len) > 0)]
+    return counted[counted["l_max"].gt(0) | counted["mean_steps"].gt(0)]

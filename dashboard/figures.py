@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from haltscale.dashboard import style
-from haltscale.dashboard.data import FlopsKind, plotted, size_order
+from haltscale.dashboard.data import FlopsKind, best, plotted, size_order
 from plotly.subplots import make_subplots
 
 MOST_POINTS = 10_000
@@ -36,11 +36,6 @@ def _hover(run: pd.Series, kind: FlopsKind) -> str:
     return "<br>".join(lines)
 
 
-def _series(runs: pd.DataFrame) -> list[str]:
-    """Series in a fixed order: the study's own."""
-    return list(dict.fromkeys(runs["series"]))
-
-
 def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
     """Validation perplexity against training FLOPs, log-log: a line per series through the sizes, a marker per run.
 
@@ -49,16 +44,14 @@ def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
     """
     figure = go.Figure()
     shown, flops = plotted(runs, kind), f"flops_{kind}"
-    for index, name in enumerate(_series(runs)):
-        members = shown[shown["series"] == name]
-        if members.empty:
-            continue
+    for name, members in shown.groupby("series", sort=False):
+        index = int(members["rank"].iloc[0])
         color = style.method_color(str(members["method"].iloc[0]))
         dash = style.DASHES[index % len(style.DASHES)]
         marker = style.MARKERS[index % len(style.MARKERS)]
         finished = members[members["state"] == "finished"]
-        means = finished.assign(x=np.log(finished[flops]), y=np.log(finished["perplexity"]))
-        means = np.exp(means.groupby(["size", "tokens"], dropna=False)[["x", "y"]].mean()).sort_values("x")
+        logs = finished.assign(x=np.log(finished[flops]), y=np.log(finished["perplexity"]))
+        means = logs.groupby(["size", "tokens"], dropna=False)[["x", "y"]].mean().map(math.exp).sort_values("x")
         line = {"color": color, "dash": dash, "width": 2}
         figure.add_scatter(
             x=means["x"], y=means["y"], mode="lines", line=line, legendgroup=name, showlegend=False, hoverinfo="skip"
@@ -85,7 +78,7 @@ def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
             x=[None],
             y=[None],
             mode="lines+markers",
-            name=html.escape(name),
+            name=html.escape(str(name)),
             line=line,
             marker={"color": color, "symbol": marker if len(finished) else f"{marker}-open", "size": 10},
             legendgroup=name,
@@ -99,10 +92,12 @@ def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
 def _name_sizes(figure: go.Figure, shown: pd.DataFrame, flops: str) -> None:
     """Write each size's name once, under its best run."""
     for size, members in shown.groupby("size"):
-        best = members.loc[members["perplexity"].idxmin()]
+        lowest = best(members)
+        if lowest is None:
+            continue
         figure.add_annotation(
-            x=math.log10(best[flops]),
-            y=math.log10(best["perplexity"]),
+            x=math.log10(lowest[flops]),
+            y=math.log10(lowest["perplexity"]),
             text=html.escape(str(size)),
             showarrow=False,
             yshift=-18,
@@ -124,7 +119,7 @@ def _log_axis(figure: go.Figure, axis: str, values: pd.Series, title: str) -> No
 def steps_share(runs: pd.DataFrame) -> go.Figure:
     """Share of tokens by executed latent steps, a bar per run, with the mean written at its end."""
     shown = runs[runs["steps_histogram"].map(len) > 0]
-    shown = shown.assign(order=shown["size"].map(size_order)).sort_values("order", kind="stable")
+    shown = shown.assign(order=shown["size"].map(size_order)).sort_values(["order", "lam"], kind="stable")
     most = max((len(histogram) for histogram in shown["steps_histogram"]), default=1) - 1
     figure = go.Figure()
     labels = [_short(label) for label in shown["label"]]
@@ -149,7 +144,7 @@ def steps_share(runs: pd.DataFrame) -> go.Figure:
             figure.add_annotation(
                 x=101, y=label, text=f"mean {style.three(mean)}", showarrow=False, xanchor="left", font={"size": 12}
             )
-    figure.update_layout(barmode="stack", bargap=0.25)
+    figure.update_layout(barmode="stack", bargap=0.25, legend={"traceorder": "normal"})
     figure.update_xaxes(title="share of validation tokens, %", range=[0, 112], tickvals=[0, 25, 50, 75, 100])
     figure.update_yaxes(autorange="reversed", automargin=True)
     return _layout(figure, height=130 + 38 * max(len(shown), 1), legend_title="latent steps before the token")
@@ -174,7 +169,7 @@ def steps_over_training(rows: pd.DataFrame) -> go.Figure:
                 fillcolor=color,
                 hovertemplate=_steps(step) + ": %{y:.3g} %<extra></extra>",
             )
-    figure.update_layout(hovermode="x unified")
+    figure.update_layout(hovermode="x unified", legend={"traceorder": "normal"})
     figure.update_xaxes(title="tokens trained on", tickformat=".3~s")
     figure.update_yaxes(title="share of tokens, %", range=[0, 100])
     return _layout(figure, height=380, legend_title="latent steps")
@@ -183,7 +178,7 @@ def steps_over_training(rows: pd.DataFrame) -> go.Figure:
 def easy_and_hard(runs: pd.DataFrame) -> go.Figure:
     """Mean latent steps on well- and badly-predicted tokens, one pair per run."""
     shown = runs.dropna(subset=["well_steps", "badly_steps"])
-    shown = shown.assign(order=shown["size"].map(size_order)).sort_values("order", kind="stable")
+    shown = shown.assign(order=shown["size"].map(size_order)).sort_values(["order", "lam"], kind="stable")
     labels = [_short(label) for label in shown["label"]]
     figure = go.Figure()
     for label, well, badly in zip(labels, shown["well_steps"], shown["badly_steps"], strict=True):
@@ -215,12 +210,13 @@ def easy_and_hard(runs: pd.DataFrame) -> go.Figure:
 def nll_by_steps(events: pd.DataFrame) -> go.Figure:
     """How hard the tokens were (NLL) by the latent steps they got: a box per number of steps, quartiles and 5–95 %."""
     figure = go.Figure()
+    most = most_steps(events)
     events = events.assign(nll=pd.to_numeric(events["nll"], errors="coerce")).dropna(subset="nll")
-    most = int(events["steps"].max()) if len(events) else 0
     names = []
-    for step, group in events.groupby("steps"):
+    for step in sorted(set(events["steps"].astype(int).tolist())):
+        group = events[events["steps"] == step]
         low, q1, median, q3, high = np.percentile(group["nll"], [5, 25, 50, 75, 95])
-        color = style.step_color(int(step), most)
+        color = style.step_color(step, most)
         names.append(f"{step}<br><span style='font-size:11px'>{len(group)} tokens</span>")
         figure.add_box(
             x=[names[-1]],
@@ -230,14 +226,47 @@ def nll_by_steps(events: pd.DataFrame) -> go.Figure:
             lowerfence=[low],
             upperfence=[high],
             mean=[group["nll"].mean()],
-            name=_steps(int(step)),
+            name=_steps(step),
             fillcolor=color,
             line={"color": MUTED, "width": 2},
             showlegend=False,
         )
     figure.update_xaxes(title="latent steps before the token", type="category")
     figure.update_yaxes(title="NLL of the token, nats", rangemode="tozero")
-    return _layout(figure, height=380)
+    return _layout(figure, height=340, top=16)
+
+
+def steps_by_nll(events: pd.DataFrame, groups: int = 5) -> go.Figure:
+    """Mean latent steps of the probe's tokens, from the best to the worst predicted fifth, with a standard error."""
+    figure = go.Figure()
+    events = events.assign(nll=pd.to_numeric(events["nll"], errors="coerce")).dropna(subset="nll").sort_values("nll")
+    parts = [part for part in np.array_split(np.arange(len(events)), groups) if len(part)]
+    means, errors, names = [], [], []
+    for part in parts:
+        group = events.iloc[part]
+        means.append(float(group["steps"].mean()))
+        errors.append(float(group["steps"].std(ddof=1) / math.sqrt(len(group))) if len(group) > 1 else 0.0)
+        names.append(f"{style.three(group['nll'].iloc[0])}<br>to {style.three(group['nll'].iloc[-1])}")
+    figure.add_bar(
+        x=names,
+        y=means,
+        error_y={"type": "data", "array": errors, "color": MUTED, "thickness": 1.5},
+        marker={"color": style.method_color("adaptive")},
+        text=[style.three(mean) for mean in means],
+        textposition="inside",
+        insidetextanchor="start",
+        textfont={"color": "#ffffff"},
+        hovertemplate="NLL %{x} nats: %{y:.3g} latent steps<extra></extra>",
+    )
+    figure.update_xaxes(title="NLL of the token, nats (fifths of the probe)", type="category")
+    figure.update_yaxes(title="mean latent steps", rangemode="tozero")
+    return _layout(figure, height=340, top=16)
+
+
+def most_steps(events: pd.DataFrame) -> int:
+    """The most latent steps that the probe's tokens could take, which sets the colour scale."""
+    widths = events["exit"].map(lambda masses: len(masses) - 1 if hasattr(masses, "__len__") else 0)
+    return int(max(events["steps"].max(), widths.max())) if len(events) else 0
 
 
 def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.Figure:
@@ -247,7 +276,7 @@ def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.
         ("mean_steps", "latent steps per token"),
         ("tokens_per_second", "tokens/s"),
     )
-    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.5, 0.27, 0.23])
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[0.5, 0.27, 0.23])
     shown = runs[runs["key"].isin(metrics)]
     most = MOST_POINTS // max(3 * len(shown), 1)
     for index, (_, run) in enumerate(shown.iterrows()):
@@ -294,10 +323,10 @@ def _short(label: str) -> str:
     return html.escape(label if len(label) <= 48 else f"{label[:47]}…")
 
 
-def _layout(figure: go.Figure, *, height: int, legend_title: str = "") -> go.Figure:
+def _layout(figure: go.Figure, *, height: int, legend_title: str = "", top: int = 56) -> go.Figure:
     figure.update_layout(
         height=height,
-        margin={"l": 8, "r": 8, "t": 56, "b": 8},
+        margin={"l": 8, "r": 8, "t": top, "b": 8},
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "title": {"text": legend_title}},
         hoverlabel={"align": "left"},
         uirevision="keep",  # a live update keeps the reader's zoom

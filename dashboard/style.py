@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
 from functools import lru_cache
 
 from plotly.colors import sample_colorscale
@@ -42,6 +41,19 @@ STATE_ICONS = {
     "diverged": ":material/trending_up:",
     "damaged": ":material/broken_image:",
 }
+
+WORDMARK = """<svg xmlns="http://www.w3.org/2000/svg" width="188" height="34" viewBox="0 0 188 34">
+<g fill="#2f86c1">
+<rect x="2" y="20" width="6" height="10" rx="1.5"/>
+<rect x="11" y="13" width="6" height="17" rx="1.5"/>
+<rect x="20" y="4" width="6" height="26" rx="1.5"/>
+</g>
+<rect x="29" y="4" width="6" height="26" rx="1.5" fill="none" stroke="#2f86c1" stroke-width="1.6"
+ stroke-dasharray="3 2.4"/>
+<text x="46" y="26" font-family="'Source Sans 3','Source Sans Pro',system-ui,sans-serif" font-size="24"
+ font-weight="700" fill="#2f86c1">haltscale</text>
+</svg>"""
+"""Three steps taken and one left out; one blue that reads on light and dark pages alike."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -98,10 +110,14 @@ def compact(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``1:02:33``, or ``42 s`` below a minute."""
+    """``42 s``, ``4 min 10 s``, ``2 h 05 min``."""
     if not math.isfinite(seconds):
         return "–"
-    return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:

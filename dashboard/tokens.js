@@ -44,10 +44,7 @@ const bars = (data, title, masses) => {
 
 const describe = (data, panel, token, position) => {
   panel.replaceChildren()
-  if (!token) {
-    panel.append(make("div", "hint", "Point at a token, or move through them with the arrow keys; Enter pins one."))
-    return
-  }
+  if (!token) return
   panel.append(make("div", "word", token.text))
   const facts = make("dl", "facts")
   const fact = (name, value) => facts.append(make("dt", "", name), make("dd", "", value))
@@ -105,7 +102,7 @@ export default function ({ data, parentElement }) {
     return element ? Number(element.dataset.position) : -1
   }
   text.onmouseover = event => at(event) >= 0 && show(at(event))
-  text.onmouseleave = () => show(pinned)
+  text.onmouseleave = () => (pinned >= 0 ? show(pinned) : opening())
   text.addEventListener("focusin", event => at(event) >= 0 && show(at(event)))
   text.onclick = event => at(event) >= 0 && pin(at(event))
   text.onkeydown = event => {
@@ -126,7 +123,17 @@ export default function ({ data, parentElement }) {
     event.preventDefault()
   }
 
-  show(-1)
+  // Before the reader points at anything, the panel explains the hardest of the tokens that were thought about most.
+  let telling = 0
+  data.tokens.forEach((token, position) => {
+    const best = data.tokens[telling]
+    if (token.steps > best.steps || (token.steps === best.steps && (token.nll ?? 0) > (best.nll ?? 0))) telling = position
+  })
+  const opening = () => {
+    show(telling)
+    panel.append(make("div", "hint", "Point at a token, or move through them with the arrow keys; Enter pins one."))
+  }
+  opening()
   body.append(text, panel)
   root.replaceChildren(legend(data), body)
 }

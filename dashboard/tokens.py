@@ -6,6 +6,7 @@ and the component puts it on the page as text, never as HTML.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +18,7 @@ import pandas as pd
 import streamlit as st
 from haltscale.dashboard import style
 from haltscale.dashboard.data import number
+from haltscale.dashboard.figures import most_steps
 
 MOST_TOKENS = 2_000
 """Tokens shown at once: beyond this a browser gets slow, and nobody reads on."""
@@ -37,10 +39,8 @@ def visible(text: object) -> str:
         elif char == " ":
             # A space at a token's edge is part of the token; inside it is only a space.
             shown.append("·" if position in (0, len(text) - 1) else " ")
-        elif ord(char) < 0x20:
-            shown.append(chr(0x2400 + ord(char)))  # Unicode's control pictures
-        elif ord(char) == 0x7F:
-            shown.append("␡")
+        elif ord(char) < 0x20 or ord(char) == 0x7F:
+            shown.append(f"\\x{ord(char):02x}")
         elif unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"):
             shown.append(f"\\u{ord(char):04x}")
         elif unicodedata.combining(char) and position == 0:
@@ -54,33 +54,28 @@ def _masses(value: object) -> list[float]:
     """A list of masses as plain numbers; parquet hands out numpy arrays."""
     if not isinstance(value, list | tuple | np.ndarray):
         return []
-    return [round(number(float(mass)), 5) if np.isfinite(mass) else 0.0 for mass in value]
+    masses = [number(mass) for mass in value]
+    return [0.0 if math.isnan(mass) else round(mass, 5) for mass in masses]
 
 
 def payload(events: pd.DataFrame, *, identifier: str) -> dict[str, Any]:
     """What the component is given: JSON only, numbers rounded to what is shown."""
     shown = events.head(MOST_TOKENS)
-    reach = shown["reach"] if "reach" in shown else pd.Series([None] * len(shown), index=shown.index)
-    leave = shown["exit"] if "exit" in shown else pd.Series([None] * len(shown), index=shown.index)
-    expected = (
-        shown["expected_steps"] if "expected_steps" in shown else pd.Series([None] * len(shown), index=shown.index)
-    )
     tokens = []
-    for text, steps, nll, mean, r, x in zip(
-        shown["text"], shown["steps"], shown["nll"], expected, reach, leave, strict=True
-    ):
+    columns = ("text", "steps", "nll", "expected_steps", "reach", "exit")
+    for text, steps, nll, expected, reach, leave in zip(*(shown[name] for name in columns), strict=True):
         tokens.append(
             {
                 "text": visible(text),
                 "break": isinstance(text, str) and "\n" in text,
                 "steps": int(steps),
                 "nll": _rounded(nll),
-                "expected": _rounded(mean),
-                "reach": _masses(r),
-                "exit": _masses(x),
+                "expected": _rounded(expected),
+                "reach": _masses(reach),
+                "exit": _masses(leave),
             }
         )
-    most = max([token["steps"] for token in tokens] + [len(token["exit"]) - 1 for token in tokens] + [0])
+    most = most_steps(shown)
     colors = [style.step_color(step, most) for step in range(most + 1)]
     return {
         "id": identifier,
@@ -93,11 +88,8 @@ def payload(events: pd.DataFrame, *, identifier: str) -> dict[str, Any]:
 
 def _rounded(value: object) -> float | None:
     """A number for JSON, which knows no NaN."""
-    try:
-        found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return round(found, 4) if np.isfinite(found) else None
+    found = number(value)
+    return None if math.isnan(found) else round(found, 4)
 
 
 @cache

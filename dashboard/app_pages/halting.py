@@ -1,5 +1,6 @@
 """Where the thinking went: latent steps per run, over training, and on easy against hard tokens."""
 
+import pandas as pd
 import streamlit as st
 from haltscale.dashboard import data, figures, shell
 from haltscale.dashboard.data import StudyView
@@ -11,11 +12,11 @@ ORDER = 2
 
 def body(view: StudyView) -> None:
     shell.heading(view, "Where the thinking went")
-    runs = view.runs
-    counted = runs[runs["steps_histogram"].map(len) > 0]
+    counted = data.thinking(view.runs)
     if counted.empty:
         st.info(
-            "No run has reported its halting yet. The distribution of latent steps appears with the first evaluation.",
+            "No run that may think has reported its halting yet. The distribution of latent steps appears with the "
+            "first evaluation.",
             icon=":material/hourglass_empty:",
         )
         return
@@ -27,23 +28,31 @@ def body(view: StudyView) -> None:
             config=shell.PLOTLY,
             alt=f"Share of validation tokens by latent steps in {len(counted)} runs",
         )
-        st.caption("Validation tokens; a run that is not finished stands at its last evaluation.")
+        st.caption(
+            "Validation tokens, by the latent steps that ran before the token was emitted. A run that is not finished "
+            "stands at its last evaluation; runs that cannot think are left out."
+        )
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
-        over_training(view, list(counted["key"]))
+        over_training(view, counted)
     with right, st.container(border=True, height="stretch"):
-        easy_and_hard(view)
+        easy_and_hard(counted)
     shell.honest(view)
 
 
-def over_training(view: StudyView, keys: list[str]) -> None:
+def over_training(view: StudyView, counted: pd.DataFrame) -> None:
     """The distribution of steps as training goes on, of one run."""
     st.subheader("How halting changed in training", anchor=False)
-    labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
-    thinking = view.runs[view.runs["l_max"].gt(0) & view.runs["key"].isin(keys)]
-    first = keys.index(str(thinking["key"].iloc[-1])) if len(thinking) else 0
+    labels = dict(zip(counted["key"], counted["label"], strict=True))
+    keys = list(labels)
+    finished = [index for index, state in enumerate(counted["state"]) if state == "finished"]
     key = st.selectbox(
-        "Run", keys, index=first, format_func=lambda key: labels.get(key, key), key="halting-run", bind="query-params"
+        "Run",
+        keys,
+        index=finished[0] if finished else 0,
+        format_func=lambda key: labels.get(key, key),
+        key="halting-run",
+        bind="query-params",
     )
     shelf = shell.store()
     rows, source = data.evaluations(shelf, view.name, key), "validation tokens at each evaluation"
@@ -61,11 +70,10 @@ def over_training(view: StudyView, keys: list[str]) -> None:
     st.caption(f"Shares of {source}.")
 
 
-def easy_and_hard(view: StudyView) -> None:
+def easy_and_hard(counted: pd.DataFrame) -> None:
     """Whether the steps went to the tokens that are hard."""
     st.subheader("Easy against hard tokens", anchor=False)
-    known = view.runs.dropna(subset=["well_steps", "badly_steps"])
-    known = known[known["l_max"].gt(0)]
+    known = counted.dropna(subset=["well_steps", "badly_steps"])
     if known.empty:
         st.info(
             "Finished runs that may think show here what easy and hard tokens got.", icon=":material/hourglass_empty:"

@@ -5,35 +5,43 @@ import math
 import pandas as pd
 import streamlit as st
 from haltscale.dashboard import data, figures, shell, style
-from haltscale.dashboard.data import StudyView
+from haltscale.dashboard.data import StudyView, size_order
 
 TITLE = "Runs"
 ICON = ":material/monitoring:"
 ORDER = 4
 MOST_CURVES = 12
+ORDER_OF_STATES = ["running", "stalled", "failed"]
 
 
 def body(view: StudyView) -> None:
     shell.heading(view, "Runs")
     runs = view.runs
-    for state in ("running", "stalled", "failed", "diverged", "damaged"):
-        for _, run in runs[runs["state"] == state].iterrows():
+    going = runs[runs["state"].isin(["running", "stalled", "failed"])]
+    if len(going):
+        with st.grid(2):
+            for _, run in going.sort_values("state", key=lambda states: states.map(ORDER_OF_STATES.index)).iterrows():
+                card(run)
+    curves(view)
+    apart = runs[runs["state"].isin(["diverged", "damaged"])]
+    if len(apart):
+        st.subheader("Listed, not drawn", anchor=False)
+        for _, run in apart.iterrows():
             card(run)
     planned = runs[runs["state"] == "planned"]
     if len(planned):
         with st.expander(f"{len(planned)} planned, not begun", icon=style.STATE_ICONS["planned"]):
             st.markdown("\n".join(f"- {shell.plain(label)}" for label in planned["label"]))
-    curves(view)
 
 
 def card(run: pd.Series) -> None:
     """One run that is not finished: how far it is, or what stopped it."""
     state = str(run["state"])
-    with st.container(border=True, gap="small"):
+    with st.container(border=True, gap="small", height="stretch"):
         st.markdown(
             f":{style.STATE_COLORS[state]}-badge[{style.STATE_ICONS[state]} {state}] **{shell.plain(run['label'])}**"
         )
-        if math.isfinite(run["step"]) and run["steps"] > 0:
+        if state in ORDER_OF_STATES and math.isfinite(run["step"]) and run["steps"] > 0:
             st.progress(min(max(run["step"] / run["steps"], 0.0), 1.0), text=progress_text(run))
         if run["note"]:
             st.code(run["note"], language=None, wrap_lines=True)
@@ -54,8 +62,10 @@ def curves(view: StudyView) -> None:
     """Training curves of the chosen runs."""
     labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
     st.subheader("Training curves", anchor=False)
-    running = list(view.runs.loc[view.runs["state"].isin(["running", "stalled", "failed"]), "key"])
-    begun = list(view.runs.loc[view.runs["state"] != "planned", "key"])
+    begun = list(view.runs.loc[~view.runs["state"].isin(["planned", "damaged"]), "key"])
+    if not begun:
+        st.info("No run has begun yet.", icon=":material/hourglass_empty:")
+        return
     chosen = st.multiselect(
         "Runs",
         begun,
@@ -63,9 +73,9 @@ def curves(view: StudyView) -> None:
         key="curves",
         bind="query-params",
         max_selections=MOST_CURVES,
-        placeholder="All of them" if len(begun) <= MOST_CURVES else "Those being trained, or the first of the study",
+        placeholder="Those being trained, else the largest size",
     )
-    chosen = chosen or (begun if len(begun) <= MOST_CURVES else (running or begun)[:MOST_CURVES])
+    chosen = chosen or suggested(view.runs, begun)
     shelf = shell.store()
     found = {key: data.metrics(shelf, view.name, key) for key in chosen}
     silent = [labels[key] for key, rows in found.items() if rows.empty]
@@ -82,6 +92,14 @@ def curves(view: StudyView) -> None:
         st.info("No run has logged a training step yet.", icon=":material/hourglass_empty:")
     if silent:
         st.caption(f":material/sensors_off: No training metrics: {shell.plain(', '.join(silent))}.")
+
+
+def suggested(runs: pd.DataFrame, begun: list[str]) -> list[str]:
+    """The runs to draw when none is chosen: those being trained, else those of the largest size, which are few."""
+    known = runs[runs["key"].isin(begun)]
+    running = known[known["state"] == "running"]
+    largest = known[known["size"].map(size_order) == known["size"].map(size_order).max()]
+    return [str(key) for key in (running if len(running) else largest)["key"][:MOST_CURVES]]
 
 
 shell.live(body)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import streamlit as st
-from haltscale.dashboard import figures, shell, style
+from haltscale.dashboard import data, figures, shell, style
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
 
 TITLE = "Scaling"
@@ -44,7 +44,7 @@ def summary(view: StudyView, kind: FlopsKind) -> None:
         st.metric(
             "Runs finished", f"{int((runs['state'] == 'finished').sum())} of {len(runs)}", border=True, height="stretch"
         )
-        best = finished.loc[finished["perplexity"].idxmin()] if len(finished) else None
+        best = data.best(finished)
         st.metric(
             "Lowest perplexity",
             style.three(best["perplexity"]) if best is not None else "–",
@@ -81,7 +81,7 @@ def chart(view: StudyView, kind: FlopsKind) -> None:
         return
     figure = figures.scaling(view.runs, kind)
     with st.container(border=True):
-        best = shown.loc[shown["perplexity"].idxmin()]
+        best = shown.sort_values("perplexity").iloc[0]
         st.plotly_chart(
             figure,
             key="scaling",
@@ -89,12 +89,12 @@ def chart(view: StudyView, kind: FlopsKind) -> None:
             alt=f"Perplexity against {kind} training FLOPs of {len(shown)} runs; "
             f"lowest {style.three(best['perplexity'])} for {best['label']}",
         )
-        left, right = st.columns([4, 1], vertical_alignment="center")
+        left, right = st.columns([5, 1], vertical_alignment="center")
         left.caption(
             "Each line is a method through its sizes, each marker a run; hollow markers are runs without a result yet, "
             "at their last evaluation. Lower and further left is better."
         )
-        with right:
+        with right, st.container(horizontal_alignment="right"):
             shell.download(
                 "Figure",
                 lambda: figures.as_html(figure, f"{view.name}: perplexity against {kind} training FLOPs"),
@@ -124,11 +124,11 @@ def table(view: StudyView, kind: FlopsKind) -> None:
         "wall_seconds": number("Wall time, s", format="%d"),
         "tokens_per_second": number("Tokens/s", format="compact"),
     }
-    left, right = st.columns([4, 1], vertical_alignment="bottom")
+    left, right = st.columns([5, 1], vertical_alignment="bottom")
     left.subheader("Runs", anchor=False)
     shown = view.runs[list(columns)].assign(state=view.runs["state"].map(lambda state: [state]))
     st.dataframe(shown, column_config=columns, hide_index=True, key="runs-table", alt="All runs with their numbers")
-    with right:
+    with right, st.container(horizontal_alignment="right"):
         shell.download("Table", lambda: csv(view.runs), f"{view.name}-runs.csv", "text/csv")
 
 

@@ -50,8 +50,9 @@ def body(view: StudyView) -> None:
             "Colour and number say how many latent steps ran before the token was emitted. Spaces, line breaks and "
             "control characters are spelled out; the text is shown as it is, never interpreted."
         )
-    with st.container(border=True):
-        st.subheader("Did the steps go to the hard tokens?", anchor=False)
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        st.subheader("What the steps were spent on", anchor=False)
         st.plotly_chart(
             figures.nll_by_steps(events),
             key="nll-by-steps",
@@ -61,6 +62,15 @@ def body(view: StudyView) -> None:
         st.caption(
             "Boxes are quartiles with the median, whiskers the 5th and 95th percentile, the dashed line the mean."
         )
+    with right, st.container(border=True, height="stretch"):
+        st.subheader("What the tokens got", anchor=False)
+        st.plotly_chart(
+            figures.steps_by_nll(events),
+            key="steps-by-nll",
+            config=shell.PLOTLY,
+            alt="Mean latent steps of the probe's tokens from the best to the worst predicted fifth",
+        )
+        st.caption("From the best predicted fifth of the probe's tokens to the worst; bars carry a standard error.")
 
 
 def preferred(runs: pd.DataFrame, keys: list[str]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -213,6 +214,11 @@ def nasty() -> tuple[str, ...]:
 
 
 @pytest.fixture
-def make_author() -> Callable[[Path], Author]:
-    """For stores that another process reads."""
-    return Author
+def tools() -> ModuleType:
+    """The screenshot script's server and browser: the browser tests drive the same ones."""
+    spec = importlib.util.spec_from_file_location("screenshot", Path(__file__).with_name("screenshot.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -86,7 +86,8 @@ def settled(page: Page) -> None:
             const app = document.querySelector('[data-testid="stApp"]')
             const idle = app && app.dataset.testScriptState === 'notRunning'
             const figures = [...document.querySelectorAll('[data-testid="stPlotlyChart"]')]
-            return idle && figures.every(figure => figure.querySelector('.main-svg'))
+            const waiting = document.querySelector('[data-testid="stSkeleton"], [data-testid="stAppSkeleton"]')
+            return idle && !waiting && figures.every(figure => figure.querySelector('.main-svg'))
         }"""
     )
     page.evaluate("document.fonts.ready")

@@ -1,0 +1,204 @@
+"""The store as DataFrames: every state a run can be in, and no damage that spreads."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from haltscale.dashboard import data
+from haltscale.dashboard.data import FlopsKind
+from haltscale.platform.store import StoreError
+
+STUDY = "quick"
+
+
+def by_key(view: data.StudyView) -> pd.DataFrame:
+    return view.runs.set_index("key")
+
+
+def test_a_finished_run_shows_its_record(author):
+    author.finished_study()
+    run = by_key(data.load_study(author.store, STUDY)).loc["adaptive-1_8m-0_1"]
+    record = author.store.run(STUDY, "adaptive-1_8m-0_1").record
+    for name in (
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "mean_steps",
+        "flops_realised",
+        "flops_executed",
+        "flops_paper",
+    ):
+        assert run[name] == pytest.approx(record[name])
+    assert run["passes"] == pytest.approx(record["passes_per_token"])
+    assert (run["state"], run["size"], run["lam"], run["l_max"]) == ("finished", "1.8m", 0.1, 3)
+    assert run["well_steps"] == record["halting"]["well_predicted_mean_steps"]
+
+
+def test_a_running_run_shows_its_last_evaluation(author):
+    author.begin("going")
+    author.train("going", progress=0.6)
+    author.status("going", step=240, seconds_left=90.0)
+    author.plan(["going"])
+    view = data.load_study(author.store, STUDY)
+    run = by_key(view).loc["going"]
+    last = author.store.evaluations(STUDY, "going").iloc[-1]
+    assert view.active
+    assert run["state"] == "running"
+    assert run["perplexity"] == pytest.approx(last["perplexity"])
+    assert run["tokens_done"] == last["tokens"] == 500_000
+    assert run["tokens"] == 1_000_000
+    assert run["seconds_left"] == 90.0
+    assert run["tokens_per_second"] == pytest.approx(2600, rel=0.1)
+
+
+def test_every_state_is_told_apart_and_says_why(author):
+    author.troubled_study()
+    runs = by_key(data.load_study(author.store, STUDY))
+    expected = {name: name for name in ("running", "stalled", "failed", "diverged", "damaged", "planned")}
+    expected |= {"newer": "damaged", "silent": "finished", "never-begun": "planned"}
+    assert dict(runs.loc[list(expected), "state"]) == expected
+    assert "ran out of memory" in runs.loc["failed", "note"]
+    assert "15 min" in runs.loc["stalled", "note"]
+    assert "is damaged" in runs.loc["damaged", "note"]
+    assert "schema 99" in runs.loc["newer", "note"]
+    assert "not a number" in runs.loc["diverged", "note"]
+
+
+def test_damage_is_listed_and_harms_no_other_run(author):
+    author.troubled_study()
+    view = data.load_study(author.store, STUDY)
+    assert {problem.where for problem in view.problems} == {"damaged", "newer"}
+    assert (view.runs["state"] == "finished").sum() == 10
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"state": "running", "heartbeat": None},
+        {"state": "running", "heartbeat": "yesterday"},
+        {"state": ["running"], "step": "many", "steps": {}},
+        {"state": "failed", "error": None},
+        {},
+    ],
+)
+def test_nonsense_in_a_status_raises_nowhere(author, status):
+    author.begin("odd")
+    author.store.write_json(author.store.path(STUDY, "odd", "status.json"), status)
+    author.plan(["odd", "../outside", ""])
+    view = data.load_study(author.store, STUDY)
+    assert list(view.runs["key"][:2]) == ["odd", "../outside"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"loss": 4.0},
+        {"loss": "four", "steps_histogram": "flat", "halting": [], "identity": None},
+        {"loss": None, "steps_histogram": [None, 1]},
+    ],
+)
+def test_a_record_with_holes_makes_a_row_with_holes(author, record):
+    author.begin("holes")
+    author.store.write_json(author.store.path(STUDY, "holes", "record.json"), record)
+    author.plan(["holes"])
+    run = by_key(data.load_study(author.store, STUDY)).loc["holes"]
+    if record["loss"] == 4.0:
+        assert run["perplexity"] == pytest.approx(math.exp(4))
+        assert run["state"] == "finished"
+    else:
+        assert run["state"] == "diverged"
+    assert run["steps_histogram"] == []
+
+
+def test_an_earlier_evaluation_never_stands_in_for_a_diverged_result(author):
+    author.begin("lost")
+    author.train("lost")
+    author.finish("lost", loss=None, perplexity=None)
+    author.plan(["lost"])
+    run = by_key(data.load_study(author.store, STUDY)).loc["lost"]
+    assert math.isnan(run["loss"])
+    assert math.isnan(run["perplexity"])
+
+
+def test_telemetry_with_rubbish_lines_and_rows_written_twice(author):
+    path = Path(author.store.path(STUDY, "k", "metrics.jsonl"))
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        '{"step": 2, "loss": null}\n{"step": 1, "loss": 7.0}\nrubbish\n{"step": 1, "loss": 6.5}\n{"step": 3, "lo'
+    )
+    rows = data.metrics(author.store, STUDY, "k")
+    assert list(rows["step"]) == [1, 2]
+    assert rows["loss"].iloc[0] == 6.5
+    assert math.isnan(rows["loss"].iloc[1])
+    assert data.metrics(author.store, STUDY, "absent").empty
+
+
+def test_a_study_of_another_schema_becomes_a_problem(author):
+    author.plan([])
+    Path(author.store.path(STUDY, None, "study.json")).write_text('{"schema": 99, "runs": []}')
+    view = data.load_study(author.store, STUDY)
+    assert view.runs.empty
+    assert "schema 99" in view.problems[0].what
+
+
+def test_a_damaged_probe_says_so(author):
+    author.begin("k")
+    author.probe("k", step=100, histogram=[0.5, 0.5])
+    Path(author.store.probe_path(STUDY, "k", 100)).write_bytes(b"PAR1 half a file")
+    with pytest.raises(StoreError, match="cannot be read"):
+        data.probe(author.store, STUDY, "k", 100)
+    pd.DataFrame({"text": ["a"]}).to_parquet(author.store.probe_path(STUDY, "k", 100))
+    with pytest.raises(StoreError, match="lacks the columns nll, steps"):
+        data.probe(author.store, STUDY, "k", 100)
+
+
+def test_series_carry_lam_and_whatever_else_varies(author):
+    author.begin("a", lam=0.3)
+    author.begin("b", lam=0.3, identity={"method": "adaptive", "size": "1.8m", "options": {"lam": 0.3, "l_max": 5}})
+    author.begin("v", method="vanilla", lam=None)
+    author.plan(["a", "b", "v"])
+    runs = by_key(data.load_study(author.store, STUDY))
+    assert list(runs["series"]) == ["adaptive · λ 0.3 · l_max 3", "adaptive · λ 0.3 · l_max 5", "vanilla"]
+    assert list(runs["rank"]) == [0, 1, 2]
+
+
+def test_labels_that_occur_twice_get_their_keys(author):
+    author.begin("first-key")
+    author.begin("second-key")
+    author.plan(["first-key", "second-key"])
+    labels = list(data.load_study(author.store, STUDY).runs["label"])
+    assert labels == ["adaptive · 1.8m · λ 0.3 · first-", "adaptive · 1.8m · λ 0.3 · second"]
+
+
+def test_filters_keep_what_has_no_lam_and_an_empty_filter_keeps_all(author):
+    author.finished_study()
+    view = data.load_study(author.store, STUDY)
+    assert data.facets(view.runs) == {
+        "method": ["vanilla", "adaptive"],
+        "size": ["0.6m", "1.8m", "4.2m"],
+        "lam": ["0.1", "1"],
+    }
+    assert len(data.select(view).runs) == 9
+    chosen = data.select(view, lam=["0.1"], size=["4.2m"]).runs
+    assert set(chosen["key"]) == {"vanilla-4_2m-None", "adaptive-4_2m-0_1"}
+
+
+def test_runs_of_earlier_versions_of_a_study_come_last(author):
+    author.whole_run("old")
+    author.begin("new")
+    author.plan(["new"])
+    assert list(data.load_study(author.store, STUDY).runs["key"]) == ["new", "old"]
+
+
+def test_what_is_drawn(author):
+    author.troubled_study()
+    runs = data.load_study(author.store, STUDY).runs
+    keys = set(data.plotted(runs, FlopsKind.PAPER)["key"])
+    assert {"running", "stalled", "failed"} <= keys
+    assert keys.isdisjoint({"diverged", "damaged", "newer", "planned", "never-begun"})
+    assert set(data.thinking(runs)["method"]) == {"adaptive"}
+
+
+def test_sizes_sort_by_their_number():
+    assert sorted(["1.4b", "410m", "2x", "125k", "1.8m"], key=data.size_order) == ["125k", "1.8m", "410m", "1.4b", "2x"]

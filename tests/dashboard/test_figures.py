@@ -1,0 +1,191 @@
+"""Figures, by the data in them."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from haltscale.dashboard import data, figures, style
+from haltscale.dashboard.data import FlopsKind
+
+STUDY = "quick"
+
+
+@pytest.fixture
+def runs(author) -> pd.DataFrame:
+    author.troubled_study()
+    return data.load_study(author.store, STUDY).runs
+
+
+@pytest.mark.parametrize("kind", list(FlopsKind))
+def test_scaling_draws_each_run_once_at_its_flops_and_perplexity(runs, kind):
+    figure = figures.scaling(runs, kind)
+    drawn = {
+        key: (x, y)
+        for trace in figure.data
+        if trace.mode == "markers"
+        for key, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
+    }
+    shown = data.plotted(runs, kind).set_index("key")
+    assert set(drawn) == set(shown.index)
+    for key, (x, y) in drawn.items():
+        assert x == shown.loc[key, f"flops_{kind}"]
+        assert y == shown.loc[key, "perplexity"]
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert kind.value in figure.layout.xaxis.title.text
+
+
+def test_scaling_marks_runs_without_a_result_as_hollow(runs):
+    states = runs.set_index("key")["state"]
+    for trace in figures.scaling(runs, FlopsKind.REALISED).data:
+        if trace.mode == "markers":
+            hollow = trace.marker.symbol.endswith("-open")
+            assert all((states[key] != "finished") == hollow for key in trace.customdata)
+
+
+def test_scaling_lines_join_the_mean_over_seeds(author):
+    for seed, factor in ((0, 1.0), (1, 1.21)):
+        key = f"seed-{seed}"
+        author.begin(key, method="vanilla", lam=None)
+        loss = math.log(100 * factor)
+        author.finish(key, lam=None, loss=loss, perplexity=100 * factor)
+    author.plan(["seed-0", "seed-1"])
+    figure = figures.scaling(data.load_study(author.store, STUDY).runs, FlopsKind.REALISED)
+    (line,) = [trace for trace in figure.data if trace.mode == "lines"]
+    assert list(line.y) == pytest.approx([110.0])
+
+
+def test_a_series_keeps_its_marker_when_others_are_filtered_away(runs):
+    def marks(frame: pd.DataFrame) -> dict[str, str]:
+        return {
+            trace.legendgroup: (trace.line.dash, trace.marker.symbol)
+            for trace in figures.scaling(frame, FlopsKind.REALISED).data
+            if trace.mode == "lines+markers"
+        }
+
+    every = marks(runs)
+    assert len(set(every.values())) == len(every)
+    some = marks(runs[runs["lam"] == 1.0])
+    assert some == {name: every[name] for name in some}
+
+
+def test_scaling_of_one_run_and_of_none(runs):
+    one = figures.scaling(runs.head(1), FlopsKind.REALISED)
+    low, high = one.layout.xaxis.range
+    assert low < high
+    assert not figures.scaling(runs.head(0), FlopsKind.REALISED).data
+
+
+def test_labels_are_escaped_in_hover_boxes(runs):
+    hostile = runs.head(1).assign(label="<img src=x onerror=alert(1)>")
+    figure = figures.scaling(hostile, FlopsKind.REALISED)
+    assert "<img" not in figure.to_json().replace("\\u003c", "<")
+
+
+def test_steps_share_adds_up_to_all_tokens(runs):
+    counted = data.thinking(runs)
+    figure = figures.steps_share(counted)
+    assert np.sum([trace.x for trace in figure.data], axis=0) == pytest.approx(100)
+    assert len(figure.data) == 4
+    assert [trace.marker.color for trace in figure.data] == [style.step_color(step, 3) for step in range(4)]
+
+
+def test_steps_over_training_follows_the_evaluations(author):
+    author.whole_run("k", lam=1.0)
+    rows = data.evaluations(author.store, STUDY, "k")
+    figure = figures.steps_over_training(rows)
+    assert list(figure.data[0].x) == [250_000, 500_000, 750_000, 1_000_000]
+    assert figure.data[0].y[-1] == pytest.approx(100 * rows["steps_histogram"].iloc[-1][0])
+    assert not figures.steps_over_training(pd.DataFrame()).data
+
+
+def test_easy_and_hard_pairs(runs):
+    figure = figures.easy_and_hard(runs[runs["method"] == "adaptive"])
+    well, badly = figure.data[-2:]
+    assert well.name == "well predicted"
+    assert all(low < high for low, high in zip(well.x, badly.x, strict=True))
+    assert well.marker.symbol != badly.marker.symbol
+
+
+def test_probe_figures(author):
+    author.begin("k")
+    author.probe("k", step=1, histogram=[0.4, 0.3, 0.2, 0.1])
+    events = data.probe(author.store, STUDY, "k", 1)
+    boxes = figures.nll_by_steps(events)
+    assert [box.median[0] for box in boxes.data] == [
+        pytest.approx(np.median(group["nll"])) for _, group in events.groupby("steps")
+    ]
+    (bars,) = figures.steps_by_nll(events).data
+    assert len(bars.y) == 5
+    assert np.mean(bars.y) == pytest.approx(events["steps"].mean(), abs=0.05)
+    assert bars.y[-1] > bars.y[0]
+    empty = events.head(0)
+    assert not figures.nll_by_steps(empty).data
+    figures.steps_by_nll(empty)
+
+
+def test_training_curves_have_three_panels_and_a_budget_of_points(runs):
+    steps = np.arange(50_000)
+    long = pd.DataFrame(
+        {"step": steps, "tokens": steps * 100, "loss": 5.0, "mean_steps": 1.0, "tokens_per_second": 9.0}
+    )
+    keys = list(runs["key"][:6])
+    figure = figures.training_curves(runs, dict.fromkeys(keys, long))
+    assert len(figure.data) == 18
+    assert figures.point_count(figure) <= figures.MOST_POINTS
+    assert all(trace.x[0] == 0 and trace.x[-1] == steps[-1] * 100 for trace in figure.data)
+
+
+def test_training_curves_without_some_telemetry(runs):
+    figure = figures.training_curves(runs, {str(runs["key"].iloc[0]): pd.DataFrame({"tokens": [1.0], "loss": [5.0]})})
+    assert len(figure.data) == 1
+
+
+def test_a_figure_as_a_page_of_its_own_needs_no_network(runs):
+    page = figures.as_html(figures.scaling(runs, FlopsKind.REALISED), "quick <1>").decode()
+    assert 'src="http' not in page
+    assert "&lt;1" in page or "\\u003c1" in page or "&amp;lt;1" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1.2345, "1.23"),
+        (123.4, "123"),
+        (0.012345, "0.0123"),
+        (12345.6, "12,300"),
+        (9.999, "10.0"),
+        (3.2e12, "3.20×10¹²"),
+        (2e-7, "2.00×10⁻⁷"),
+        (math.nan, "–"),
+    ],
+)
+def test_three_significant_digits(value, text):
+    assert style.three(value) == text
+
+
+def test_durations_and_counts_in_words():
+    assert [style.duration(seconds) for seconds in (9, 250, 7500, math.nan)] == ["9 s", "4 min 10 s", "2 h 05 min", "–"]
+    assert [style.compact(count) for count in (950, 1_020_000, 2.6e9)] == ["950", "1.02 M", "2.60 B"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(40, 50), (56, 170), (3e12, 6e13), (1e10, 1e16), (0.5, 0.9)])
+def test_log_ticks_are_few_and_lie_inside(low, high):
+    values, names = style.log_ticks(low, high)
+    assert 1 <= len(values) <= 9
+    assert len(names) == len(values)
+    assert all(low * 0.99 <= value <= high * 1.01 for value in values)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_ink_on_every_step_is_readable(most):
+    def luminance(color: str) -> float:
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for step in range(most + 1):
+        color = style.step_color(step, most)
+        low, high = sorted([luminance(color), luminance(style.ink_on(color))])
+        assert (high + 0.05) / (low + 0.05) >= 4.5

@@ -1,0 +1,62 @@
+"""How the server is started."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from haltscale.dashboard import launch
+
+
+def test_the_command_listens_on_this_machine_only():
+    line = launch.command("runs", 8123)
+    assert line[:4] == [sys.executable, "-m", "streamlit", "run"]
+    assert Path(line[4]).name == "app.py"
+    assert Path(line[4]).is_file()
+    options = dict(zip(line[5::2], line[6::2], strict=True))
+    assert options["--server.address"] == "127.0.0.1"
+    assert options["--server.port"] == "8123"
+    assert options["--browser.gatherUsageStats"] == "false"
+
+
+def test_the_store_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch.environment("runs")["HALTSCALE_STORE"] == str(tmp_path / "runs")
+    assert launch.environment("s3://bucket/runs")["HALTSCALE_STORE"] == "s3://bucket/runs"
+
+
+def test_a_taken_port_is_left_alone(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not launch.is_free(port)
+        assert launch.free_port(port) != port
+        with pytest.raises(SystemExit) as stop:
+            launch.main(["--port", str(port)])
+        assert stop.value.code == 2
+        assert f"port {port} is taken" in capsys.readouterr().err
+
+
+def test_main_prints_where_it_is(monkeypatch, capsys, tmp_path):
+    seen = {}
+
+    def run(line, *, env, check):
+        seen.update(line=line, store=env["HALTSCALE_STORE"])
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert launch.main(["--store", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    port = seen["line"][seen["line"].index("--server.port") + 1]
+    assert f"http://127.0.0.1:{port}" in out
+    assert seen["store"] == str(tmp_path)
+
+
+def test_the_dashboard_imports_neither_ray_nor_torch():
+    code = (
+        "import sys; from haltscale.dashboard import app_pages, data, figures, launch, shell, tokens; "
+        "sys.exit(bool({'ray', 'torch', 'deepspeed'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,212 @@
+"""Each page in each state, from the entry point, in process."""
+
+import json
+from pathlib import Path
+
+import haltscale.dashboard
+import pytest
+from streamlit.testing.v1 import AppTest
+
+STUDY = "quick"
+FOLDER = Path(haltscale.dashboard.__file__).parent
+PAGES = ("scaling", "halting", "tokens", "runs")
+TITLES = dict(
+    zip(
+        PAGES, ("Perplexity against training compute", "Where the thinking went", "Token by token", "Runs"), strict=True
+    )
+)
+
+
+def open_page(name: str, **query: str | list[str]) -> AppTest:
+    page = AppTest.from_file(str(FOLDER / "app.py"), default_timeout=60)
+    for key, value in query.items():
+        page.query_params[key] = value
+    page.run()
+    page.switch_page(f"app_pages/{name}.py").run()
+    assert not page.exception
+    return page
+
+
+def text(page: AppTest) -> str:
+    """Everything a reader would read."""
+    kinds = (page.title, page.subheader, page.markdown, page.caption, page.info, page.warning, page.error, page.code)
+    return "\n".join(str(element.value) for kind in kinds for element in kind).replace("\\", "")
+
+
+def charts(page: AppTest) -> list[dict]:
+    return [json.loads(chart.proto.spec) for chart in page.get("plotly_chart")]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_an_empty_store_says_how_to_fill_it(author, name):
+    page = open_page(name)
+    assert page.title[0].value == "No study yet"
+    lines = {code.value for code in page.code}
+    assert {"make study", "ray job submit --working-dir . -- python -m haltscale.studies.quickstart"} <= lines
+
+
+@pytest.mark.parametrize(("name", "figures"), [("scaling", 1), ("halting", 3), ("tokens", 2), ("runs", 1)])
+def test_a_finished_study(author, name, figures):
+    author.finished_study()
+    page = open_page(name)
+    assert page.title[0].value == TITLES[name]
+    assert len(charts(page)) == figures
+    assert "9 finished" in text(page)
+    assert not page.error
+    assert not page.warning
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_study_in_trouble(author, name):
+    author.troubled_study()
+    page = open_page(name)
+    assert page.title[0].value == TITLES[name]
+    for state in ("1 running", "1 stalled", "1 failed", "1 diverged", "2 damaged", "2 planned"):
+        assert state in text(page)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_study_that_has_only_been_planned(author, name):
+    author.plan(["a", "b"])
+    page = open_page(name)
+    assert not charts(page)
+    assert page.info
+    assert "2 planned" in text(page)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_study_of_another_schema_version(author, name):
+    author.plan([])
+    Path(author.store.path(STUDY, None, "study.json")).write_text('{"schema": 99}')
+    page = open_page(name)
+    assert "schema 99" in text(page)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_run_before_its_first_evaluation(author, name):
+    author.begin("fresh")
+    author.train("fresh", progress=0.1)
+    author.status("fresh", step=40)
+    author.plan(["fresh"])
+    page = open_page(name)
+    assert "1 running" in text(page)
+    assert len(charts(page)) == (1 if name == "runs" else 0)
+
+
+def test_the_kind_of_flops_is_chosen_and_named(author):
+    author.finished_study()
+    page = open_page("scaling")
+    runs = page.dataframe[0].value
+    assert "flops_realised" in runs
+    page.segmented_control(key="flops").set_value("paper").run()
+    assert "flops_paper" in page.dataframe[0].value
+    assert "flops_realised" not in page.dataframe[0].value
+    assert "training FLOPs, paper" in charts(page)[0]["layout"]["xaxis"]["title"]["text"]
+    assert "6 · parameters · tokens" in text(page)
+
+
+def test_short_runs_are_called_what_they_are(author):
+    author.finished_study()
+    assert "not the method's gain" in text(open_page("scaling"))
+
+
+def test_the_address_restores_what_was_chosen(author):
+    author.finished_study()
+    author.plan([], study="another")
+    page = open_page("scaling", study=STUDY, flops="executed", method="vanilla")
+    assert page.selectbox(key="study").value == STUDY
+    assert page.segmented_control(key="flops").value == "executed"
+    assert set(page.dataframe[0].value["label"]) == {"vanilla · 0.6m", "vanilla · 1.8m", "vanilla · 4.2m"}
+
+
+def test_filters_that_leave_nothing_say_so(author):
+    author.finished_study()
+    author.begin("only", method="looped", size="9m", lam=None)
+    page = open_page("scaling", method="looped", size="0.6m")
+    assert "No run passes the filters" in text(page)
+
+
+def test_a_table_and_its_file(author):
+    author.troubled_study()
+    page = open_page("scaling")
+    assert len(page.dataframe[0].value) == 18
+    assert {"Figure", "Table"} <= {button.label for button in page.get("download_button")}
+
+
+def test_problems_are_listed_with_what_to_do(author):
+    author.troubled_study()
+    page = open_page("scaling")
+    assert "remove the run's folder to train it again" in text(page)
+    assert "schema 99" in text(page)
+
+
+def test_runs_show_progress_time_left_and_errors(author):
+    author.troubled_study()
+    page = open_page("runs")
+    bar = next(bar for bar in page.progress if "left" in bar.text)
+    assert bar.value == 60
+    assert "4 min 10 s left" in bar.text
+    assert "ran out of memory" in text(page)
+    assert "silent for 15 min" in text(page)
+    assert "2 planned, not begun" in [expander.label for expander in page.expander]
+
+
+def test_chosen_curves_and_a_run_without_metrics(author):
+    author.troubled_study()
+    page = open_page("runs")
+    page.multiselect(key="curves").set_value(["silent", "vanilla-0_6m-None"]).run()
+    assert not page.exception
+    assert "No training metrics: adaptive · 1.8m · λ 0.5" in text(page)
+    assert {trace["name"] for trace in charts(page)[0]["data"]} == {"vanilla · 0.6m"}
+
+
+def test_tokens_follow_the_run_and_the_step(author, nasty):
+    author.finished_study()
+    author.probe("adaptive-0_6m-0_1", step=500, histogram=[0.25] * 4, words=nasty)
+    page = open_page("tokens")
+    assert page.selectbox(key="run").value == "adaptive-4_2m-1_0"
+    page.selectbox(key="run").set_value("adaptive-0_6m-0_1").run()
+    page.select_slider(key="step").set_value("100").run()
+    assert not page.exception
+    assert page.select_slider(key="step").value == "100"
+    page.selectbox(key="run").set_value("vanilla-0_6m-None").run()
+    assert not page.exception
+
+
+def test_a_damaged_probe_is_said_not_raised(author):
+    author.whole_run("k")
+    author.plan(["k"])
+    Path(author.store.probe_path(STUDY, "k", 400)).write_bytes(b"PAR1")
+    page = open_page("tokens")
+    assert "cannot be read" in page.warning[0].value.replace("\\", "")
+
+
+def test_new_runs_and_new_studies_show_on_the_next_look(author):
+    author.whole_run("first")
+    author.plan(["first"])
+    page = open_page("scaling")
+    assert len(page.dataframe[0].value) == 1
+    author.whole_run("second", lam=1.0)
+    author.plan(["first", "second"])
+    author.plan([], study="another")
+    page.run()
+    assert len(page.dataframe[0].value) == 2
+    assert page.selectbox(key="study").options == ["another", STUDY]
+    assert page.selectbox(key="study").value == STUDY
+
+
+def test_labels_from_the_store_are_never_markdown(author):
+    author.begin("k", label="**bold** [link](x) :red[x] <b>")
+    author.train("k", progress=0.3)
+    author.status("k", step=100)
+    author.plan(["k"])
+    page = open_page("runs")
+    assert any("\\*\\*bold\\*\\*" in block.value and "\\[link\\]" in block.value for block in page.markdown)
+
+
+def test_every_page_says_what_it_is():
+    from haltscale.dashboard import shell
+
+    pages = shell.pages(FOLDER / "app_pages")
+    assert [entry["title"] for entry in pages] == ["Scaling", "Halting", "Tokens", "Runs"]
+    assert all(entry["help"] and entry["icon"].startswith(":material/") for entry in pages)

@@ -1,0 +1,86 @@
+"""Token text is untrusted: everything is made visible, and nothing is ever markup."""
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+from haltscale.dashboard import data, tokens
+
+STUDY = "quick"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" the", "·the"),
+        ("a b", "a b"),
+        ("\n", "↵"),
+        ("\t", "⇥"),
+        ("\x00", "\\x00"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("\x7f", "\\x7f"),
+        ("\u202eevil", "\\u202eevil"),
+        ("\u200b", "\\u200b"),
+        ("\u0301", "◌\u0301"),
+        ("\ufffd", "\ufffd"),
+        ("🤖", "🤖"),
+        ("<b>", "<b>"),
+        ("", "∅"),
+        (None, "∅"),
+        (float("nan"), "∅"),
+    ],
+)
+def test_visible(text, shown):
+    assert tokens.visible(text) == shown
+
+
+def test_nothing_invisible_is_left(nasty):
+    for text in nasty:
+        shown = tokens.visible(text)
+        assert shown
+        assert not any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in shown)
+
+
+def test_payload_is_plain_json(author, nasty):
+    author.begin("k")
+    author.probe("k", step=1, histogram=[0.4, 0.3, 0.2, 0.1], words=nasty)
+    events = data.probe(author.store, STUDY, "k", 1)
+    payload = json.loads(json.dumps(tokens.payload(events, identifier="x"), allow_nan=False))
+    assert payload["most"] == 3
+    assert len(payload["palette"]) == 4
+    assert [token["steps"] for token in payload["tokens"]] == events["steps"].tolist()
+    assert sum(payload["tokens"][0]["exit"]) == pytest.approx(1, abs=1e-3)
+    assert [token["break"] for token in payload["tokens"]] == ["\n" in text for text in nasty]
+
+
+def test_payload_of_a_probe_with_missing_values(author):
+    author.begin("k")
+    author.probe("k", step=1, histogram=[1.0])
+    events = data.probe(author.store, STUDY, "k", 1).assign(
+        nll=None, reach=None, exit=None, expected_steps=float("nan")
+    )
+    payload = tokens.payload(events, identifier="x")
+    assert payload["tokens"][0] | {"text": ""} == {
+        "text": "",
+        "break": False,
+        "steps": 0,
+        "nll": None,
+        "expected": None,
+        "reach": [],
+        "exit": [],
+    }
+
+
+def test_a_long_probe_is_cut_and_says_so(author):
+    author.begin("k")
+    author.probe("k", step=1, histogram=[0.5, 0.5], words=("a",) * (tokens.MOST_TOKENS + 7))
+    payload = tokens.payload(data.probe(author.store, STUDY, "k", 1), identifier="x")
+    assert len(payload["tokens"]) == tokens.MOST_TOKENS
+    assert payload["left_out"] == 7
+
+
+def test_the_script_writes_text_nodes_only():
+    script = Path(tokens.__file__).with_name("tokens.js").read_text(encoding="utf-8")
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|eval\(", script)
