@@ -21,9 +21,11 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from haltscale.model.config import Shape
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from haltscale.model.config import Shape
+from haltscale.model.ledger import PassCounts
 
 Rope = tuple[Tensor, Tensor]  # cos_N1E, sin_N1E with E halved
 Memory = tuple[Tensor, Tensor]  # keys [rows, G*E] and values [rows, G*E] of one layer, in the plan's order
@@ -73,7 +75,7 @@ class AttentionPlan(Protocol):
         ...
 
 
-def _sdpa(q_BMHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+def attention(q_BMHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention on position-major tensors; gives [B, M, H, E]."""
     grouped = q_BMHE.shape[2] != k_BSGE.shape[2]
     out_BHME = F.scaled_dot_product_attention(
@@ -100,13 +102,17 @@ class CausalPlan:
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
-        out_BTHE = _sdpa(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
+        out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
         return out_BTHE.reshape(B * T, -1), (k_NGE.flatten(1), v_NGE.flatten(1))
 
-    @property
-    def executed_keys(self) -> int:
-        """Query-key pairs handed to attention."""
-        return self.batch * self.length * self.length
+    def record(self, counts: PassCounts, valid_BT: Tensor) -> None:
+        """Add this pass to the counts: real position t of a sequence needs t + 1 keys."""
+        counts.record(
+            rows=int(valid_BT.sum()),
+            keys=int((valid_BT.cumsum(1) * valid_BT).sum()),
+            executed_rows=self.batch * self.length,
+            executed_keys=self.batch * self.length * self.length,
+        )
 
 
 class ThoughtPlan:
@@ -178,10 +184,11 @@ class ThoughtPlan:
             mask_BMS = torch.zeros(unseen_BMS.shape, dtype=dtype, device=device).masked_fill_(unseen_BMS, -torch.inf)
             self.chunks.append((a, b, width, mask_BMS[:, None]))
 
-    @property
-    def executed_keys(self) -> int:
-        """Query-key pairs handed to attention, masked ones included."""
-        return sum(self.batch * (b - a) * width for a, b, width, _ in self.chunks)
+    def record(self, counts: PassCounts) -> None:
+        """Add this pass to the counts; attention is handed whole chunks, masked pairs included."""
+        rows = len(self.query_slot_N)
+        pairs = sum(self.batch * (b - a) * width for a, b, width, _ in self.chunks)
+        counts.record(rows=rows, keys=self.keys_needed, executed_rows=rows, executed_keys=pairs)
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         assert memory is not None, "a thought follows an ordinary pass"
@@ -194,7 +201,10 @@ class ThoughtPlan:
             q_flat = q_flat.new_zeros(B * M, q_flat.shape[1]).index_add(0, self.query_slot_N, q_flat)
         q_BMHE = q_flat.view(B, M, -1, E)
         out_BMHE = torch.cat(
-            [_sdpa(q_BMHE[:, a:b], k_BSGE[:, :width], v_BSGE[:, :width], mask) for a, b, width, mask in self.chunks],
+            [
+                attention(q_BMHE[:, a:b], k_BSGE[:, :width], v_BSGE[:, :width], mask)
+                for a, b, width, mask in self.chunks
+            ],
             dim=1,
         )
         out_flat = out_BMHE.reshape(B * M, -1)
@@ -257,7 +267,13 @@ class Stack(nn.Module):
         self.activation_checkpointing = False
 
     def forward(
-        self, x_Nd: Tensor, rope: Rope, plan: AttentionPlan, memories: Sequence[Memory | None] | None = None
+        self,
+        x_Nd: Tensor,
+        rope: Rope,
+        plan: AttentionPlan,
+        memories: Sequence[Memory | None] | None = None,
+        *,
+        final_norm: bool = True,
     ) -> tuple[Tensor, list[Memory]]:
         """One pass over the packed rows x_Nd; `memories` holds, per layer, what the passes before this one left."""
         left: list[Memory] = []
@@ -269,4 +285,4 @@ class Stack(nn.Module):
             else:
                 x_Nd, memory = block(x_Nd, rope, plan, memory)
             left.append(memory)
-        return self.final_norm(x_Nd), left
+        return self.final_norm(x_Nd) if final_norm else x_Nd, left

@@ -20,6 +20,12 @@ class Method(StrEnum):
 
     VANILLA = "vanilla"
     ADAPTIVE = "adaptive"
+    FIXED = "fixed"
+    SHUFFLED = "shuffled"
+    LOOPED = "looped"
+    PAUSE = "pause"
+    PONDER = "ponder"
+    PONDER2 = "ponder2"
 
 
 class MethodOptions(Protocol):

@@ -10,8 +10,9 @@ state takes all the mass that is left, so that a position's exit masses sum to 1
 from dataclasses import dataclass
 
 import torch
-from haltscale.model.ledger import PassCounts
 from torch import Tensor
+
+from haltscale.model.ledger import PassCounts
 
 
 def halting_step(

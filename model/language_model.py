@@ -8,17 +8,19 @@ the head read at each position (`think`)? The rest is here.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from haltscale.model import ledger
-from haltscale.model.backbone import Block, Stack, at_least_float32
+from haltscale.model.backbone import Block, Rope, Stack, at_least_float32, compute_dtype, rope_table
 from haltscale.model.config import ModelConfig
+from haltscale.model.decoding import DecodingState, KeyValueCache
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.ledger import Flops, PassCounts
-from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 """Target of a position that is not scored."""
@@ -50,8 +52,26 @@ class Thought:
     """The state that the head reads."""
     trace: HaltingTrace
     """Where the thinking went."""
-    reach_sum_BT: Tensor | None = None
-    """Differentiable sum over executed latent steps of their reach, for methods that penalise it."""
+    reach_BTK: Tensor | None = None
+    """Differentiable mass that reached each executed state, for methods that penalise it."""
+    states: "list[LatentState]" = field(default_factory=list)
+    """The states of every pass, for methods whose loss looks at them one by one."""
+    auxiliary_loss: Tensor | None = None
+    """Differentiable scalar that the loop itself adds to the training loss."""
+
+
+@dataclass
+class LatentState:
+    """The rows of one pass of a latent loop, packed."""
+
+    row_N: Tensor
+    """Which positions, as indices into [B*T]."""
+    z_Nd: Tensor
+    """Their states."""
+    reach_N: Tensor
+    """Mass that reached these states, differentiable."""
+    exit_N: Tensor
+    """Mass that leaves with these states, differentiable."""
 
 
 class LanguageModel(nn.Module):
@@ -61,6 +81,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.shape.d)
+        self.random_start: dict[str, float] = {}  # std of parameters of the method's own that start random, by name
         self.head = None if config.tie_embeddings else nn.Linear(config.shape.d, config.vocab_size, bias=False)
 
     # What a method defines -------------------------------------------------------------------------------------------
@@ -69,20 +90,50 @@ class LanguageModel(nn.Module):
         """The hidden state that predicts the next token, at every position."""
         raise NotImplementedError
 
-    def penalty(self, thought: Thought, probability_BT: Tensor, scored_BT: Tensor) -> Tensor:
-        """What training adds to the cross-entropy. probability_BT: of the true next token, detached."""
-        return probability_BT.new_zeros(())
+    def speak(self, thought: Thought) -> Tensor:
+        """Logits [B, T, V] of the next token; counts the rows that go through the head."""
+        thought.trace.counts.head_rows += thought.hidden_BTd[..., 0].numel()
+        return self.logits(thought.hidden_BTd)
 
-    def router_flops(self, counts: PassCounts) -> tuple[float, float]:
-        """(realised, executed) forward FLOPs of the method's routers; small, and left out of `paper`."""
+    def penalty(self, thought: Thought, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
+        """What training adds to the cross-entropy. nll_BT: of the true next token, detached, 0 where not scored."""
+        return nll_BT.new_zeros(()) if thought.auxiliary_loss is None else thought.auxiliary_loss
+
+    def cache_widths(self) -> list[int]:
+        """Regions of the decoding cache and the most states that one token leaves in each (decoding.py)."""
+        raise NotImplementedError
+
+    def cache_layers(self) -> int:
+        """Layers that keep keys and values while decoding."""
+        return self.config.shape.layers
+
+    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+        """The hidden states [B, d] that predict the next token, and the latent steps [B] that each took."""
+        raise NotImplementedError
+
+    def decode_speak(self, hidden_Bd: Tensor, state: DecodingState) -> Tensor:
+        """Logits [B, V]."""
+        state.counts.head_rows += len(hidden_Bd)
+        return self.logits(hidden_Bd)
+
+    def layers_per_pass(self, passes: int) -> list[int]:
+        """Blocks that a row goes through in each counted pass: the whole stack for most methods."""
+        return [self.config.shape.layers] * passes
+
+    def extra_flops(self, counts: PassCounts) -> tuple[float, float]:
+        """(realised, executed) forward FLOPs of what the method has beside stack and head; left out of `paper`."""
         return 0.0, 0.0
 
     # What all share --------------------------------------------------------------------------------------------------
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input vectors of tokens, at unit scale (see ModelConfig.embedding_scale)."""
-        vectors = self.embedding(tokens)
-        return vectors * math.sqrt(2.5 * self.config.shape.d) if self.config.embedding_scale else vectors
+        return cast(Tensor, self.embedding(tokens)) * self.embedding_factor
+
+    @property
+    def embedding_factor(self) -> float:
+        """What embeddings are multiplied by on the way in."""
+        return math.sqrt(2.5 * self.config.shape.d) if self.config.embedding_scale else 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head."""
@@ -109,8 +160,7 @@ class LanguageModel(nn.Module):
         position_T = torch.arange(T, device=tokens_BT.device)
         valid_BT = (position_T < lengths_B[:, None]) if lengths_B is not None else position_T.expand(B, T) >= 0
         thought = self.think(tokens_BT, valid_BT)
-        logits_BTV = self.logits(thought.hidden_BTd)
-        thought.trace.counts.head_rows = B * T
+        logits_BTV = self.speak(thought)
         if targets_BT is None:
             unknown = torch.full((), math.nan, device=tokens_BT.device)
             silent_BT = torch.zeros(B, T, device=tokens_BT.device)
@@ -127,7 +177,7 @@ class LanguageModel(nn.Module):
             ignore_index=IGNORE_INDEX,
         ).view(B, T)
         cross_entropy = nll_BT.sum() / scored
-        penalty = self.penalty(thought, torch.exp(-nll_BT.detach()), scored_BT)
+        penalty = self.penalty(thought, targets_BT, nll_BT.detach())
         return Output(
             loss=cross_entropy + penalty,
             cross_entropy=cross_entropy.detach(),
@@ -136,6 +186,43 @@ class LanguageModel(nn.Module):
             trace=thought.trace,
             logits_BTV=logits_BTV if return_logits else None,
         )
+
+    def start_decoding(self, batch_size: int) -> DecodingState:
+        """An empty state for `batch_size` sequences that will be read or written together, token by token."""
+        weight = self.embedding.weight
+        cache = KeyValueCache(
+            batch_size,
+            self.config.shape,
+            self.cache_widths(),
+            layers=self.cache_layers(),
+            dtype=compute_dtype(weight),
+            device=weight.device,
+        )
+        return DecodingState(batch=batch_size, cache=cache)
+
+    @torch.no_grad()
+    def decode_step(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+        """Read one token of each sequence: (logits_BV of the next one, steps_B latent steps that were taken).
+
+        The halting rule is the one of `forward`, so feeding a text token by token gives forward's logits and steps.
+        """
+        if len(tokens_B) != state.batch:
+            raise ValueError(f"{len(tokens_B)} tokens: the decoding state was started for {state.batch} sequences")
+        if state.position >= self.config.context:
+            raise ValueError(f"the model's context of {self.config.context} tokens is full")
+        state.cache.make_room(state.position + 1)
+        state.counts.tokens += state.batch
+        hidden_Bd, steps_B = self.decode_think(tokens_B, state)
+        logits_BV = self.decode_speak(hidden_Bd, state)
+        state.position += 1
+        return logits_BV, steps_B
+
+    def rope_at(self, position: int) -> Rope:
+        """Rotary angles of one position, for rows that all stand there."""
+        config = self.config
+        length = min(config.context, 1 << position.bit_length())
+        cos_T1E, sin_T1E = rope_table(length, config.shape, config.rope_theta, self.embedding.weight)
+        return cos_T1E[position : position + 1], sin_T1E[position : position + 1]
 
     def activation_checkpointing_(self, on: bool = True) -> "LanguageModel":
         """Recompute each block in the backward pass instead of keeping its inside. Changes memory, not results."""
@@ -157,13 +244,14 @@ class LanguageModel(nn.Module):
     def flops(self, counts: PassCounts) -> Flops:
         """Forward FLOPs of what was counted; training is 3 x this (ledger.py says why)."""
         config = self.config
-        router_realised, router_executed = self.router_flops(counts)
-        realised = ledger.stack_flops(config.shape, sum(counts.rows), sum(counts.keys))
-        executed = ledger.stack_flops(config.shape, sum(counts.executed_rows), sum(counts.executed_keys))
+        extra_realised, extra_executed = self.extra_flops(counts)
+        layers = self.layers_per_pass(len(counts.rows))
+        realised = ledger.passes_flops(config.shape, counts.rows, counts.keys, layers)
+        executed = ledger.passes_flops(config.shape, counts.executed_rows, counts.executed_keys, layers)
         parameters = sum(self.parameter_groups_count().values())
         return Flops(
-            realised=realised + router_realised + ledger.head_flops(config.shape, config.vocab_size, counts.tokens),
-            executed=executed + router_executed + ledger.head_flops(config.shape, config.vocab_size, counts.head_rows),
+            realised=realised + extra_realised + ledger.head_flops(config.shape, config.vocab_size, counts.tokens),
+            executed=executed + extra_executed + ledger.head_flops(config.shape, config.vocab_size, counts.head_rows),
             paper=ledger.paper_inference_flops(parameters, 1, sum(counts.rows)),
         )
 
@@ -207,6 +295,8 @@ def initialise(model: LanguageModel, seed: int) -> None:
     if model.head is not None:
         scale[id(model.head.weight)] = std
     for name, parameter in model.named_parameters():
+        if name in model.random_start:
+            scale[id(parameter)] = model.random_start[name]
         if id(parameter) in scale:
             digest = hashlib.sha256(f"{seed}/{canonical_name(name)}".encode()).digest()
             stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

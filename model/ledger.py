@@ -102,10 +102,12 @@ def layer_pair_flops(shape: Shape) -> float:
     return 4.0 * shape.d
 
 
-def stack_flops(shape: Shape, rows: int, pairs: int, *, layers: int | None = None) -> float:
-    """FLOPs of passing `rows` through the stack (or through `layers` of it) with `pairs` query-key pairs per layer."""
-    per_layer = rows * layer_row_flops(shape) + pairs * layer_pair_flops(shape)
-    return (shape.layers if layers is None else layers) * per_layer
+def passes_flops(shape: Shape, rows: list[int], pairs: list[int], layers: list[int]) -> float:
+    """FLOPs of several passes: rows[k] rows, each through layers[k] blocks, with pairs[k] query-key pairs per block."""
+    return sum(
+        depth * (n * layer_row_flops(shape) + m * layer_pair_flops(shape))
+        for n, m, depth in zip(rows, pairs, layers, strict=True)
+    )
 
 
 def head_flops(shape: Shape, vocab_size: int, rows: int) -> float:

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions
 from haltscale.model.config import Method, MethodOptions, ModelConfig
+from haltscale.model.fixed import FixedModel, FixedOptions
 from haltscale.model.language_model import LanguageModel, initialise
+from haltscale.model.looped import LoopedModel, LoopedOptions
+from haltscale.model.pause import PauseModel, PauseOptions
+from haltscale.model.ponder import PonderModel, PonderOptions
+from haltscale.model.ponder2 import Ponder2Model, Ponder2Options
+from haltscale.model.shuffled import ShuffledModel, ShuffledOptions
 from haltscale.model.vanilla import VanillaModel, VanillaOptions
 
 
@@ -25,6 +31,12 @@ METHODS: dict[str, MethodEntry] = {
     Method.ADAPTIVE: MethodEntry(
         AdaptiveOptions, AdaptiveModel, "latent steps per token, as many as its router asks for"
     ),
+    Method.FIXED: MethodEntry(FixedOptions, FixedModel, "control: equally many latent steps everywhere"),
+    Method.SHUFFLED: MethodEntry(ShuffledOptions, ShuffledModel, "control: adaptive, its steps dealt to other tokens"),
+    Method.LOOPED: MethodEntry(LoopedOptions, LoopedModel, "the whole stack applied several times over"),
+    Method.PAUSE: MethodEntry(PauseOptions, PauseModel, "learned pause tokens after every token"),
+    Method.PONDER: MethodEntry(PonderOptions, PonderModel, "PonderLM: feeds back the expected embedding of its guess"),
+    Method.PONDER2: MethodEntry(Ponder2Options, Ponder2Model, "PonderLM-2: one latent thought per token, by Jacobi"),
 }
 
 

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from haltscale.model.backbone import CausalPlan, Stack, rope_table
 from haltscale.model.config import ModelConfig
+from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, Thought
 from haltscale.model.ledger import PassCounts
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,16 @@ class VanillaModel(LanguageModel):
         cos, sin = rope_table(T, config.shape, config.rope_theta, x_Nd)
         plan = CausalPlan(B, T)
         z_Nd, _ = self.stack(x_Nd, (cos.repeat(B, 1, 1), sin.repeat(B, 1, 1)), plan)
-        trace = single_state_trace(valid_BT, count_causal_pass(valid_BT, plan))
+        counts = PassCounts(tokens=int(valid_BT.sum()))
+        plan.record(counts, valid_BT)
+        trace = single_state_trace(valid_BT, counts)
         return Thought(z_Nd.view(B, T, -1), trace)
 
+    def cache_widths(self) -> list[int]:
+        return [1]
 
-def count_causal_pass(valid_BT: Tensor, plan: CausalPlan) -> PassCounts:
-    """The counts of one ordinary pass: position t of a sequence needs t + 1 keys."""
-    rows, keys = (int(n) for n in (valid_BT.sum(), (valid_BT.cumsum(1) * valid_BT).sum()))
-    counts = PassCounts(tokens=rows)
-    counts.record(rows=rows, keys=keys, executed_rows=plan.batch * plan.length, executed_keys=plan.executed_keys)
-    return counts
+    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+        plan = state.cache.plan(state.everyone, read=0, write=[0])
+        z_Bd, _ = self.stack(self.embed(tokens_B), self.rope_at(state.position), plan, state.cache.memories)
+        state.count(0, state.batch, plan)
+        return z_Bd, torch.zeros_like(tokens_B)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from haltscale.model import IGNORE_INDEX, AdaptiveOptions, LanguageModel, Method, ModelConfig, Shape, build_model
 
 torch.set_num_threads(1)

@@ -87,53 +87,70 @@ def new_states(stack: torch.nn.Module) -> States:
     return [{} for _ in stack.blocks]
 
 
-def loss_of(logits_TV: list[Tensor], targets: list[int], extra: list[Tensor | float], lam: float, beta: float):
-    """Sums over scored tokens of one sequence: (nats, penalty, number)."""
+def loss_of(logits_TV: list[Tensor], targets: list[int], extra: list[Tensor | float], lam: float, beta: float | None):
+    """Sums over scored tokens of one sequence: (nats, penalty, number). beta None: `extra` is weighted already."""
     nats, pressed, scored = 0.0, 0.0, 0
     for logits, target, steps in zip(logits_TV, targets, extra, strict=True):
         if target == -100:
             continue
         nll = -torch.log_softmax(logits, dim=0)[target]
         nats = nats + nll
-        pressed = pressed + torch.exp(-nll.detach()) ** beta * steps
+        pressed = pressed + (1.0 if beta is None else torch.exp(-nll.detach()) ** beta) * steps
         scored += 1
     return nats, lam * pressed, scored
 
 
-def adaptive_sequence(model: torch.nn.Module, tokens: list[int]):
+def adaptive_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     """Adaptive latent chain-of-thought over one sequence, in decoding order: (logits, expected steps, executed)."""
     options, theta = model.options, model.config.rope_theta
-    stack, router = model.latent_loop.stack, model.latent_loop.router
+    stack, routers = model.latent_loop.stack, model.latent_loop.routers
     states = new_states(stack)
     executed: list[int] = []
     all_logits, expected = [], []
+
+    def gate(z: Tensor, k: int) -> Tensor:
+        if options.router == "none":
+            return torch.tensor(1 / (1 + math.exp(-options.router_bias)), dtype=z.dtype)
+        router = routers[k if options.router_per_step else 0]
+        if options.router == "mlp":
+            z = router.hidden.weight @ z
+            z = z / (1 + torch.exp(-z))
+        return 1 / (1 + torch.exp(-(router.score.weight[0] @ z + router.score.bias[0])))
+
+    def spoken(z: Tensor) -> Tensor:
+        return torch.softmax(head(model, z), dim=0) if options.mixture == "probability" else z
+
     for t, token in enumerate(tokens):
         z = embed(model, token)
         reach = torch.ones((), dtype=z.dtype)
-        mixture, steps = torch.zeros_like(z), torch.zeros((), dtype=z.dtype)
+        mixture, steps = torch.zeros_like(spoken(z)), torch.zeros((), dtype=z.dtype)
         executed.append(0)
         for k in range(options.l_max + 1):
             visible = [(j, i) for j in range(t) for i in range(min(k, executed[j] - 1) + 1)]
             executed[t] = k + 1
             visible += [(t, i) for i in range(k + 1)]
-            z = stack_row(stack, z, t, theta, states, (t, k), visible)
-            if k > 0:
+            before, z = z, stack_row(stack, z, t, theta, states, (t, k), visible)
+            if k > 0 and options.penalty_probability == "mixture":
                 steps = steps + reach
+            elif k > 0 and targets[t] != -100:
+                probability = torch.softmax(head(model, before), dim=0)[targets[t]].detach()
+                steps = steps + probability**options.beta * reach
             onward = None
             if k < options.l_max:
-                score = router.score
-                onward = reach / (1 + torch.exp(-(score.weight[0] @ z + score.bias[0])))
+                onward = reach * gate(z, k)
             if onward is None or not onward > options.tau:
-                mixture = mixture + reach * z
+                mixture = mixture + reach * spoken(z)
                 break
-            mixture = mixture + (reach - onward) * z
+            mixture = mixture + (reach - onward) * spoken(z)
             reach = onward
-        all_logits.append(head(model, mixture))
+            if options.truncate_gradient:
+                z = z.detach()
+        all_logits.append(torch.log(mixture) if options.mixture == "probability" else head(model, mixture))
         expected.append(steps)
     return all_logits, expected, executed
 
 
-def vanilla_sequence(model: torch.nn.Module, tokens: list[int]):
+def vanilla_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     """The plain Llama over one sequence."""
     states = new_states(model.stack)
     out = []
@@ -148,9 +165,108 @@ def batch_loss(model: torch.nn.Module, sequence, rows: list[list[int]], targets:
     """(loss, logits per row, executed states per row) of unpadded rows, with `sequence` one of the functions above."""
     nats, pressed, scored, logits, executed = 0.0, 0.0, 0, [], []
     for tokens, wanted in zip(rows, targets, strict=True):
-        row_logits, steps, row_executed = sequence(model, tokens)
+        row_logits, steps, row_executed = sequence(model, tokens, wanted)
         one = loss_of(row_logits, wanted, steps, lam, beta)
         nats, pressed, scored = nats + one[0], pressed + one[1], scored + one[2]
         logits.append(torch.stack(row_logits))
         executed.append(row_executed)
     return (nats + pressed) / scored, logits, executed
+
+
+def fixed_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    """The latent chain with a dictated number of steps, read at the last state."""
+    stack, theta = model.latent_loop.stack, model.config.rope_theta
+    states = new_states(stack)
+    executed: list[int] = []
+    out = []
+    for t, token in enumerate(tokens):
+        whole = math.floor(model.steps)
+        share = (t + 1) * 0.6180339887498949
+        steps = whole + (1 if share - math.floor(share) < model.steps - whole else 0)
+        z = embed(model, token)
+        executed.append(0)
+        for k in range(steps + 1):
+            executed[t] = k + 1
+            visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
+            z = stack_row(stack, z, t, theta, states, (t, k), visible)
+        out.append(head(model, z))
+    return out, [0.0] * len(tokens), executed
+
+
+def shuffled_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    """Adaptive with the scout's steps carried out `shift` tokens later."""
+    _, _, meant = adaptive_sequence(model, tokens, targets)
+    stack, theta, score = model.latent_loop.stack, model.config.rope_theta, model.latent_loop.routers[0].score
+    states = new_states(stack)
+    executed: list[int] = []
+    out, expected = [], []
+    for t, token in enumerate(tokens):
+        wanted = meant[t - model.shift] if t >= model.shift else meant[t]
+        z, executed = embed(model, token), [*executed, 0]
+        reach, mixture, steps = torch.ones((), dtype=z.dtype), torch.zeros_like(z), torch.zeros((), dtype=z.dtype)
+        for k in range(wanted):
+            executed[t] = k + 1
+            visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
+            z = stack_row(stack, z, t, theta, states, (t, k), visible)
+            if k:
+                steps = steps + reach
+            if k == wanted - 1:
+                mixture = mixture + reach * z
+            else:
+                onward = reach / (1 + torch.exp(-(score.weight[0] @ z + score.bias[0])))
+                mixture, reach = mixture + (reach - onward) * z, onward
+        out.append(head(model, mixture))
+        expected.append(steps)
+    return out, expected, executed
+
+
+def causal_pass(model: torch.nn.Module, rows: list[Tensor], positions: list[int], *, final_norm: bool = True):
+    """One ordinary causal pass over these input vectors."""
+    stack, out = model.latent_loop.stack, []
+    states = new_states(stack)
+    for n, (row, position) in enumerate(zip(rows, positions, strict=True)):
+        visible = [(m, 0) for m in range(n + 1)]
+        theta = model.config.rope_theta
+        out.append(stack_row(stack, row, position, theta, states, (n, 0), visible, final_norm=final_norm))
+    return out
+
+
+def looped_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    rows = [embed(model, token) for token in tokens]
+    for k in range(model.steps + 1):
+        rows = causal_pass(model, rows, list(range(len(tokens))), final_norm=k == model.steps)
+    return [head(model, row) for row in rows], [0.0] * len(tokens), [model.steps + 1] * len(tokens)
+
+
+def pause_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    rows, positions = [], []
+    for t, token in enumerate(tokens):
+        rows += [embed(model, token), *[model.pause] * model.steps]
+        positions += [t] * (model.steps + 1)
+    out = causal_pass(model, rows, positions)[model.steps :: model.steps + 1]
+    return [head(model, row) for row in out], [0.0] * len(tokens), [model.steps + 1] * len(tokens)
+
+
+def ponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    first = [embed(model, token) for token in tokens]
+    factor = math.sqrt(2.5 * model.config.shape.d)
+    rows = first
+    for _ in range(model.steps):
+        guessed = []
+        base = rows if model.options.accumulate else first
+        for row, z in zip(base, causal_pass(model, rows, list(range(len(tokens)))), strict=True):
+            p = torch.softmax(head(model, z), dim=0)
+            guessed.append(row + factor * sum(p[v] * model.embedding.weight[v] for v in range(len(p))))
+        rows = guessed
+    out = causal_pass(model, rows, list(range(len(tokens))))
+    return [head(model, row) for row in out], [0.0] * len(tokens), [model.steps + 1] * len(tokens)
+
+
+def ponder2_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    x = [embed(model, token) for token in tokens]
+    z = causal_pass(model, x, list(range(len(tokens))))
+    positions = [t for t in range(len(tokens)) for _ in range(2)]
+    for _ in range(model.options.jacobi_high):
+        z = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[0::2]
+    out = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[1::2]
+    return [head(model, row) for row in out], [0.0] * len(tokens), [2] * len(tokens)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from haltscale.model import IGNORE_INDEX, AdaptiveOptions, Method, VanillaOptions
 from torch import nn
+
+from haltscale.model import IGNORE_INDEX, AdaptiveOptions, Method, VanillaOptions
 
 Build = Callable[..., Any]
 OPTIONS = AdaptiveOptions(tau=0.25, router_bias=0.5, lam=0.3, beta=0.7)
@@ -17,15 +18,15 @@ OPTIONS = AdaptiveOptions(tau=0.25, router_bias=0.5, lam=0.3, beta=0.7)
 def stop_everyone(model: Any) -> None:
     """Force the router's gate to 0."""
     with torch.no_grad():
-        model.latent_loop.router.score.weight.zero_()
-        model.latent_loop.router.score.bias.fill_(-100.0)
+        model.latent_loop.routers[0].score.weight.zero_()
+        model.latent_loop.routers[0].score.bias.fill_(-100.0)
 
 
 def keep_everyone(model: Any) -> None:
     """Force the router's gate to 1."""
     with torch.no_grad():
-        model.latent_loop.router.score.weight.zero_()
-        model.latent_loop.router.score.bias.fill_(100.0)
+        model.latent_loop.routers[0].score.weight.zero_()
+        model.latent_loop.routers[0].score.bias.fill_(100.0)
 
 
 def set_up(tiny: Build, batch: Build, *, seed: int, **changes: Any) -> tuple[Any, list[int], Any, Any]:
@@ -201,11 +202,11 @@ def test_every_parameter_has_a_gradient_however_many_go_on(tiny: Build, batch: B
         plain = model.latent_loop.stack
         z_Nd = model.latent_loop(model.embed(tokens).flatten(0, 1), torch.ones_like(tokens, dtype=torch.bool))
         with torch.no_grad():
-            model.latent_loop.router.score.weight.copy_(z_Nd.hidden_BTd[1, 2][None])
+            model.latent_loop.routers[0].score.weight.copy_(z_Nd.hidden_BTd[1, 2][None])
             scores = z_Nd.hidden_BTd.flatten(0, 1) @ z_Nd.hidden_BTd[1, 2]
             best, second = scores.sort(descending=True).values[:2]
-            model.latent_loop.router.score.weight.mul_(100 / (best - second))
-            model.latent_loop.router.score.bias.fill_(float(-100 * (best + second) / 2 / (best - second)))
+            model.latent_loop.routers[0].score.weight.mul_(100 / (best - second))
+            model.latent_loop.routers[0].score.bias.fill_(float(-100 * (best + second) / 2 / (best - second)))
         assert plain is model.latent_loop.stack
     out = model(tokens, targets)
     if who == "one position":
@@ -225,9 +226,9 @@ def test_the_penalty_alone_teaches_the_router_to_stop(tiny: Build, batch: Build)
     assert float(mild.penalty) == 0
     assert float(hard.penalty) > 0
     assert float(mild.cross_entropy) == float(hard.cross_entropy)
-    bias = strict.latent_loop.router.score.bias
+    bias = strict.latent_loop.routers[0].score.bias
     (pressed,) = torch.autograd.grad(hard.loss - mild.loss.detach(), bias)
-    (free,) = torch.autograd.grad(mild.loss, gentle.latent_loop.router.score.bias)
+    (free,) = torch.autograd.grad(mild.loss, gentle.latent_loop.routers[0].score.bias)
     assert pressed.item() > free.item()
 
 

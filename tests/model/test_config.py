@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from haltscale.model import (
     METHODS,
     SIZES,
@@ -113,5 +114,5 @@ def test_methods_share_their_initial_weights() -> None:
 def test_inputs_have_unit_scale(tiny: Callable) -> None:
     model = build_model(GOOD, seed=0)
     vectors = model.embed(torch.arange(64))
-    assert float(vectors.pow(2).mean().sqrt()) == pytest.approx(1.0, abs=0.05)
-    assert float(model.embedding.weight.std()) == pytest.approx((2 / (5 * 64)) ** 0.5, rel=0.05)
+    assert vectors.pow(2).mean().sqrt().item() == pytest.approx(1.0, abs=0.05)
+    assert model.embedding.weight.std().item() == pytest.approx((2 / (5 * 64)) ** 0.5, rel=0.05)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from haltscale.model.halting import halting_step, masses
 from hypothesis import given
 from hypothesis import strategies as st
+
+from haltscale.model.halting import halting_step, masses
 
 
 @pytest.mark.parametrize(

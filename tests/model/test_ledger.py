@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from haltscale.model import (
     SIZES,
     AdaptiveOptions,
@@ -15,8 +18,6 @@ from haltscale.model import (
     paper_passes,
     paper_training_flops,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.mark.parametrize(

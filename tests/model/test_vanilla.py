@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from haltscale.model import Method, VanillaOptions
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from haltscale.model import Method, VanillaOptions
 
 
 def test_forward_and_gradients_equal_the_definition(tiny: Callable, batch: Callable, oracle: ModuleType) -> None:

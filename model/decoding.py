@@ -1,0 +1,159 @@
+"""Incremental decoding: keys and values kept from token to token, and attention of one new row per sequence.
+
+A cache has *regions*. A query reads exactly one region, which lies in one piece, so that decoding needs no gathering
+and, while all sequences hold equally much, no mask. A method with one state per token has one region. Where a query of
+step k may see the states of steps 0..k and no others (adaptive latent chain-of-thought), region k holds just those: a
+state of step i is written to all regions from i on. That spends memory, (l_max+1)(l_max+2)/2 rows per token where
+l_max+1 would hold the states, to read each of them in one stride.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haltscale.model.backbone import Memory, attention
+from haltscale.model.config import Shape
+from haltscale.model.ledger import PassCounts
+
+FIRST_CAPACITY = 64
+"""Tokens that a new cache has room for; it doubles whenever it is full."""
+
+
+class KeyValueCache:
+    """Keys and values of all layers for a batch of sequences that advance together, one token at a time."""
+
+    def __init__(
+        self, batch: int, shape: Shape, widths: Sequence[int], *, layers: int, dtype: torch.dtype, device: torch.device
+    ):
+        """widths: for each region, the most states that one token can leave in it. layers: how many keep states."""
+        self.batch = batch
+        self.widths = list(widths)
+        self.capacity = FIRST_CAPACITY  # tokens
+        self.held = [[0] * batch for _ in widths]  # states of each region and sequence
+        self._row = shape.kv_heads * shape.head_dim
+        self.memories: list[Memory] = [
+            (self._blank(self.capacity, dtype, device), self._blank(self.capacity, dtype, device))
+            for _ in range(layers)
+        ]
+
+    def _blank(self, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(self.batch, capacity * sum(self.widths), self._row, dtype=dtype, device=device)
+
+    def _start(self, region: int, capacity: int) -> int:
+        return capacity * sum(self.widths[:region])
+
+    def make_room(self, tokens: int) -> None:
+        """Grow until `tokens` tokens fit."""
+        while self.capacity < tokens:
+            old, new = self.capacity, 2 * self.capacity
+
+            def moved(rows_BSd: Tensor, old: int = old, new: int = new) -> Tensor:
+                bigger = self._blank(new, rows_BSd.dtype, rows_BSd.device)
+                for region, width in enumerate(self.widths):
+                    a, b = self._start(region, old), self._start(region, new)
+                    bigger[:, b : b + width * old] = rows_BSd[:, a : a + width * old]
+                return bigger
+
+            self.memories = [(moved(keys), moved(values)) for keys, values in self.memories]
+            self.capacity = new
+
+    def plan(self, rows: list[int], *, read: int, write: Sequence[int], new: int = 1) -> "DecodingPlan":
+        """The plan of a pass in which the sequences `rows` add `new` states each to the regions `write` (one to each)
+        and their queries see region `read`, itself one of them; the j-th of several new states sees those up to it."""
+        device = self.memories[0][0].device
+        slots, stride = [], self.capacity * sum(self.widths)
+        for b in rows:
+            for j in range(new):
+                slots += [b * stride + self._start(r, self.capacity) + self.held[r][b] + j for r in write]
+        for r in write:
+            for b in rows:
+                self.held[r][b] += new
+        held = self.held[read]
+        longest = max(held[b] for b in rows)
+        mask = None
+        if new > 1 or any(held[b] != longest for b in rows):
+            # Sequences that are not in this pass get a full view; nobody reads what it gives them.
+            present = set(rows)
+            last = [held[b] if b in present else longest for b in range(self.batch)]
+            visible = [[n - (new - 1 - j) for j in range(new)] for n in last]
+            mask = torch.arange(longest, device=device) < torch.tensor(visible, device=device)[:, None, :, None]
+        return DecodingPlan(
+            batch=self.batch,
+            new=new,
+            start=self._start(read, self.capacity),
+            length=longest,
+            copies=len(write),
+            slots=torch.tensor(slots, device=device),
+            rows=None if len(rows) == self.batch else torch.tensor(rows, device=device),
+            mask=mask,
+            keys_needed=sum(held[b] - (new - 1 - j) for b in rows for j in range(new)),
+        )
+
+
+@dataclass(frozen=True)
+class DecodingPlan:
+    """One decoding pass over one layer's memory, which it changes in place."""
+
+    batch: int
+    new: int
+    start: int
+    length: int
+    copies: int
+    slots: Tensor
+    rows: Tensor | None
+    mask: Tensor | None
+    keys_needed: int
+
+    @property
+    def executed_keys(self) -> int:
+        """Query-key pairs handed to attention: all sequences, the sitting-out ones included."""
+        return self.batch * self.new * self.length
+
+    def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        assert memory is not None
+        N, G, E = k_NGE.shape
+        for store, fresh_NGE in zip(memory, (k_NGE, v_NGE), strict=True):
+            fresh = fresh_NGE.reshape(N, 1, G * E).expand(N, self.copies, G * E).reshape(N * self.copies, G * E)
+            store.flatten(0, 1).index_copy_(0, self.slots, fresh)
+        keys, values = (store[:, self.start : self.start + self.length].unflatten(2, (G, E)) for store in memory)
+        q_BMHE = q_NHE.unflatten(0, (-1, self.new))
+        if self.rows is not None:
+            q_BMHE = q_NHE.new_zeros(self.batch, *q_BMHE.shape[1:]).index_copy(0, self.rows, q_BMHE)
+        out_BMHE = attention(q_BMHE, keys, values, self.mask)
+        if self.rows is not None:
+            out_BMHE = out_BMHE.index_select(0, self.rows)
+        return out_BMHE.reshape(N, -1), memory
+
+
+@dataclass
+class DecodingState:
+    """What `LanguageModel.decode_step` carries from one token to the next."""
+
+    batch: int
+    """Sequences that are decoded together."""
+    cache: KeyValueCache
+    """Their keys and values."""
+    position: int = 0
+    """Tokens read so far, the same for all sequences."""
+    counts: PassCounts = field(default_factory=PassCounts)
+    """What decoding has cost so far."""
+    extra: Any = None
+    """Whatever else the method carries."""
+
+    @property
+    def everyone(self) -> list[int]:
+        """The indices of all sequences."""
+        return list(range(self.batch))
+
+    def count(self, k: int, rows: int, plan: DecodingPlan) -> None:
+        """Add one pass as pass k of this token."""
+        counts = self.counts
+        while len(counts.rows) <= k:
+            counts.record(rows=0, keys=0, executed_rows=0, executed_keys=0)
+        counts.rows[k] += rows
+        counts.keys[k] += plan.keys_needed
+        counts.executed_rows[k] += rows
+        counts.executed_keys[k] += plan.executed_keys

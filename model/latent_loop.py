@@ -1,0 +1,232 @@
+"""The latent chain: the passes of adaptive latent chain-of-thought and of its controls.
+
+A latent step feeds the last hidden state back as the next input, z[t,k] = f(z[t,k-1]): no vocabulary, no adapter. After
+each pass a router says with what probability to go on, and a position stops for good once too little mass would reach
+the next state (halting.py). States see all executed states at their own position or before (backbone.ThoughtPlan). A
+position that has stopped is computed no further: every pass runs on the packed rows that are still active.
+
+The controls use the same loop with the number of steps dictated from outside.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from haltscale.model.backbone import CausalPlan, Rope, Stack, ThoughtPlan, at_least_float32, compute_dtype, rope_table
+from haltscale.model.config import ModelConfig
+from haltscale.model.decoding import DecodingState
+from haltscale.model.halting import HaltingTrace, halting_step
+from haltscale.model.language_model import LatentState, Thought
+from haltscale.model.ledger import PassCounts
+
+
+class RouterKind(StrEnum):
+    """What decides whether to go on. The paper's 70M ablation: linear 2.670, none 2.671, mlp 2.675 nats."""
+
+    LINEAR = "linear"
+    """g = sigmoid(w . z + b)."""
+    MLP = "mlp"
+    """g = sigmoid(w . silu(W z) + b), W of size d x d [R]."""
+    NONE = "none"
+    """g = sigmoid(b) with b fixed: nothing is learned and all positions think alike [R]."""
+
+
+class Router(nn.Module):
+    """The probability of going on, in at least float32 whatever the model's precision.
+
+    The last weight starts at zero: every position starts alike, at sigmoid(bias), and the weight learns at once, since
+    its gradient does not depend on it.
+    """
+
+    def __init__(self, d: int, bias: float, *, hidden: bool = False):
+        super().__init__()
+        self.hidden = nn.Linear(d, d, bias=False) if hidden else None
+        self.score = nn.Linear(d, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.constant_(self.score.bias, bias)
+
+    def forward(self, z_Nd: Tensor) -> Tensor:
+        with torch.autocast(z_Nd.device.type, enabled=False):
+            z_Nd = at_least_float32(z_Nd)
+            if self.hidden is not None:
+                z_Nd = F.silu(F.linear(z_Nd, at_least_float32(self.hidden.weight)))
+            score_N1 = F.linear(z_Nd, at_least_float32(self.score.weight), at_least_float32(self.score.bias))
+            return torch.sigmoid(score_N1).squeeze(1)
+
+    def flops(self) -> float:
+        """Per row."""
+        return 2.0 * (self.score.weight.numel() + (self.hidden.weight.numel() if self.hidden is not None else 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopRules:
+    """What the loop needs to know of a method's options."""
+
+    l_max: int
+    """Latent steps on top of the ordinary pass."""
+    tau: float
+    """A position goes on only while more than this much mass would reach the next state."""
+    router: RouterKind
+    """Kind of router."""
+    router_bias: float
+    """Initial (for RouterKind.NONE: fixed) bias of the router."""
+    router_per_step: bool = False
+    """One router per step instead of one for all."""
+    truncate_gradient: bool = False
+    """Cut the gradient where a state is fed back; it still flows through keys, values and the mixture."""
+    keep_states: bool = False
+    """Hand the states of every pass to the loss."""
+
+
+class LatentLoop(nn.Module):
+    """The whole chain of passes, as one module.
+
+    How often the stack runs depends on the data and so differs between ranks. As one module it can be declared a
+    ZeRO-3 leaf (its parameters are gathered once, not per call), and it uses every parameter it has in every forward,
+    if only times zero, so that every rank has a gradient for all of them (ZeRO-1/2 wait for each other otherwise).
+    """
+
+    def __init__(self, config: ModelConfig, rules: LoopRules):
+        super().__init__()
+        self.config = config
+        self.rules = rules
+        self.stack = Stack(config.shape, config.norm_eps)
+        learned = 0 if rules.router is RouterKind.NONE else (rules.l_max if rules.router_per_step else 1)
+        self.routers = nn.ModuleList(
+            Router(config.shape.d, rules.router_bias, hidden=rules.router is RouterKind.MLP)
+            for _ in range(min(learned, rules.l_max))
+        )
+
+    def gate(self, z_Nd: Tensor, k: int) -> Tensor:
+        """Probability of going on after state k."""
+        if not self.routers:
+            constant = torch.sigmoid(torch.tensor(self.rules.router_bias, dtype=torch.float64))
+            return at_least_float32(z_Nd).new_full((len(z_Nd),), float(constant))
+        gate_N: Tensor = self.routers[k if self.rules.router_per_step else 0](z_Nd)
+        return gate_N
+
+    def _decide(
+        self, z_Nd: Tensor, reach_N: Tensor, k: int, may_go_on_N: Tensor | bool, forced_N: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(goes on, exit mass, next reach) after state k; with forced_N, the steps that each row takes, by order."""
+        if k == self.rules.l_max:
+            return torch.zeros_like(reach_N, dtype=torch.bool), reach_N, reach_N
+        gate_N = self.gate(z_Nd, k)
+        if forced_N is None:
+            return halting_step(reach_N, gate_N, tau=self.rules.tau, may_go_on=may_go_on_N)
+        onward_N = reach_N * gate_N
+        goes_on_N = (forced_N > k) & may_go_on_N
+        return goes_on_N, torch.where(goes_on_N, reach_N - onward_N, reach_N), onward_N
+
+    def forward(self, x_Nd: Tensor, valid_BT: Tensor, forced_BT: Tensor | None = None) -> Thought:
+        """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order."""
+        rules, config = self.rules, self.config
+        B, T = valid_BT.shape
+        K = rules.l_max + 1
+        device = x_Nd.device
+        cos_T, sin_T = rope_table(T, config.shape, config.rope_theta, x_Nd)
+
+        # Pass 0: all positions, plain causal attention.
+        row_N = torch.arange(B * T, device=device)  # active rows as indices into [B*T]; shrinks from pass to pass
+        position_N = row_N % T
+        first_plan = CausalPlan(B, T)
+        z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_plan)
+        counts = PassCounts(tokens=int(valid_BT.sum()))
+        first_plan.record(counts, valid_BT)
+
+        states_BT = valid_BT.long()  # executed states per position
+        slots = T
+        mass_dtype = at_least_float32(z_Nd).dtype
+        reach_N = valid_BT.flatten().to(mass_dtype)
+        may_go_on_N: Tensor | bool = valid_BT.flatten()
+        forced_N = None if forced_BT is None else forced_BT.flatten()
+        mixture_Nd = torch.zeros(B * T, config.shape.d, dtype=mass_dtype, device=device)
+        reach_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
+        exit_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
+        states: list[LatentState] = []
+
+        for k in range(K):
+            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, may_go_on_N, forced_N)
+            reach_NK = reach_NK.index_put((row_N, row_N.new_full((), k)), reach_N)
+            exit_NK[row_N, k] = exit_N.detach()
+            if rules.keep_states:
+                states.append(LatentState(row_N, z_Nd, reach_N, exit_N))
+            share_Nd = exit_N[:, None] * z_Nd
+            mixture_Nd = share_Nd + mixture_Nd if len(row_N) == B * T else mixture_Nd.index_add(0, row_N, share_Nd)
+            on_N = goes_on_N.nonzero().squeeze(1)
+            if len(on_N) == 0:
+                break
+
+            # Pass k + 1: pack the rows that go on. Their input is their own last output.
+            if len(on_N) < len(row_N):
+                row_N, position_N = row_N[on_N], position_N[on_N]
+                z_Nd, onward_N = z_Nd.index_select(0, on_N), onward_N.index_select(0, on_N)
+                forced_N = None if forced_N is None else forced_N[on_N]
+            reach_N = onward_N
+            may_go_on_N = True
+            active_BT = torch.zeros(B * T, dtype=torch.bool, device=device).index_fill_(0, row_N, True).view(B, T)
+            plan = ThoughtPlan(states_BT, active_BT, row_N, slots, compute_dtype(z_Nd))
+            x_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
+            z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), plan, memories)
+            states_BT = states_BT + active_BT
+            slots = plan.slots
+            plan.record(counts)
+
+        trace = HaltingTrace(
+            steps_BT=(states_BT - valid_BT.long()).to(torch.uint8),
+            reach_BTK=reach_NK.detach().view(B, T, K).float(),
+            exit_BTK=exit_NK.view(B, T, K).float(),
+            valid_BT=valid_BT,
+            counts=counts,
+        )
+        touch = sum((parameter.sum() * 0.0 for parameter in self.routers.parameters()), start=mixture_Nd.new_zeros(()))
+        hidden_Nd = (mixture_Nd + touch).to(z_Nd.dtype)
+        return Thought(hidden_Nd.view(B, T, -1), trace, reach_BTK=reach_NK.view(B, T, K), states=states)
+
+    # Decoding --------------------------------------------------------------------------------------------------------
+
+    def cache_widths(self) -> list[int]:
+        """Region k holds the states of steps 0..k, which is what a query of step k may see."""
+        return [k + 1 for k in range(self.rules.l_max + 1)]
+
+    def decode(
+        self, x_Bd: Tensor, rope: Rope, state: DecodingState, forced: list[int] | None = None
+    ) -> tuple[Tensor, Tensor, list[LatentState]]:
+        """One token of each sequence, its steps one after another: (mixtures, steps taken, states if kept)."""
+        rules, cache = self.rules, state.cache
+        l_max, batch = rules.l_max, state.batch
+        row_N = torch.arange(batch, device=x_Bd.device)
+        rows = state.everyone
+        forced_N = None if forced is None else torch.tensor(forced, device=x_Bd.device)
+        reach_N = at_least_float32(x_Bd).new_ones(batch)
+        mixture_Bd: Any = None
+        steps_B = torch.zeros_like(row_N)
+        states: list[LatentState] = []
+        x_Nd = x_Bd
+        for k in range(l_max + 1):
+            plan = cache.plan(rows, read=k, write=range(k, l_max + 1))
+            z_Nd, _ = self.stack(x_Nd, rope, plan, cache.memories)
+            state.count(k, len(rows), plan)
+            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, True, forced_N)
+            if rules.keep_states:
+                states.append(LatentState(row_N, z_Nd, reach_N, exit_N))
+            share_Nd = exit_N[:, None] * z_Nd
+            if mixture_Bd is None:
+                mixture_Bd = share_Nd
+            else:
+                mixture_Bd = mixture_Bd.index_add(0, row_N, share_Nd) if len(rows) < batch else mixture_Bd + share_Nd
+            going = [i for i, on in enumerate(goes_on_N.tolist()) if on]
+            if not going:
+                break
+            x_Nd, reach_N = z_Nd, onward_N
+            if len(going) < len(rows):
+                rows = [rows[i] for i in going]
+                on_N = torch.tensor(going, device=x_Bd.device)
+                row_N, x_Nd, reach_N = row_N[on_N], x_Nd[on_N], reach_N[on_N]
+                forced_N = None if forced_N is None else forced_N[on_N]
+            steps_B[row_N] += 1
+        return mixture_Bd.to(x_Bd.dtype), steps_B, states

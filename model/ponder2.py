@@ -1,0 +1,73 @@
+"""PonderLM-2 with one latent thought per token (K = 1), trained by Jacobi iteration (the authors' public code).
+
+The sequence [x1 z1 x2 z2 ..] holds, after each token, a latent thought: the last hidden state at the token. z_t needs
+z_1 .. z_{t-1}, so an exact pass would be sequential. Training iterates instead: one pass over the tokens alone guesses
+all z at once; J Jacobi passes over the interleaved sequence (2T long, token and thought sharing a position, ordinary
+causal mask) refresh z from the token slots; a last pass gives the logits at the thought slots. J is drawn from {2, 3}
+in training and is 3 in evaluation; gradients flow through everything. Cost: 2J + 3 passes of length T, 8 on average.
+
+Decoding is exact and sequential: two passes per token over one cache. It is the fixed point that J passes approach, and
+equals `forward` once J reaches the number of tokens; with J = 3 the two differ a little. That gap is the method's own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from haltscale.model.config import ModelConfig, in_range
+from haltscale.model.decoding import DecodingState
+from haltscale.model.halting import single_state_trace
+from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.ledger import PassCounts
+from haltscale.model.repeated import RepeatedPasses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ponder2Options:
+    """Options of PonderLM-2."""
+
+    jacobi_low: int = 2
+    """Fewest Jacobi passes in training; drawn uniformly (from torch's global CPU stream) up to jacobi_high."""
+    jacobi_high: int = 3
+    """Most Jacobi passes in training, and their number in evaluation."""
+
+    def problems(self) -> list[str]:
+        """All errors of the options."""
+        found = in_range("jacobi_high", self.jacobi_high, 0, 4096, integer=True)
+        return found or in_range("jacobi_low", self.jacobi_low, 0, self.jacobi_high, integer=True)
+
+
+class Ponder2Model(LanguageModel):
+    """A Llama with a latent thought after every token."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        assert isinstance(config.options, Ponder2Options)
+        self.options = config.options
+        self.latent_loop = RepeatedPasses(config)
+
+    def _jacobi_passes(self) -> int:
+        low, high = self.options.jacobi_low, self.options.jacobi_high
+        return int(torch.randint(low, high + 1, ())) if self.training and low < high else high
+
+    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+        B, T = tokens_BT.shape
+        loop = self.latent_loop
+        x_Nd = self.embed(tokens_BT).flatten(0, 1)
+        counts = PassCounts(tokens=int(valid_BT.sum()))
+        z_Nd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)
+        rope, valid_BU = loop.rope(B, T, x_Nd, repeat=2), valid_BT.repeat_interleave(2, dim=1)
+        for _ in range(self._jacobi_passes()):
+            z_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[0::2]
+        out_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[1::2]
+        return Thought(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=1))
+
+    def cache_widths(self) -> list[int]:
+        return [2]
+
+    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+        rope = self.rope_at(state.position)
+        z_Bd = self.latent_loop.decode(self.embed(tokens_B), rope, state, k=0, region=0)
+        out_Bd = self.latent_loop.decode(z_Bd, rope, state, k=1, region=0)
+        return out_Bd, torch.ones_like(tokens_B)

@@ -1,0 +1,50 @@
+"""Causal passes one after another over all positions: what looped, PonderLM, PonderLM-2 and pause have in common.
+
+In these methods a pass sees only its own keys and values, so decoding keeps one cache region per pass.
+"""
+
+from torch import Tensor, nn
+
+from haltscale.model.backbone import CausalPlan, Rope, Stack, rope_table
+from haltscale.model.config import ModelConfig
+from haltscale.model.decoding import DecodingState
+from haltscale.model.ledger import PassCounts
+
+
+class RepeatedPasses(nn.Module):
+    """The stack, ready to be applied to [B, T] rows as often as a method likes."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.stack = Stack(config.shape, config.norm_eps)
+
+    def rope(self, B: int, T: int, like: Tensor, *, repeat: int = 1) -> Rope:
+        """Angles of [B, T * repeat] rows, each position standing `repeat` times."""
+        cos_T1E, sin_T1E = rope_table(T, self.config.shape, self.config.rope_theta, like)
+        cos, sin = (x.repeat_interleave(repeat, 0).repeat(B, 1, 1) for x in (cos_T1E, sin_T1E))
+        return cos, sin
+
+    def run(self, x_Nd: Tensor, rope: Rope, valid_BT: Tensor, counts: PassCounts, *, final_norm: bool = True) -> Tensor:
+        """One causal pass over x_Nd = [B, T] rows, counted."""
+        plan = CausalPlan(*valid_BT.shape)
+        plan.record(counts, valid_BT)
+        z_Nd, _ = self.stack(x_Nd, rope, plan, final_norm=final_norm)
+        return z_Nd
+
+    def decode(
+        self,
+        x_Nd: Tensor,
+        rope: Rope,
+        state: DecodingState,
+        *,
+        k: int,
+        region: int,
+        new: int = 1,
+        final_norm: bool = True,
+    ) -> Tensor:
+        """One decoding pass of all sequences, `new` rows each, on a cache region of its own; counted as pass k."""
+        plan = state.cache.plan(state.everyone, read=region, write=[region], new=new)
+        z_Nd, _ = self.stack(x_Nd, rope, plan, state.cache.memories, final_norm=final_norm)
+        state.count(k, state.batch * new, plan)
+        return z_Nd

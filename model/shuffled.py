@@ -1,0 +1,83 @@
+"""Shuffled router: the control that keeps how much is thought and destroys where.
+
+A router decides as in adaptive.py, but its decision for a token is carried out `shift` tokens later. The same numbers
+of steps are dealt to other tokens: their distribution, and the compute, stay; their fit to the token is gone. A shift
+into the past keeps the model causal and lets it decode, which a random permutation would not. If this control does as
+well as the router, the router has learned a budget and not a choice.
+
+The router's own run comes first, without gradient, as a scout; it is in `executed` FLOPs but not in `realised`, since
+the compute to match is that of the run that speaks. The router is trained as ever, by the mixture of the second run.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
+from haltscale.model.config import ModelConfig, in_range, require
+from haltscale.model.decoding import DecodingState
+from haltscale.model.language_model import Thought
+from haltscale.model.ledger import PassCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffledOptions(AdaptiveOptions):
+    """Options of the shuffled router: those of adaptive, and how far away its decisions are carried out."""
+
+    shift: int = 17
+    """Tokens between the one that a number of steps was meant for and the one that gets it. The first `shift` tokens
+    of a sequence keep their own."""
+
+    def problems(self) -> list[str]:
+        """All errors of the options."""
+        return [
+            *super().problems(),
+            *in_range("shift", self.shift, 1, integer=True),
+            *require(self.mixture is Mixture.HIDDEN, "mixture", str(self.mixture), "hidden for the shuffled control"),
+            *require(
+                self.penalty_probability is PenaltyProbability.MIXTURE,
+                "penalty_probability",
+                str(self.penalty_probability),
+                "mixture for the shuffled control",
+            ),
+        ]
+
+
+class ShuffledModel(AdaptiveModel):
+    """Adaptive, its numbers of steps dealt to other tokens."""
+
+    def __init__(self, config: ModelConfig):
+        assert isinstance(config.options, ShuffledOptions)
+        self.shift = config.options.shift
+        super().__init__(config)
+
+    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+        x_Nd = self.embed(tokens_BT).flatten(0, 1)
+        with torch.no_grad():
+            scout: Thought = self.latent_loop(x_Nd.detach(), valid_BT)
+        meant_BT = scout.trace.steps_BT.long()
+        dealt_BT = torch.cat((meant_BT[:, : self.shift], meant_BT[:, : -self.shift]), dim=1)[:, : meant_BT.shape[1]]
+        thought: Thought = self.latent_loop(x_Nd, valid_BT, dealt_BT)
+        counts = thought.trace.counts
+        counted = scout.trace.counts
+        unspoken = replace(counted, rows=[0] * len(counted.rows), keys=[0] * len(counted.keys), tokens=0)
+        thought.trace.counts = counts + unspoken
+        return thought
+
+    # Decoding: one cache for the scout and one for the run that speaks -----------------------------------------------
+
+    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+        if state.extra is None:
+            state.extra = (super().start_decoding(state.batch), [])
+        scout, meant = state.extra
+        x_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
+        scout.cache.make_room(state.position + 1)
+        _, steps_B, _ = self.latent_loop.decode(x_Bd, rope, scout)
+        meant.append(steps_B.tolist())
+        forced = meant[state.position - self.shift if state.position >= self.shift else state.position]
+        before = scout.counts
+        scout.counts = PassCounts()
+        hidden_Bd, dealt_B, _ = self.latent_loop.decode(x_Bd, rope, state, forced)
+        state.counts += replace(before, rows=[0] * len(before.rows), keys=[0] * len(before.keys), tokens=0)
+        return hidden_Bd, dealt_B

@@ -1,0 +1,237 @@
+"""What every method owes: its definition, causality, decoding as in training, an honest ledger, no use of padding."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from haltscale.model import METHODS, Method
+from haltscale.model.adaptive import AdaptiveOptions, Mixture, PenaltyProbability
+from haltscale.model.fixed import FixedOptions
+from haltscale.model.latent_loop import RouterKind
+from haltscale.model.looped import LoopedOptions
+from haltscale.model.pause import PauseOptions
+from haltscale.model.ponder import PonderOptions
+from haltscale.model.ponder2 import Ponder2Options
+from haltscale.model.shuffled import ShuffledOptions
+from haltscale.model.vanilla import VanillaOptions
+
+RAGGED: dict[str, Any] = {"tau": 0.25, "router_bias": 0.5, "lam": 0.3, "beta": 0.7}
+CASES: dict[str, tuple[Method, Any]] = {
+    "vanilla": (Method.VANILLA, VanillaOptions()),
+    "adaptive": (Method.ADAPTIVE, AdaptiveOptions(**RAGGED)),
+    "adaptive, mlp router": (Method.ADAPTIVE, AdaptiveOptions(router=RouterKind.MLP, **RAGGED)),
+    "adaptive, no router": (Method.ADAPTIVE, AdaptiveOptions(router=RouterKind.NONE, **RAGGED)),
+    "adaptive, router per step": (Method.ADAPTIVE, AdaptiveOptions(router_per_step=True, **RAGGED)),
+    "adaptive, probabilities": (Method.ADAPTIVE, AdaptiveOptions(mixture=Mixture.PROBABILITY, **RAGGED)),
+    "adaptive, truncated": (Method.ADAPTIVE, AdaptiveOptions(truncate_gradient=True, **RAGGED)),
+    "adaptive, step penalty": (
+        Method.ADAPTIVE,
+        AdaptiveOptions(penalty_probability=PenaltyProbability.STEP, **RAGGED),
+    ),
+    "fixed": (Method.FIXED, FixedOptions(steps=1.4)),
+    "shuffled": (Method.SHUFFLED, ShuffledOptions(shift=3, **RAGGED)),
+    "looped": (Method.LOOPED, LoopedOptions(steps=2)),
+    "pause": (Method.PAUSE, PauseOptions(steps=2)),
+    "ponder": (Method.PONDER, PonderOptions(steps=2)),
+    "ponder, replacing": (Method.PONDER, PonderOptions(steps=2, accumulate=False)),
+    "ponder2": (Method.PONDER2, Ponder2Options()),
+}
+ORACLES = {
+    "vanilla": "vanilla_sequence",
+    "adaptive": "adaptive_sequence",
+    "adaptive, mlp router": "adaptive_sequence",
+    "adaptive, no router": "adaptive_sequence",
+    "adaptive, router per step": "adaptive_sequence",
+    "adaptive, probabilities": "adaptive_sequence",
+    "adaptive, truncated": "adaptive_sequence",
+    "adaptive, step penalty": "adaptive_sequence",
+    "fixed": "fixed_sequence",
+    "shuffled": "shuffled_sequence",
+    "looped": "looped_sequence",
+    "pause": "pause_sequence",
+    "ponder": "ponder_sequence",
+    "ponder, replacing": "ponder_sequence",
+    "ponder2": "ponder2_sequence",
+}
+every_case = pytest.mark.parametrize("case", list(CASES))
+
+
+def build(tiny: Callable, case: str, **changes: Any) -> Any:
+    method, options = CASES[case]
+    return tiny(method, options, spread=2.0, **changes).eval()
+
+
+def test_every_method_is_held_to_these_tests() -> None:
+    assert {method for method, _ in CASES.values()} == set(Method) == set(METHODS)
+    assert set(ORACLES) == set(CASES)
+
+
+@every_case
+def test_forward_and_gradients_equal_the_definition(
+    tiny: Callable, batch: Callable, oracle: ModuleType, case: str
+) -> None:
+    model = build(tiny, case)
+    tokens, targets = batch(2, 7, seed=4)
+    lengths = [7, 5]
+    rows, wanted = ([values[b, :n].tolist() for b, n in enumerate(lengths)] for values in (tokens, targets))
+    lam, beta = getattr(CASES[case][1], "lam", 0.0), getattr(CASES[case][1], "beta", 1.0)
+    beta = None if "step penalty" in case else beta
+    loss, logits, executed = oracle.batch_loss(model, getattr(oracle, ORACLES[case]), rows, wanted, lam, beta)
+    out = model(tokens, targets, lengths_B=torch.tensor(lengths), return_logits=True)
+    for b, n in enumerate(lengths):
+        torch.testing.assert_close(out.logits_BTV[b, :n], logits[b], atol=1e-9, rtol=0)
+    assert [out.trace.steps_BT[b, :n].tolist() for b, n in enumerate(lengths)] == [[n - 1 for n in r] for r in executed]
+    assert out.loss.item() == pytest.approx(loss.item(), abs=1e-9)
+    parameters = list(model.parameters())
+    mine = torch.autograd.grad(out.loss, parameters)
+    theirs = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for (name, parameter), a, b in zip(model.named_parameters(), mine, theirs, strict=True):
+        b = torch.zeros_like(parameter) if b is None else b
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@every_case
+def test_the_future_changes_nothing(tiny: Callable, batch: Callable, case: str) -> None:
+    model = build(tiny, case)
+    tokens, _ = batch(2, 10)
+    other = tokens.clone()
+    other[:, 6:] = (other[:, 6:] + 5) % 31
+    before, after = model(tokens), model(other)
+    torch.testing.assert_close(before.logits_BTV[:, :6], after.logits_BTV[:, :6], atol=1e-11, rtol=0)
+    assert torch.equal(before.trace.steps_BT[:, :6], after.trace.steps_BT[:, :6])
+
+
+@every_case
+def test_decoding_equals_reading(tiny: Callable, batch: Callable, case: str, monkeypatch: Any) -> None:
+    """Token by token, the same logits, the same steps, the same count of what was needed."""
+    monkeypatch.setattr("haltscale.model.decoding.FIRST_CAPACITY", 4)  # so that the cache grows on the way
+    method, options = CASES[case]
+    if case == "ponder2":
+        options = Ponder2Options(jacobi_low=11, jacobi_high=11)  # decoding is the fixed point of the iteration
+    model = tiny(method, options, spread=2.0).eval()
+    tokens, _ = batch(3, 11)
+    whole = model(tokens)
+    state = model.start_decoding(3)
+    for t in range(11):
+        logits_BV, steps_B = model.decode_step(tokens[:, t], state)
+        torch.testing.assert_close(logits_BV, whole.logits_BTV[:, t], atol=1e-10, rtol=0)
+        assert steps_B.tolist() == whole.trace.steps_BT[:, t].tolist()
+    assert state.counts.tokens == whole.trace.counts.tokens
+    if case == "ponder2":
+        assert state.counts.rows == [33, 33], "decoding needs two passes where training iterates"
+    else:
+        assert [n for n in state.counts.rows if n] == [n for n in whole.trace.counts.rows if n]
+        assert [n for n in state.counts.keys if n] == [n for n in whole.trace.counts.keys if n]
+        assert model.flops(state.counts).realised == pytest.approx(model.flops(whole.trace.counts).realised)
+
+
+@every_case
+@pytest.mark.parametrize("backward", [False, True])
+def test_executed_flops_equal_torchs_counter(tiny: Callable, batch: Callable, case: str, backward: bool) -> None:
+    if backward and case in ("adaptive, step penalty", "shuffled"):
+        pytest.skip("runs part of its forward without a backward")
+    model = build(tiny, case)
+    tokens, targets = batch(2, 24)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        out = model(tokens, targets, lengths_B=torch.tensor([24, 15]))
+        if backward:
+            out.loss.backward()
+    flops = model.flops(out.trace.counts)
+    executed = flops.training.executed if backward else flops.executed
+    assert executed == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert 0 < flops.realised <= flops.executed
+
+
+@every_case
+def test_decodings_flops_equal_torchs_counter(tiny: Callable, batch: Callable, case: str) -> None:
+    model = build(tiny, case)
+    tokens, _ = batch(2, 8)
+    state = model.start_decoding(2)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for t in range(8):
+            model.decode_step(tokens[:, t], state)
+    assert model.flops(state.counts).executed == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@every_case
+def test_the_trace_adds_up(tiny: Callable, batch: Callable, case: str) -> None:
+    model = build(tiny, case)
+    tokens, targets = batch(3, 9)
+    lengths = torch.tensor([9, 4, 6])
+    trace = model(tokens, targets, lengths_B=lengths).trace
+    torch.testing.assert_close(trace.exit_BTK.sum(2), trace.valid_BT.float())
+    assert (trace.steps_BT[~trace.valid_BT] == 0).all()
+    assert trace.counts.tokens == sum(trace.histogram()) == 19
+    assert trace.expected_steps <= trace.mean_steps + 1e-6
+    assert all(n <= m for n, m in zip(trace.counts.rows, trace.counts.executed_rows, strict=True))
+    assert all(n <= m for n, m in zip(trace.counts.keys, trace.counts.executed_keys, strict=True))
+
+
+@every_case
+def test_padding_changes_nothing(tiny: Callable, batch: Callable, case: str) -> None:
+    model = build(tiny, case)
+    tokens, targets = batch(2, 12)
+    lengths = torch.tensor([7, 4])
+    noise = torch.where(torch.arange(12) < lengths[:, None], tokens, (tokens + 3) % 31)
+    a, b = (model(t[:, :cut], targets[:, :cut], lengths_B=lengths) for t, cut in ((tokens, 7), (noise, 12)))
+    assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-11)
+    torch.testing.assert_close(a.nll_BT, b.nll_BT[:, :7], atol=1e-6, rtol=0)
+    assert a.trace.counts.rows == b.trace.counts.rows
+    assert a.trace.counts.keys == b.trace.counts.keys
+
+
+@every_case
+def test_bfloat16_trains_and_decodes(tiny: Callable, batch: Callable, case: str) -> None:
+    method, options = CASES[case]
+    model = tiny(method, options, dtype=torch.float32, spread=2.0).bfloat16().train()
+    tokens, targets = batch(2, 12)
+    out = model(tokens, targets)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    state = model.start_decoding(2)
+    for t in range(3):
+        logits_BV, _ = model.decode_step(tokens[:, t], state)
+    assert torch.isfinite(logits_BV).all()
+
+
+@every_case
+def test_activation_checkpointing_changes_no_result(tiny: Callable, batch: Callable, case: str) -> None:
+    model = build(tiny, case)
+    tokens, targets = batch(2, 8)
+    plain = torch.autograd.grad(model(tokens, targets).loss, list(model.parameters()))
+    again = torch.autograd.grad(model.activation_checkpointing_()(tokens, targets).loss, list(model.parameters()))
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_ponder2_costs_eight_passes_on_average(tiny: Callable, batch: Callable) -> None:
+    model = tiny(Method.PONDER2, Ponder2Options()).train()
+    torch.manual_seed(0)
+    passes = {round(model(*batch(1, 4)).trace.counts.mean_passes) for _ in range(20)}
+    assert passes == {7, 9}
+    assert model.eval()(*batch(1, 4)).trace.counts.mean_passes == 9
+
+
+def test_fixed_steps_are_dealt_evenly(tiny: Callable, batch: Callable) -> None:
+    model = tiny(Method.FIXED, FixedOptions(steps=2.4))
+    trace = model(*batch(1, 60)).trace
+    assert trace.histogram()[:2] == [0, 0]
+    assert trace.mean_steps == pytest.approx(2.4, abs=0.02)
+    assert all(abs(trace.steps_BT[0, :n].float().mean() - 2.4) < 1 / n + 0.01 for n in range(1, 60))
+
+
+def test_shuffling_keeps_the_steps_and_moves_them(tiny: Callable, batch: Callable) -> None:
+    options = AdaptiveOptions(**RAGGED)
+    tokens, targets = batch(2, 30)
+    own = tiny(Method.ADAPTIVE, options, spread=2.0)(tokens, targets).trace.steps_BT
+    dealt = tiny(Method.SHUFFLED, ShuffledOptions(shift=5, **RAGGED), spread=2.0)(tokens, targets).trace.steps_BT
+    assert torch.equal(dealt[:, 5:], own[:, :-5])
+    assert not torch.equal(dealt, own)
