@@ -1,11 +1,16 @@
-"""The dashboard's entry point: ``haltscale dashboard``, or ``streamlit run dashboard/app.py``."""
+"""The dashboard's entry point: ``haltscale dashboard``, or ``streamlit run dashboard/app.py``.
+
+A new page is one file in ``app_pages/``: TITLE, ICON and ORDER at its top list it, its docstring is its tooltip, and
+its last line hands a function that draws a study to :func:`haltscale.dashboard.shell.live`.
+"""
 
 from pathlib import Path
 
 import streamlit as st
+
 from haltscale.dashboard import shell, style
 
-st.set_page_config(page_title="haltscale", page_icon=":material/hourglass_top:", layout="wide")
+st.set_page_config(page_title="haltscale", page_icon=style.MARK, layout="wide")
 
 st.logo(style.WORDMARK, size="large")
 

@@ -16,6 +16,7 @@ from numbers import Real
 from typing import Any
 
 import pandas as pd
+
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
 DEMO_TOKENS = 20e6

@@ -13,19 +13,23 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from haltscale.dashboard import style
-from haltscale.dashboard.data import FlopsKind, best, plotted, size_order
 from plotly.subplots import make_subplots
 
+from haltscale.dashboard import style
+from haltscale.dashboard.data import FlopsKind, plotted, size_order
+
 MOST_POINTS = 10_000
+MOST_NAMES = 16
+"""More markers than this would write their sizes over each other."""
 MUTED = "rgba(128,128,128,0.9)"
 
 
 def _hover(run: pd.Series, kind: FlopsKind) -> str:
     """A run's details for a hover box. Labels come from the store, so they are escaped."""
+    error = f" ± {style.three(run['loss_standard_error'])}" if run["loss_standard_error"] > 0 else ""
     lines = [
         f"<b>{html.escape(str(run['label']))}</b>",
-        f"perplexity {style.three(run['perplexity'])} · loss {style.three(run['loss'])} nats/token",
+        f"perplexity {style.three(run['perplexity'])} · loss {style.three(run['loss'])}{error} nats/token",
         f"{style.scientific(run[f'flops_{kind}'])} {kind} training FLOPs",
         f"{style.compact(run['tokens_done'])} of {style.compact(run['tokens'])} tokens",
     ]
@@ -67,6 +71,14 @@ def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
                     mode="markers",
                     name=f"{name}, {detail}",
                     marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
+                    # A standard error of the loss is a factor on the perplexity.
+                    error_y={
+                        "type": "data",
+                        "array": part["perplexity"] * np.expm1(part["loss_standard_error"].fillna(0)),
+                        "visible": bool(part["loss_standard_error"].gt(0).any()),
+                        "thickness": 1.5,
+                        "width": 3,
+                    },
                     legendgroup=name,
                     showlegend=False,
                     customdata=part["key"],
@@ -85,22 +97,21 @@ def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
         )
     _log_axis(figure, "x", shown[flops], f"training FLOPs, {kind}")
     _log_axis(figure, "y", shown["perplexity"], "validation perplexity")
+    figure.update_xaxes(showgrid=True)
     _name_sizes(figure, shown, flops)
     return _layout(figure, height=520)
 
 
 def _name_sizes(figure: go.Figure, shown: pd.DataFrame, flops: str) -> None:
-    """Write each size's name once, under its best run."""
-    for size, members in shown.groupby("size"):
-        lowest = best(members)
-        if lowest is None:
-            continue
+    """Write the sizes under the markers: under each when there are few, else once per size under its best run."""
+    named = shown if len(shown) <= MOST_NAMES else shown.sort_values("perplexity").drop_duplicates("size")
+    for size, x, y in zip(named["size"], named[flops], named["perplexity"], strict=True):
         figure.add_annotation(
-            x=math.log10(lowest[flops]),
-            y=math.log10(lowest["perplexity"]),
+            x=math.log10(x),
+            y=math.log10(y),
             text=html.escape(str(size)),
             showarrow=False,
-            yshift=-18,
+            yshift=-17,
             font={"size": 12, "color": MUTED},
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
+
 from haltscale.dashboard import data, style
 from haltscale.dashboard.data import StudyView
 from haltscale.platform.store import RunStore, default_root
@@ -33,7 +34,8 @@ def _json(root: str, path: str, stamp: str) -> dict[str, Any]:
     return RunStore(root).read_json(path)
 
 
-@st.cache_data(max_entries=1_000, show_spinner=False)
+# Bounded by size: a run being trained leaves a longer version behind every few seconds.
+@st.cache_data(max_size="256MB", show_spinner=False)
 def _lines(root: str, path: str, stamp: str) -> list[dict[str, Any]]:
     return [row for row in RunStore(root).read_lines(path) if isinstance(row, dict)]
 
@@ -203,10 +205,10 @@ def honest(view: StudyView) -> None:
         )
 
 
-def download(label: str, build: Callable[[], bytes | str], name: str, mime: str) -> None:
-    """A download whose file is built on the click, so that drawing the page costs nothing."""
+def download(label: str, content: str | Callable[[], bytes], name: str, mime: str) -> None:
+    """A download: small text at once, or a function that builds a large file on the click."""
     st.download_button(
-        label, data=build, file_name=name, mime=mime, on_click="ignore", icon=":material/download:", key=f"get-{name}"
+        label, data=content, file_name=name, mime=mime, on_click="ignore", icon=":material/download:", key=f"get-{name}"
     )
 
 

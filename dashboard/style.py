@@ -42,18 +42,25 @@ STATE_ICONS = {
     "damaged": ":material/broken_image:",
 }
 
-WORDMARK = """<svg xmlns="http://www.w3.org/2000/svg" width="188" height="34" viewBox="0 0 188 34">
-<g fill="#2f86c1">
+_BARS = """<g fill="#2f86c1">
 <rect x="2" y="20" width="6" height="10" rx="1.5"/>
 <rect x="11" y="13" width="6" height="17" rx="1.5"/>
 <rect x="20" y="4" width="6" height="26" rx="1.5"/>
 </g>
 <rect x="29" y="4" width="6" height="26" rx="1.5" fill="none" stroke="#2f86c1" stroke-width="1.6"
- stroke-dasharray="3 2.4"/>
+ stroke-dasharray="3 2.4"/>"""
+"""Three steps taken and one left out, in a blue that reads on light and dark pages alike."""
+
+MARK = f"""<svg xmlns="http://www.w3.org/2000/svg" width="38" height="34" viewBox="0 0 38 34">
+{_BARS}
+</svg>"""
+"""The browser tab's icon. A picture of our own: Streamlit would fetch a named icon from another host."""
+
+WORDMARK = f"""<svg xmlns="http://www.w3.org/2000/svg" width="188" height="34" viewBox="0 0 188 34">
+{_BARS}
 <text x="46" y="26" font-family="'Source Sans 3','Source Sans Pro',system-ui,sans-serif" font-size="24"
  font-weight="700" fill="#2f86c1">haltscale</text>
 </svg>"""
-"""Three steps taken and one left out; one blue that reads on light and dark pages alike."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -100,10 +107,10 @@ def scientific(value: float) -> str:
 
 
 def compact(value: float) -> str:
-    """Counts with a suffix: ``1.02 M``."""
+    """Counts with a suffix: ``1.02M``."""
     if not math.isfinite(value):
         return "–"
-    for unit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+    for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{three(value / unit)}{suffix}"
     return f"{value:.0f}"

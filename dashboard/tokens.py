@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import streamlit as st
+
 from haltscale.dashboard import style
 from haltscale.dashboard.data import number
 from haltscale.dashboard.figures import most_steps

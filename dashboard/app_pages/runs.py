@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 import streamlit as st
+
 from haltscale.dashboard import data, figures, shell, style
 from haltscale.dashboard.data import StudyView, size_order
 
@@ -73,7 +74,7 @@ def curves(view: StudyView) -> None:
         key="curves",
         bind="query-params",
         max_selections=MOST_CURVES,
-        placeholder="Those being trained, else the largest size",
+        placeholder="Those of the size being trained, else of the largest",
     )
     chosen = chosen or suggested(view.runs, begun)
     shelf = shell.store()
@@ -95,11 +96,13 @@ def curves(view: StudyView) -> None:
 
 
 def suggested(runs: pd.DataFrame, begun: list[str]) -> list[str]:
-    """The runs to draw when none is chosen: those being trained, else those of the largest size, which are few."""
+    """The runs to draw when none is chosen: those of the size being trained, else of the largest."""
     known = runs[runs["key"].isin(begun)]
     running = known[known["state"] == "running"]
-    largest = known[known["size"].map(size_order) == known["size"].map(size_order).max()]
-    return [str(key) for key in (running if len(running) else largest)["key"][:MOST_CURVES]]
+    order = known["size"].map(size_order)
+    size = running["size"].iloc[0] if len(running) else known.loc[order == order.max(), "size"].iloc[0]
+    peers = known[(known["size"] == size) & (known["state"] != "running")]
+    return [str(key) for key in pd.concat([running, peers])["key"][:MOST_CURVES]]
 
 
 shell.live(body)

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import streamlit as st
+
 from haltscale.dashboard import data, figures, shell, style
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
 
@@ -127,13 +128,21 @@ def table(view: StudyView, kind: FlopsKind) -> None:
     left, right = st.columns([5, 1], vertical_alignment="bottom")
     left.subheader("Runs", anchor=False)
     shown = view.runs[list(columns)].assign(state=view.runs["state"].map(lambda state: [state]))
-    st.dataframe(shown, column_config=columns, hide_index=True, key="runs-table", alt="All runs with their numbers")
+    st.dataframe(
+        shown,
+        column_config=columns,
+        hide_index=True,
+        placeholder="",
+        key="runs-table",
+        alt="All runs with their numbers",
+    )
     with right, st.container(horizontal_alignment="right"):
-        shell.download("Table", lambda: csv(view.runs), f"{view.name}-runs.csv", "text/csv")
+        shell.download("Table", csv(view.runs), f"{view.name}-runs.csv", "text/csv")
 
 
 def csv(runs: pd.DataFrame) -> str:
-    return str(runs.drop(columns="steps_histogram").to_csv(index=False))
+    columns = [*data.TEXT, *(name for name in data.NUMBERS if name != "rank")]
+    return str(runs[columns].to_csv(index=False))
 
 
 shell.live(body)

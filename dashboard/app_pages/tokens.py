@@ -2,6 +2,7 @@
 
 import pandas as pd
 import streamlit as st
+
 from haltscale.dashboard import data, figures, shell, tokens
 from haltscale.dashboard.data import StudyView
 from haltscale.platform.store import StoreError

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
-from haltscale.dashboard.launch import ADDRESS, command, environment, free_port
 from playwright.sync_api import Page, sync_playwright
+
+from haltscale.dashboard.launch import ADDRESS, command, environment, free_port
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from haltscale.dashboard import data
 from haltscale.dashboard.data import FlopsKind
 from haltscale.platform.store import StoreError

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+
 from haltscale.dashboard import data, figures, style
 from haltscale.dashboard.data import FlopsKind
 
@@ -167,7 +168,7 @@ def test_three_significant_digits(value, text):
 
 def test_durations_and_counts_in_words():
     assert [style.duration(seconds) for seconds in (9, 250, 7500, math.nan)] == ["9 s", "4 min 10 s", "2 h 05 min", "–"]
-    assert [style.compact(count) for count in (950, 1_020_000, 2.6e9)] == ["950", "1.02 M", "2.60 B"]
+    assert [style.compact(count) for count in (950, 1_020_000, 2.6e9)] == ["950", "1.02M", "2.60B"]
 
 
 @pytest.mark.parametrize(("low", "high"), [(40, 50), (56, 170), (3e12, 6e13), (1e10, 1e16), (0.5, 0.9)])

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-import haltscale.dashboard
 import pytest
 from streamlit.testing.v1 import AppTest
+
+import haltscale.dashboard
 
 STUDY = "quick"
 FOLDER = Path(haltscale.dashboard.__file__).parent

@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+
 from haltscale.dashboard import data, tokens
 
 STUDY = "quick"
