@@ -1,1 +1,180 @@
-def main() -> None: ...
+"""The command line ``haltscale``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from haltscale.platform import cluster
+from haltscale.platform.store import RunStore, StoreError
+
+if TYPE_CHECKING:
+    from haltscale.platform.study import Study
+
+EPILOG = """\
+examples:
+  haltscale up                                  start a local Ray head, with token authentication
+  haltscale submit quickstart                   run a study on it, and follow
+  haltscale submit quickstart -- --dry-run      arguments after -- go to the study
+  haltscale status                              every study and run in the store
+  haltscale results quickstart --json           for scripts
+  haltscale dashboard                           look at it in a browser
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and dispatch. Errors of the user's making end with a sentence and exit code 1, not with a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="haltscale",
+        description="Scaling studies of language models that decide, token by token, how long to think.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    up = verbs.add_parser("up", help="start a local Ray head, or find the running one")
+    up.add_argument("--cpus", type=int, help="CPUs to offer (default: all)")
+    verbs.add_parser("down", help="stop the head that `haltscale up` started; jobs on it end")
+    for verb, text in (("run", "run a study in this process"), ("submit", "run a study as a Ray job, and follow it")):
+        command = verbs.add_parser(verb, help=text)
+        command.add_argument("study", help="a module of haltscale.studies, such as quickstart")
+        command.add_argument("arguments", nargs="*", help="for the study; after `--`")
+        if verb == "submit":
+            command.add_argument("--no-follow", action="store_true", help="submit and return at once")
+    for verb, text in (("status", "runs and how far they are"), ("results", "the table of results")):
+        command = verbs.add_parser(verb, help=text)
+        command.add_argument("study", nargs="?" if verb == "status" else None, help="a study in the store")
+        command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
+        command.add_argument("--json", action="store_true", help="machine-readable")
+    board = verbs.add_parser("dashboard", help="open the dashboard", add_help=False)
+    board.add_argument("arguments", nargs=argparse.REMAINDER)
+
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        _dispatch(options)
+    except (cluster.ClusterError, StoreError, UnknownStudyError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _dispatch(options: argparse.Namespace) -> None:
+    match options.verb:
+        case "up":
+            head = cluster.up(cpus=options.cpus)
+            print(f"Ray head at {head.dashboard} (token authentication on; `haltscale down` stops it)")
+        case "down":
+            print("stopped" if cluster.down() else "no head of haltscale's was running")
+        case "run":
+            load_study(options.study).main(options.arguments)
+        case "submit":
+            sys.exit(submit(options.study, options.arguments, follow=not options.no_follow))
+        case "status":
+            _status(RunStore(options.store), options.study, as_json=options.json)
+        case "results":
+            _results(RunStore(options.store), options.study, as_json=options.json)
+        case "dashboard":
+            command = [sys.executable, "-m", "haltscale.dashboard", *options.arguments]
+            os.execv(sys.executable, command)
+
+
+class UnknownStudyError(ValueError):
+    """No study of that name ships; the message lists those that do."""
+
+
+def load_study(name: str) -> Study:
+    """The study of a module of ``haltscale.studies``.
+
+    Raises:
+        UnknownStudyError: there is no such module.
+    """
+    import haltscale.studies
+
+    known = sorted(module.name for module in pkgutil.iter_modules(haltscale.studies.__path__))
+    if name not in known:
+        raise UnknownStudyError(f"no study {name!r}; there are: {', '.join(known)}")
+    study: Study = importlib.import_module(f"haltscale.studies.{name}").study()
+    return study
+
+
+def submit(name: str, arguments: Sequence[str], *, follow: bool) -> int:
+    """Submit a study as a Ray job; where it is running already, follow that job instead of starting a second one.
+
+    Returns:
+        The exit code: 0 where the job succeeded or was only submitted.
+
+    Raises:
+        ClusterError: no head is running.
+        UnknownStudyError: there is no such study.
+    """
+    study = load_study(name)
+    cluster.prepare_client()
+    head = cluster.find_head()
+    if head is None:
+        raise cluster.ClusterError(
+            "no Ray head is running: start one with `haltscale up`, or set RAY_API_SERVER_ADDRESS"
+        )
+    client = cluster.client(head)
+    job = cluster.running_job(client, study.name)
+    if job:
+        print(f"{study.name} is running already as {job}; following it")
+    else:
+        job = cluster.submit_study(client, name, study.name, arguments)
+        print(f"submitted {study.name} as {job} to {head.dashboard}")
+    if not follow:
+        return 0
+    try:
+        return cluster.follow(client, job)
+    except KeyboardInterrupt:
+        print(f"\n{job} goes on without this terminal. Follow it: haltscale submit {name}; stop it: ray job stop {job}")
+        return 130
+
+
+def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
+    from haltscale.platform import progress
+
+    names = [study] if study else store.studies()
+    if study and study not in store.studies():
+        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+    if as_json:
+        rows = [
+            {"study": name, "run": run.label, "key": run.key, "state": run.state, **_without_schema(run.status)}
+            for name in names
+            for run in store.runs(name)
+        ]
+        print(json.dumps(rows, indent=1))
+        return
+    if not names:
+        print(f"no studies in {store.root}; start one: haltscale submit quickstart")
+    for name in names:
+        print(name)
+        for run in store.runs(name):
+            print(f"  {run.state:<9} {progress.describe(run)}")
+
+
+def _results(store: RunStore, study: str, *, as_json: bool) -> None:
+    from haltscale.platform import report
+
+    if study not in store.studies():
+        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+    frame = report.results(store, study)
+    if as_json:
+        print(frame.to_json(orient="records", indent=1))
+        return
+    report.show_results(frame, title=study, note=str(store.study(study).get("note", "")))
+
+
+def _without_schema(document: object) -> dict[str, object]:
+    return {k: v for k, v in dict(document).items() if k not in ("schema", "state")}  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    main()

@@ -187,7 +187,9 @@ class RunStore:
         if not self.fs.isdir(self._base):
             return []
         names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self._base, detail=True)]
-        return sorted(name for name in names if _NAME.fullmatch(name) and self.fs.exists(self.path(name, None, "study.json")))
+        return sorted(
+            name for name in names if _NAME.fullmatch(name) and self.fs.exists(self.path(name, None, "study.json"))
+        )
 
     def study(self, name: str) -> dict[str, Any]:
         """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study)."""
@@ -254,8 +256,8 @@ class RunStore:
     def probe(self, study: str, key: str, step: int) -> pd.DataFrame:
         """Per-token events on the probe text: one row per emitted token, in reading order.
 
-        Columns: ``position``; ``token_id``; ``text`` (what the token adds to the text); ``steps`` (latent steps executed
-        before it was emitted); ``expected_steps`` (their expectation under the exit masses); ``reach`` and ``exit``
+        Columns: ``position``; ``token_id``; ``text`` (what the token adds to the text); ``steps`` (latent steps
+        executed before it was emitted); ``expected_steps`` (under the exit masses); ``reach`` and ``exit``
         (lists of l_max+1 masses); ``nll`` (nats, of this token given what stands before it).
         """
         with self.fs.open(self.probe_path(study, key, step), "rb") as file:

@@ -1,0 +1,60 @@
+# Everything that the README promises, in one file. Needs Linux, Python 3.11+, git, make and g++; the rest is installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help study dashboard test test-slow check typed browser down clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing haltscale into $(VENV) (several minutes at the first time)"
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[corpora]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing what the tests need"
+	$(PIP_INSTALL) --editable '.[corpora,dev]'
+	@touch $@
+
+study: $(VENV)/.installed ## run the quickstart on a local Ray head and show its results
+	@$(BIN)/haltscale up
+	@$(BIN)/haltscale submit quickstart
+
+dashboard: $(VENV)/.installed ## look at the studies in a browser
+	@$(BIN)/haltscale dashboard
+
+down: $(VENV)/.installed ## stop the local Ray head
+	@$(BIN)/haltscale down
+
+browser: # the page tests need a Chromium; without one, and without the right to install it, they are skipped and say so
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
+	|| echo "no Chromium found: the browser tests will be skipped (install it with your package manager)"
+
+test: $(VENV)/.installed-dev browser ## install what is missing and run the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev browser ## also the long ones
+	$(BIN)/python -m pytest -m 'not gpu'
+
+# Type checker and import linter read the rooms under their import name.
+typed:
+	@mkdir -p .typed/haltscale
+	@for room in model platform studies dashboard; do ln -sfn ../../$$room .typed/haltscale/$$room; done
+
+check: $(VENV)/.installed-dev typed ## lint, types, import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	PYTHONPATH=.typed $(BIN)/lint-imports --no-logo
+
+clean: ## remove what make installed (results stay)
+	rm -rf $(VENV) .typed build *.egg-info

@@ -1,0 +1,323 @@
+"""A local Ray head with token authentication, and the client that submits jobs to it or to any other cluster.
+
+Everything binds to loopback. The token is Ray's own (``~/.ray/auth_token``, made at the first start); both sides need
+``RAY_AUTH_MODE=token``, so it is set here for every process that haltscale starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from haltscale.platform.provenance import git_commit
+from haltscale.platform.store import haltscale_home
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray's only switch that binds every port of a head to loopback; its clients need it too, or they translate 127.0.0.1
+to the machine's outer address and wait there for ever."""
+
+
+class ClusterError(RuntimeError):
+    """No usable Ray head; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Where a Ray head listens."""
+
+    dashboard: str
+    """``http://host:port``: the job server and Ray's own dashboard."""
+    gcs: str = ""
+    """``host:port`` for ``ray.init``; empty for a head that somebody else started."""
+    temp_dir: str = ""
+    """Ray's session folder; empty for a head that somebody else started."""
+
+
+def _state_file() -> Path:
+    return haltscale_home() / "cluster.json"
+
+
+def use_token_authentication() -> None:
+    """Turn Ray's token authentication on in this process and its children, before Ray is imported.
+
+    A token is generated at the first use. ``RAY_AUTH_MODE`` set by the user is respected.
+    """
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    if not token.exists():
+        _ray("get-auth-token", "--generate")
+        token.chmod(0o600)
+
+
+def prepare_client() -> None:
+    """Set this process up to talk to a head; call it before Ray is imported, which reads its environment then."""
+    use_token_authentication()
+    head = find_head() if not os.environ.get("RAY_ADDRESS") else None
+    if head is None or head.gcs:
+        os.environ.update(LOOPBACK_ONLY)
+
+
+def head_environment() -> dict[str, str]:
+    """Environment of a head that haltscale starts; its workers inherit it."""
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),  # workers need ninja, jobs need this python
+        **LOOPBACK_ONLY,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # ray.train.report waits for this poll; 2 s is Ray's default
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def find_head() -> Head | None:
+    """The head to use: ``RAY_API_SERVER_ADDRESS``, ``RAY_ADDRESS`` (http), or the local one that :func:`up` started.
+
+    Raises:
+        ClusterError: an address was named but nothing that we may talk to answers there.
+    """
+    named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    if named.startswith(("http://", "https://")):
+        head = Head(dashboard=named)
+        if not is_alive(head):
+            raise ClusterError(
+                f"no Ray head answers at {named}: start it, or unset RAY_API_SERVER_ADDRESS/RAY_ADDRESS to use a local"
+                " one; a 401 means that RAY_AUTH_TOKEN is not that cluster's"
+            )
+        return head
+    try:
+        head = Head(**json.loads(_state_file().read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return head if is_alive(head) else None
+
+
+def is_alive(head: Head) -> bool:
+    """Whether the head's job server answers us and its GCS listens.
+
+    Both are asked: another head may have taken the job server's port since, and a client of a GCS that is gone waits
+    for minutes.
+    """
+    import urllib.error
+    import urllib.request
+
+    if head.gcs:
+        host, port = head.gcs.rsplit(":", 1)
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError:
+            return False
+    token = os.environ.get("RAY_AUTH_TOKEN") or _read_token()
+    request = urllib.request.Request(f"{head.dashboard}/api/version")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _read_token() -> str:
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def up(*, cpus: int | None = None, temp_dir: str | None = None) -> Head:
+    """Return the running head, or start a local one.
+
+    Args:
+        cpus: CPUs to offer; all of the machine by default.
+        temp_dir: Ray's session folder; Ray's default (``/tmp/ray``) if None.
+
+    Raises:
+        ClusterError: the head did not start; the message holds Ray's own words.
+    """
+    use_token_authentication()
+    if head := find_head():
+        log.info("using the Ray head at %s", head.dashboard)
+        return head
+    gcs, dashboard, client, agent = free_ports(4, preferred=(6379, 8265, 10001, 52365))
+    # fmt: off
+    arguments = [
+        "start", "--head", f"--node-ip-address={LOOPBACK}", f"--port={gcs}",
+        f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+        "--disable-usage-stats",
+    ]
+    # fmt: on
+    arguments += [f"--num-cpus={cpus}"] if cpus else []
+    arguments += [f"--temp-dir={temp_dir}"] if temp_dir else []
+    _ray(*arguments)
+    head = Head(dashboard=f"http://{LOOPBACK}:{dashboard}", gcs=f"{LOOPBACK}:{gcs}", temp_dir=temp_dir or "/tmp/ray")
+    if not is_alive(head):
+        raise ClusterError(f"Ray started but its job server does not answer at {head.dashboard}; see {head.temp_dir}")
+    _state_file().parent.mkdir(parents=True, exist_ok=True)
+    _state_file().write_text(json.dumps(asdict(head)))
+    return head
+
+
+def down() -> bool:
+    """Stop the local head that :func:`up` started, and only that one. Returns whether one was running."""
+    try:
+        head = Head(**json.loads(_state_file().read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
+    running = is_alive(head)
+    if running:
+        _stop_processes(head)
+    _state_file().unlink(missing_ok=True)
+    return running
+
+
+def _stop_processes(head: Head) -> None:
+    """Terminate the processes of one head. `ray stop` would take every Ray on the machine with it."""
+    import psutil
+
+    def belongs(process: psutil.Process) -> bool:
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            return False
+        return head.gcs in line or f"--gcs_server_port={head.gcs.rsplit(':', 1)[1]}" in line
+
+    doomed = [process for process in psutil.process_iter() if process.pid != os.getpid() and belongs(process)]
+    doomed += [child for process in doomed for child in _children(process)]
+    for process in doomed:
+        _quietly(process.terminate)
+    _, stubborn = psutil.wait_procs(doomed, timeout=10)
+    for process in stubborn:
+        _quietly(process.kill)
+
+
+def _children(process: object) -> list:
+    import psutil
+
+    try:
+        return process.children(recursive=True)  # type: ignore[attr-defined]
+    except psutil.Error:
+        return []
+
+
+def _quietly(action: Callable[[], None]) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):  # it has gone by itself
+        action()
+
+
+def client(head: Head) -> JobSubmissionClient:
+    """A job client for this head."""
+    use_token_authentication()
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(head.dashboard)
+
+
+def submit_study(client: JobSubmissionClient, module: str, study: str, arguments: Sequence[str] = ()) -> str:
+    """Submit a study of ``haltscale.studies``; the same as ``ray job submit --working-dir . -- python -m ...``.
+
+    Returns:
+        The submission id.
+    """
+    root = Path(__file__).resolve().parents[1]
+    # fmt: off
+    environment = {
+        name: value for name, value in {
+            "HALTSCALE_HOME": str(haltscale_home()),
+            "HALTSCALE_STORE": os.environ.get("HALTSCALE_STORE"),
+            "HALTSCALE_GIT_COMMIT": git_commit(),
+        }.items() if value
+    }
+    # fmt: on
+    runtime_env: dict[str, Any] = {"env_vars": environment}
+    if (root / "pyproject.toml").exists():  # a checkout; .gitignore keeps its virtual environment at home
+        runtime_env["working_dir"] = str(root)
+    return str(
+        client.submit_job(
+            entrypoint=shlex.join(["python", "-m", f"haltscale.studies.{module}", *arguments]),
+            submission_id=f"{study}-{time.strftime('%Y%m%d-%H%M%S')}",
+            runtime_env=runtime_env,
+            metadata={"haltscale_study": study},
+        )
+    )
+
+
+def running_job(client: JobSubmissionClient, study: str) -> str | None:
+    """The submission id of the job that runs this study now, if one does."""
+    for job in client.list_jobs():
+        if (job.metadata or {}).get("haltscale_study") == study and not job.status.is_terminal():
+            return str(job.submission_id)
+    return None
+
+
+def follow(client: JobSubmissionClient, job: str) -> int:
+    """Print a job's output until it ends. Returns 0 where it succeeded, else 1."""
+
+    async def tail() -> None:
+        async for lines in client.tail_job_logs(job):
+            sys.stdout.write(lines)
+            sys.stdout.flush()
+
+    asyncio.run(tail())
+    status = client.get_job_status(job)
+    while not status.is_terminal():  # the output ends a moment before the status says so
+        time.sleep(0.2)
+        status = client.get_job_status(job)
+    if status.value != "SUCCEEDED":
+        sys.stdout.write(f"{job}: {status.value.lower()}: {client.get_job_info(job).message or ''}\n")
+    return 0 if status.value == "SUCCEEDED" else 1
+
+
+def free_ports(count: int, *, preferred: tuple[int, ...] = ()) -> list[int]:
+    """Free loopback ports, the preferred ones where they are free."""
+    sockets, ports = [], []
+    for index in range(count):
+        wanted = preferred[index] if index < len(preferred) else 0
+        for port in (wanted, 0):
+            probe = socket.socket()
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left is free
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                probe.close()
+                continue
+            sockets.append(probe)  # kept open, so that the next one cannot get the same port
+            ports.append(probe.getsockname()[1])
+            break
+    for probe in sockets:
+        with closing(probe):
+            pass
+    return ports
+
+
+def _ray(*arguments: str) -> str:
+    executable = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    done = subprocess.run([executable, *arguments], env=head_environment(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"`ray {arguments[0]}` failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return done.stdout

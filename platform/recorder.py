@@ -1,0 +1,76 @@
+"""Writes one run into the run store while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from haltscale.platform.store import RunState, RunStore
+
+
+class RunRecorder:
+    """The writing side of a run's folder. On ranks above 0 it is silent, so that callers need not ask."""
+
+    def __init__(self, store: RunStore, study: str, key: str, *, steps: int, enabled: bool = True) -> None:
+        self.store, self.study, self.key = store, study, key
+        self._steps, self._enabled = steps, enabled
+        self._began: tuple[float, int] | None = None
+
+    def _path(self, name: str) -> str:
+        return self.store.path(self.study, self.key, name)
+
+    def begin(self, step: int) -> None:
+        """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped."""
+        if not self._enabled:
+            return
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            self.store.truncate_lines(self._path(name), after_step=step)
+        self._began = (time.time(), step)
+        self._status(RunState.RUNNING, step=step)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A row of training metrics, and the heartbeat."""
+        if not self._enabled:
+            return
+        self.store.append_lines(self._path("metrics.jsonl"), [row])
+        self._status(RunState.RUNNING, step=row["step"], loss=row["cross_entropy"], mean_steps=row["mean_steps"])
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """A row of held-out evaluation."""
+        if self._enabled:
+            self.store.append_lines(self._path("evaluations.jsonl"), [row])
+
+    def probe(self, step: int, table: pd.DataFrame) -> None:
+        """The probe text's events at a step."""
+        if not self._enabled:
+            return
+        path = self.store.probe_path(self.study, self.key, step)
+        self.store.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        partial = f"{path}.partial"
+        with self.store.fs.open(partial, "wb") as file:
+            table.to_parquet(file, compression="zstd", index=False)
+        self.store.fs.mv(partial, path)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """The result; the last thing that a run writes."""
+        if self._enabled:
+            self._status(RunState.FINISHED, step=self._steps)
+            self.store.write_json(self._path("record.json"), record)
+
+    def fail(self, error: str) -> None:
+        """The run ended without a result."""
+        if self._enabled:
+            status = {**self.store.read_json(self._path("status.json")), "state": RunState.FAILED, "error": error}
+            status.pop("schema", None)
+            self.store.write_json(self._path("status.json"), {**status, "seconds_left": None, "heartbeat": time.time()})
+
+    def _status(self, state: RunState, *, step: int, **more: Any) -> None:
+        left = None
+        if self._began and step > self._began[1]:
+            began, first = self._began
+            left = (time.time() - began) / (step - first) * (self._steps - step)
+        status = {"state": state, "step": step, "steps": self._steps, "seconds_left": left, "heartbeat": time.time()}
+        self.store.write_json(self._path("status.json"), {**status, "error": None, **more})

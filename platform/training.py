@@ -1,0 +1,251 @@
+"""The training loop: an engine, an iterator of batches, and hooks. It knows nothing of Ray.
+
+It runs the same in a Ray Train worker, in a plain process and in a notebook. The engine is DeepSpeed's
+(:mod:`haltscale.platform.engine`); what happens at logs, checkpoints and evaluations is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from haltscale.model import Flops, LanguageModel, PassCounts
+from haltscale.platform.config import RunConfig
+
+EXPLODED_LOSS = 50.0
+"""Nats per token; a uniform guess over 50k tokens is 10.8, so a loss above this is lost."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or the gradient is not finite, or the loss exploded; the message says at which step."""
+
+
+class Engine(Protocol):
+    """What the loop needs of ``deepspeed.DeepSpeedEngine``."""
+
+    module: LanguageModel
+    optimizer: Any
+
+    def __call__(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> Any: ...
+    def backward(self, loss: torch.Tensor) -> Any: ...
+    def step(self) -> Any: ...
+    def get_global_grad_norm(self) -> float | None: ...
+
+
+class TrainingBatch(Protocol):
+    """One step's share of one rank."""
+
+    step: int
+    seq_ids: Any
+    tokens: Any
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint, so that a resumed run goes on counting."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Training time alone, without evaluations and start-up."""
+    flops_realised: float = 0.0
+    flops_executed: float = 0.0
+    flops_paper: float = 0.0
+    pass_rows: int = 0
+    """Positions times passes, for the mean passes per token."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def spend(self, flops: Flops, counts: PassCounts, tokens: int) -> None:
+        """Add one step's work: ``flops`` and ``counts`` of all ranks together."""
+        self.tokens += tokens
+        self.flops_realised += flops.realised
+        self.flops_executed += flops.executed
+        self.flops_paper += flops.paper
+        self.pass_rows += sum(counts.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def learning_rate(run: RunConfig, step: int) -> float:
+    """The schedule as a pure function: linear warm-up, then a cosine to ``final_learning_rate_fraction`` of the peak.
+
+    Args:
+        step: the step about to be taken, from 0.
+    """
+    warmup = max(1, round(run.warmup_fraction * run.steps))
+    if step < warmup:
+        return run.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, run.steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    final = run.final_learning_rate_fraction
+    return run.learning_rate * (final + (1 - final) * cosine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the caller does at the loop's milestones."""
+
+    log: Callable[[dict[str, Any], Progress], None]
+    """Called with a row of metrics, averaged since the last one."""
+    checkpoint: Callable[[Progress], None]
+    evaluate: Callable[[Progress], None]
+
+
+def milestones(steps: int, count: int) -> set[int]:
+    """``count`` step numbers spread evenly over a run, the last of them at its end."""
+    return {round(steps * index / count) for index in range(1, count + 1)} - {0}
+
+
+def train(
+    engine: Engine,
+    batches: Iterator[Any],
+    run: RunConfig,
+    progress: Progress,
+    hooks: Hooks,
+    *,
+    micro_batches: int,
+    world: int,
+    evaluations: int,
+    checkpoints: int,
+    log_every_seconds: float,
+) -> Progress:
+    """Train to the end of the run's budget.
+
+    Args:
+        engine: wraps the model; accumulates over ``micro_batches`` calls.
+        batches: this rank's batches from step ``progress.step`` on (``step``, ``seq_ids``, ``tokens``).
+        progress: where to begin; updated in place.
+        micro_batches: forward passes per step.
+        world: ranks that share the run.
+        evaluations: how many, spread evenly; the one at the end is left to the caller, who has more to do then.
+        checkpoints: how many, spread evenly; a checkpoint comes before the evaluation of the same step.
+        log_every_seconds: how often a row of metrics is written; the last step always is.
+
+    Raises:
+        TrainingDivergedError: the loss is not finite or above ``EXPLODED_LOSS``.
+        ValueError: a batch is not the one that is due.
+    """
+    device = next(engine.module.parameters()).device
+    checkpoint_at = milestones(run.steps, checkpoints)
+    evaluate_at = milestones(run.steps, evaluations) - {run.steps}  # the one at the end is the caller's
+    window = MetricsWindow()
+    engine.module.train()
+    while progress.step < run.steps:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None or batch.step != progress.step:
+            raise ValueError(f"the data stream delivered step {batch and batch.step}, step {progress.step} is due")
+        rate = learning_rate(run, progress.step)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        tokens = torch.as_tensor(np.ascontiguousarray(batch.tokens), device=device)
+        counts = PassCounts()
+        for piece in tokens.chunk(micro_batches):
+            output = engine(piece[:, :-1], piece[:, 1:])
+            engine.backward(output.loss)
+            engine.step()  # takes the optimizer's step at the last piece, and only then
+            counts += output.trace.counts
+            window.add(output)
+        flops = engine.module.flops(counts).training
+        progress.step += 1
+        progress.seconds += time.perf_counter() - began
+        # Ranks halt differently, so their FLOPs differ; on one rank there is nothing to add up.
+        flops, counts = _over_ranks(flops, counts, world)
+        progress.spend(flops, counts, run.batch_tokens)
+        done = progress.step == run.steps
+        milestone = progress.step in evaluate_at or progress.step in checkpoint_at
+        if done or milestone or window.age >= log_every_seconds:
+            row = window.close(progress, rate, engine.get_global_grad_norm())
+            check_finite(row)
+            hooks.log(row, progress)
+        if progress.step in checkpoint_at:
+            hooks.checkpoint(progress)
+        if progress.step in evaluate_at:
+            hooks.evaluate(progress)
+            engine.module.train()
+    return progress
+
+
+def _over_ranks(flops: Flops, counts: PassCounts, world: int) -> tuple[Flops, PassCounts]:
+    if world == 1:
+        return flops, counts
+    values = torch.tensor([flops.realised, flops.executed, flops.paper, sum(counts.rows)], dtype=torch.float64)
+    torch.distributed.all_reduce(values)
+    realised, executed, paper, rows = values.tolist()
+    return Flops(realised=realised, executed=executed, paper=paper), PassCounts(rows=[int(rows)])
+
+
+def check_finite(row: dict[str, Any]) -> None:
+    """Stop a run whose loss is lost.
+
+    Raises:
+        TrainingDivergedError: see there.
+    """
+    if not math.isfinite(row["loss"]):
+        raise TrainingDivergedError(f"the loss is {row['loss']} at step {row['step']}: lower the learning rate")
+    if row["cross_entropy"] > EXPLODED_LOSS:
+        raise TrainingDivergedError(f"the loss exploded to {row['cross_entropy']:.1f} at step {row['step']}")
+
+
+class MetricsWindow:
+    """Means of what happened since the last logged row. Tensors are kept until then: reading one is a GPU's stop."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._steps: list[torch.Tensor] = []
+        self._expected: list[torch.Tensor] = []
+        self._states = 1
+        self._tokens = 0
+        self._began = time.perf_counter()
+
+    @property
+    def age(self) -> float:
+        return time.perf_counter() - self._began
+
+    def add(self, output: Any) -> None:
+        """Take one forward pass's output in."""
+        losses = (output.loss.detach(), output.cross_entropy, output.penalty)
+        self._losses.append(torch.stack([loss.float() for loss in losses]))
+        trace = output.trace
+        self._states = trace.exit_BTK.shape[2]
+        self._steps.append(torch.bincount(trace.steps_BT.flatten().long(), minlength=self._states))
+        weights = torch.arange(self._states, dtype=torch.float32, device=trace.exit_BTK.device)
+        self._expected.append((trace.exit_BTK.float() @ weights).mean())
+        self._tokens += trace.steps_BT.numel()
+
+    def close(self, progress: Progress, rate: float, gradient_norm: float | None) -> dict[str, Any]:
+        """The row of metrics (see the run store), and a fresh window."""
+        loss, cross_entropy, penalty = torch.stack(self._losses).mean(0).tolist()
+        histogram = torch.stack(self._steps).sum(0).double()
+        histogram = histogram / histogram.sum()
+        norm = float(gradient_norm) if gradient_norm is not None else None
+        row = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": loss,
+            "cross_entropy": cross_entropy,
+            "penalty": penalty,
+            "mean_steps": float((histogram * torch.arange(len(histogram), device=histogram.device)).sum()),
+            "expected_steps": float(torch.stack(self._expected).mean()),
+            "steps_histogram": histogram.tolist(),
+            "learning_rate": rate,
+            "grad_norm": norm if norm is None or math.isfinite(norm) else None,
+            "flops_realised": progress.flops_realised,
+            "flops_executed": progress.flops_executed,
+            "flops_paper": progress.flops_paper,
+            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+            "seconds": progress.seconds,
+            "time": time.time(),
+        }
+        self._clear()
+        return row
