@@ -288,7 +288,10 @@ def load_study(store: RunStore, name: str) -> StudyView:
     except UNREADABLE as error:
         return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
     rows = [
-        run_row(view, evaluations(store, name, view.key), metrics(store, name, view.key) if not view.record else _NONE)
+        # A record says it all: the telemetry of finished runs is read only by the pages that draw it.
+        run_row(view, _NONE, _NONE)
+        if view.record
+        else run_row(view, evaluations(store, name, view.key), metrics(store, name, view.key))
         for view in views
     ]
     frame = pd.DataFrame(rows) if rows else empty_runs()
@@ -320,12 +323,12 @@ def _unique(labels: pd.Series, keys: pd.Series) -> list[str]:
 def series_names(runs: pd.DataFrame) -> list[str]:
     """The line that each run belongs to: its method and lam, plus every other option that varies within the method."""
     symbols = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ"}
+    values = runs.groupby("method")[list(symbols)].nunique()
     names = []
-    for _, run in runs.iterrows():
-        peers = runs[runs["method"] == run["method"]]
+    for run in runs[["method", *symbols]].to_dict("records"):
         parts = [str(run["method"])]
         for name, symbol in symbols.items():
-            if pd.notna(run[name]) and (name == "lam" or peers[name].nunique() > 1):
+            if pd.notna(run[name]) and (name == "lam" or values.loc[run["method"], name] > 1):
                 parts.append(f"{symbol} {run[name]:g}")
         names.append(" · ".join(parts))
     return names

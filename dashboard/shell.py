@@ -21,6 +21,7 @@ from haltscale.platform.store import RunStore, default_root
 ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""
 IDLE_SECONDS = 10.0
+MOST_PILLS = 8
 PLOTLY = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 SUBMIT = "make study"
 SUBMIT_RAY = "ray job submit --working-dir . -- python -m haltscale.studies.quickstart"
@@ -87,9 +88,13 @@ def sidebar() -> bool:
     with st.sidebar:
         if names:
             st.selectbox("Study", names, key="study", bind="query-params")
-            options = data.facets(_load().runs)
+            view = _load()
+            st.session_state["just-read"] = view  # the page is drawn in the same run: it need not read it all again
+            options = data.facets(view.runs)
             for name, label in (("method", "Methods"), ("size", "Sizes"), ("lam", "λ, the price of a latent step")):
-                if len(options[name]) > 1:
+                if len(options[name]) > MOST_PILLS:
+                    st.multiselect(label, options[name], key=name, bind="query-params", placeholder="All")
+                elif len(options[name]) > 1:
                     st.pills(
                         label,
                         options[name],
@@ -122,11 +127,11 @@ def live(body: Callable[[StudyView], None]) -> None:
     When what the sidebar offers has changed (a new study, method or size), or training begins or ends, the whole page
     runs once, so that its choices and its pace follow.
     """
-    known = _pulse(_load())
+    known = _pulse(st.session_state["just-read"])
 
     @st.fragment(run_every=ACTIVE_SECONDS if known[-1] else IDLE_SECONDS)
     def follow() -> None:
-        view = _load()
+        view = st.session_state.pop("just-read", None) or _load()
         if _pulse(view) != known:
             st.rerun()
         for problem in view.problems:
