@@ -8,6 +8,7 @@ What the paper's public traces leave open is marked [R], a reconstruction, and e
 a named place in latent_loop.py, halting.py or backbone.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haltscale.model.backbone import at_least_float32
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState
+from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, LatentState, Thought
 from haltscale.model.latent_loop import LatentLoop, LoopRules, RouterKind
 from haltscale.model.ledger import PassCounts
@@ -120,7 +121,7 @@ class AdaptiveModel(LanguageModel):
 
     # Speaking --------------------------------------------------------------------------------------------------------
 
-    def mix_probabilities(self, states: list[LatentState], rows: int) -> Tensor:
+    def mix_probabilities(self, states: Sequence[LatentState], rows: int) -> Tensor:
         """log sum_k exit[k] softmax(head(z[k])), [rows, V]: log-probabilities serve as logits."""
         mixed_NV: Tensor | None = None
         for state in states:

@@ -25,15 +25,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from haltscale.model.config import Shape
+from haltscale.model.kernels import (
+    Chunk,
+    ChunkedAttentionFunction,
+    MergeFunction,
+    RMSNormFunction,
+    RotateFunction,
+    fused_cpu_attention,
+)
 from haltscale.model.ledger import PassCounts
 
 Rope = tuple[Tensor, Tensor]  # cos_N1E, sin_N1E with E halved
 Memory = tuple[Tensor, Tensor]  # keys [rows, G*E] and values [rows, G*E] of one layer, in the plan's order
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 if it is in half precision; softmax, cross-entropy, gates and masses are computed in this."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -62,9 +65,8 @@ def rope_table(length: int, shape: Shape, theta: float, like: Tensor) -> Rope:
 def rotate(x_NHE: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding (Su et al., 2021), in the half-split layout that Llama's Hugging Face weights use."""
     cos_N1E, sin_N1E = rope
-    a_NHE, b_NHE = x_NHE.chunk(2, dim=-1)
-    turned = torch.cat((a_NHE * cos_N1E - b_NHE * sin_N1E, b_NHE * cos_N1E + a_NHE * sin_N1E), dim=-1)
-    return turned.to(x_NHE.dtype)
+    turned: Tensor = RotateFunction.apply(x_NHE, cos_N1E, sin_N1E)
+    return turned
 
 
 class AttentionPlan(Protocol):
@@ -99,6 +101,11 @@ class CausalPlan:
     batch: int
     length: int
 
+    @property
+    def memory_rows(self) -> int:
+        """Rows of keys that the pass leaves behind, padding included, each in the place of its position."""
+        return self.batch * self.length
+
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
@@ -129,44 +136,51 @@ class ThoughtPlan:
     QUERIES_PER_CHUNK = 64
     MAX_CHUNKS = 8
 
-    def __init__(self, before_BT: Tensor, active_BT: Tensor, row_N: Tensor, slots_before: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        before_BT: Tensor,
+        active_BT: Tensor,
+        row_N: Tensor,
+        previous: "ThoughtPlan | CausalPlan",
+        dtype: torch.dtype,
+        *,
+        queries_per_chunk: int | None = None,
+    ):
         """
         before_BT: states executed at each position before this pass (0 at padding).
         active_BT: bool, positions that run this pass.
         row_N: the active positions as indices into [B*T], ascending; N = their number.
-        slots_before: key slots per sequence in the memory that the pass before this one left behind.
+        previous: the plan of the pass before, which says how it left the memory.
         dtype: of the queries, for the additive mask.
+        queries_per_chunk: instead of the class's own.
         """
         B, T = before_BT.shape
         device = before_BT.device
         self.batch = B
         end_BT = (before_BT + active_BT).cumsum(1)  # keys visible at t = slot one past its newest state
-        slots = int(end_BT[:, -1].max())
-        self.slots = slots
         sequence_N = row_N // T
         visible_N = end_BT.flatten()[row_N]
-        self.keys_needed = int(visible_N.sum())
+        active_B = active_BT.sum(1)
+        sizes = torch.stack((end_BT[:, -1].max(), end_BT[:, -1].sum(), visible_N.sum(), active_B.max()))
+        slots, states, self.keys_needed, M = (int(n) for n in sizes.tolist())  # one trip to the device
+        self.slots = slots
+        self.full = states == B * slots
+        self.memory_rows = B * slots + 1  # and the spare one
 
         # Where the states go: each old one moves right by the new states at earlier positions of its sequence; the new
         # one of position t takes the last place of t. Old padding slots all go to one spare slot that nobody reads.
         self.new_slot_N = sequence_N * slots + visible_N - 1
         old_BT = before_BT.cumsum(1)
         shift_BT = (end_BT - old_BT) - active_BT.long()
-        first = before_BT.flatten()
-        position_R = torch.repeat_interleave(torch.arange(B * T, device=device), first)  # of each old state
+        position_R = torch.repeat_interleave(torch.arange(B * T, device=device), before_BT.flatten())  # of old states
         sequence_R = position_R // T
         start_B = old_BT[:, -1].cumsum(0) - old_BT[:, -1]
         old_R = torch.arange(len(position_R), device=device) - start_B[sequence_R]  # place within its sequence
         spare = B * slots
-        self.old_slot = torch.full((B * slots_before,), spare, device=device)
-        moved_R = sequence_R * slots + old_R + shift_BT.flatten()[position_R]
-        if slots_before == T:  # after the first pass: one state per position, padding included, in place
-            self.old_slot[position_R] = moved_R
-        else:
-            self.old_slot[sequence_R * slots_before + old_R] = moved_R
+        self.old_slot = torch.full((previous.memory_rows,), spare, device=device)
+        was_R = position_R if isinstance(previous, CausalPlan) else sequence_R * previous.slots + old_R
+        self.old_slot[was_R] = sequence_R * slots + old_R + shift_BT.flatten()[position_R]
 
-        active_B = active_BT.sum(1)
-        M = int(active_B.max())
         self.queries = M
         self.dense = len(row_N) == B * M
         offset_B = active_B.cumsum(0) - active_B
@@ -174,11 +188,11 @@ class ThoughtPlan:
         # A query slot that holds no row sees one key, which keeps its softmax finite; nobody reads what it gives.
         visible_BM = torch.ones(B * M, dtype=torch.long, device=device).index_copy(0, self.query_slot_N, visible_N)
         visible_BM = visible_BM.view(B, M)
-        chunks = max(1, min(self.MAX_CHUNKS, M // self.QUERIES_PER_CHUNK))
+        chunks = max(1, min(self.MAX_CHUNKS, M // (queries_per_chunk or self.QUERIES_PER_CHUNK)))
         edges = [M * c // chunks for c in range(chunks + 1)]
         widest = [int(w) for w in torch.stack([visible_BM[:, a:b].max() for a, b in pairwise(edges)])]
         slot_S = torch.arange(slots, device=device)
-        self.chunks: list[tuple[int, int, int, Tensor]] = []
+        self.chunks: list[Chunk] = []
         for (a, b), width in zip(pairwise(edges), widest, strict=True):
             unseen_BMS = slot_S[:width] >= visible_BM[:, a:b, None]
             mask_BMS = torch.zeros(unseen_BMS.shape, dtype=dtype, device=device).masked_fill_(unseen_BMS, -torch.inf)
@@ -195,28 +209,28 @@ class ThoughtPlan:
         B, M, S = self.batch, self.queries, self.slots
         G, E = k_NGE.shape[1:]
         keys, values = self._insert(memory[0], k_NGE.flatten(1)), self._insert(memory[1], v_NGE.flatten(1))
-        k_BSGE, v_BSGE = keys.view(B, S, G, E), values.view(B, S, G, E)
+        k_BSGE, v_BSGE = keys[:-1].view(B, S, G, E), values[:-1].view(B, S, G, E)
         q_flat = q_NHE.flatten(1)
         if not self.dense:
             q_flat = q_flat.new_zeros(B * M, q_flat.shape[1]).index_add(0, self.query_slot_N, q_flat)
         q_BMHE = q_flat.view(B, M, -1, E)
-        out_BMHE = torch.cat(
-            [
-                attention(q_BMHE[:, a:b], k_BSGE[:, :width], v_BSGE[:, :width], mask)
-                for a, b, width, mask in self.chunks
-            ],
-            dim=1,
-        )
+        if fused_cpu_attention(q_BMHE) and q_BMHE.shape[2] == G:
+            q_BHME, k_BHSE, v_BHSE = (x.transpose(1, 2) for x in (q_BMHE, k_BSGE, v_BSGE))
+            out_BMHE = ChunkedAttentionFunction.apply(q_BHME, k_BHSE, v_BHSE, self.chunks).transpose(1, 2)
+        else:
+            out_BMHE = torch.cat(
+                [attention(q_BMHE[:, a:b], k_BSGE[:, :w], v_BSGE[:, :w], mask) for a, b, w, mask in self.chunks], dim=1
+            )
         out_flat = out_BMHE.reshape(B * M, -1)
         return out_flat if self.dense else out_flat.index_select(0, self.query_slot_N), (keys, values)
 
     def _insert(self, old: Tensor, new: Tensor) -> Tensor:
         """The old states and the new ones in position-major order, [B*S, G*E].
 
-        Slots are unique (but for the spare one), so adding into zeros is a copy, whose backward is a plain gather.
+        The row after the last slot is the spare one; it stays on, so that nothing has to be cut off and copied.
         """
-        merged = new.new_zeros(self.batch * self.slots + 1, new.shape[1])
-        return merged.index_add_(0, self.old_slot, old).index_add_(0, self.new_slot_N, new)[:-1]
+        merged: Tensor = MergeFunction.apply(old, new, self.old_slot, self.new_slot_N, self.memory_rows, self.full)
+        return merged
 
 
 class RMSNorm(nn.Module):
@@ -228,7 +242,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x_Nd: Tensor) -> Tensor:
-        return F.rms_norm(x_Nd, (x_Nd.shape[-1],), self.weight, self.eps)
+        normed_Nd: Tensor = RMSNormFunction.apply(x_Nd, self.weight, self.eps)
+        return normed_Nd
 
 
 class Block(nn.Module):

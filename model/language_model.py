@@ -8,18 +8,20 @@ the head read at each position (`think`)? The rest is here.
 
 import hashlib
 import math
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haltscale.model import ledger
-from haltscale.model.backbone import Block, Rope, Stack, at_least_float32, compute_dtype, rope_table
+from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, rope_table
 from haltscale.model.config import ModelConfig
 from haltscale.model.decoding import DecodingState, KeyValueCache
 from haltscale.model.halting import HaltingTrace
+from haltscale.model.kernels import at_least_float32
 from haltscale.model.ledger import Flops, PassCounts
 
 IGNORE_INDEX = -100
@@ -44,9 +46,8 @@ class Output:
     """Only if asked for, or if there are no targets."""
 
 
-@dataclass
-class Thought:
-    """What a method's loop gives for a batch."""
+class Thought(NamedTuple):
+    """What a method's loop gives for a batch. A tuple, because DeepSpeed's ZeRO-3 finds the tensors in tuples only."""
 
     hidden_BTd: Tensor
     """The state that the head reads."""
@@ -54,14 +55,13 @@ class Thought:
     """Where the thinking went."""
     reach_BTK: Tensor | None = None
     """Differentiable mass that reached each executed state, for methods that penalise it."""
-    states: "list[LatentState]" = field(default_factory=list)
+    states: "Sequence[LatentState]" = ()
     """The states of every pass, for methods whose loss looks at them one by one."""
     auxiliary_loss: Tensor | None = None
     """Differentiable scalar that the loop itself adds to the training loss."""
 
 
-@dataclass
-class LatentState:
+class LatentState(NamedTuple):
     """The rows of one pass of a latent loop, packed."""
 
     row_N: Tensor

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haltscale.model.backbone import CausalPlan, Rope, Stack, ThoughtPlan, at_least_float32, compute_dtype, rope_table
+from haltscale.model.backbone import CausalPlan, Rope, Stack, ThoughtPlan, compute_dtype, rope_table
 from haltscale.model.config import ModelConfig
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import HaltingTrace, halting_step
+from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LatentState, Thought
 from haltscale.model.ledger import PassCounts
 
@@ -134,12 +135,12 @@ class LatentLoop(nn.Module):
         row_N = torch.arange(B * T, device=device)  # active rows as indices into [B*T]; shrinks from pass to pass
         position_N = row_N % T
         first_plan = CausalPlan(B, T)
+        plan: CausalPlan | ThoughtPlan = first_plan
         z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_plan)
         counts = PassCounts(tokens=int(valid_BT.sum()))
         first_plan.record(counts, valid_BT)
 
         states_BT = valid_BT.long()  # executed states per position
-        slots = T
         mass_dtype = at_least_float32(z_Nd).dtype
         reach_N = valid_BT.flatten().to(mass_dtype)
         may_go_on_N: Tensor | bool = valid_BT.flatten()
@@ -169,11 +170,10 @@ class LatentLoop(nn.Module):
             reach_N = onward_N
             may_go_on_N = True
             active_BT = torch.zeros(B * T, dtype=torch.bool, device=device).index_fill_(0, row_N, True).view(B, T)
-            plan = ThoughtPlan(states_BT, active_BT, row_N, slots, compute_dtype(z_Nd))
+            plan = ThoughtPlan(states_BT, active_BT, row_N, plan, compute_dtype(z_Nd))
             x_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
             z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), plan, memories)
             states_BT = states_BT + active_BT
-            slots = plan.slots
             plan.record(counts)
 
         trace = HaltingTrace(

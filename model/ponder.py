@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from haltscale.model.backbone import at_least_float32
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
+from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LanguageModel, Thought
 from haltscale.model.ledger import PassCounts
 from haltscale.model.repeated import RepeatedPasses

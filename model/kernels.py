@@ -1,0 +1,151 @@
+"""Functions whose gradients are written by hand, because autograd's cost too much memory traffic.
+
+On a CPU, up to half the time of a small model goes into reading and writing tensors between the matrix products.
+Autograd makes that worse: every slice of the keys gets a full-sized gradient of zeros, and a norm leaves four tensors
+behind where one number per row is enough. Each function here has the plain formula as its definition, and the tests
+hold it to that.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 if it is in half precision; softmax, cross-entropy, gates and masses are computed in this."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean square in at least float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_Nd: Tensor, weight_d: Tensor, eps: float) -> Tensor:
+        wide_Nd = at_least_float32(x_Nd)
+        mean_N1 = torch.linalg.vector_norm(wide_Nd, dim=-1, keepdim=True).square_().div_(x_Nd.shape[-1])
+        scale_N1 = mean_N1.add_(eps).rsqrt_()
+        ctx.save_for_backward(x_Nd, weight_d, scale_N1)
+        return (wide_Nd * scale_N1).to(x_Nd.dtype).mul_(weight_d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_Nd: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_Nd, weight_d, scale_N1 = ctx.saved_tensors
+        wide_d = at_least_float32(weight_d)
+        unit_Nd = at_least_float32(x_Nd) * scale_N1
+        grad_Nd = at_least_float32(grad_Nd)
+        product_Nd = grad_Nd * unit_Nd
+        grad_weight_d = product_Nd.sum(0)
+        along_N = product_Nd.mv(wide_d).div_(x_Nd.shape[-1])  # the part of the gradient that would only rescale x
+        grad_x_Nd = torch.mul(grad_Nd, wide_d, out=product_Nd).mul_(scale_N1)
+        grad_x_Nd.addcmul_(unit_Nd, along_N[:, None] * scale_N1, value=-1)
+        return grad_x_Nd.to(x_Nd.dtype), grad_weight_d.to(weight_d.dtype), None
+
+
+def _turn(x_NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor, direction: int) -> Tensor:
+    half = x_NHE.shape[-1] // 2
+    wide_NHE = x_NHE.to(cos_N1E.dtype)
+    a_NHE, b_NHE = wide_NHE[..., :half], wide_NHE[..., half:]
+    out_NHE = torch.empty(x_NHE.shape, dtype=wide_NHE.dtype, device=x_NHE.device)
+    torch.mul(a_NHE, cos_N1E, out=out_NHE[..., :half]).addcmul_(b_NHE, sin_N1E, value=-direction)
+    torch.mul(b_NHE, cos_N1E, out=out_NHE[..., half:]).addcmul_(a_NHE, sin_N1E, value=direction)
+    return out_NHE.to(x_NHE.dtype)
+
+
+class RotateFunction(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of the last dimension; the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_N1E, sin_N1E)
+        return _turn(x_NHE, cos_N1E, sin_N1E, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NHE: Tensor) -> tuple[Tensor, None, None]:
+        cos_N1E, sin_N1E = ctx.saved_tensors
+        return _turn(grad_NHE, cos_N1E, sin_N1E, -1), None, None
+
+
+class MergeFunction(torch.autograd.Function):
+    """Rows of `old` and `new` put into their slots of [size, d]; slots that get nothing stay 0.
+
+    Each slot gets one row at most, but for a spare slot that nobody reads; so the gradient is a plain gather.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, old: Tensor, new: Tensor, old_slot: Tensor, new_slot: Tensor, size: int, full: bool
+    ) -> Tensor:
+        """full: every slot but the spare one gets a row, so there is nothing to fill with 0."""
+        ctx.save_for_backward(old_slot, new_slot)
+        merged = new.new_empty(size, new.shape[1]) if full else new.new_zeros(size, new.shape[1])
+        merged[-1].zero_()
+        return merged.index_copy_(0, old_slot, old).index_copy_(0, new_slot, new)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        old_slot, new_slot = ctx.saved_tensors
+        return grad.index_select(0, old_slot), grad.index_select(0, new_slot), None, None, None, None
+
+
+Chunk = tuple[int, int, int, Tensor]  # queries a..b see keys 0..width under this additive mask
+
+
+class ChunkedAttentionFunction(torch.autograd.Function):
+    """Attention of queries in chunks, each over a prefix of the keys, with PyTorch's fused CPU kernels.
+
+    Equal to calling scaled_dot_product_attention chunk by chunk; the gradients of keys and values are added up in
+    place over the prefixes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHME: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, chunks: list[Chunk]) -> Tensor:
+        parts, sums = [], []
+        for a, b, width, mask in chunks:
+            out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_BHME[:, :, a:b], k_BHSE[:, :, :width], v_BHSE[:, :, :width], 0.0, False, attn_mask=mask
+            )
+            parts.append(out)
+            sums.append(log_sum)
+        ctx.chunks = chunks
+        ctx.save_for_backward(q_BHME, k_BHSE, v_BHSE, *parts, *sums)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHME: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_BHME, k_BHSE, v_BHSE, *rest = ctx.saved_tensors
+        chunks: list[Chunk] = ctx.chunks
+        grad_q = torch.empty_like(q_BHME)
+        grad_k: Any = None
+        grad_v: Any = None
+        for n, (a, b, width, mask) in reversed(list(enumerate(chunks))):  # the widest first
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_BHME[:, :, a:b],
+                q_BHME[:, :, a:b],
+                k_BHSE[:, :, :width],
+                v_BHSE[:, :, :width],
+                rest[n],
+                rest[len(chunks) + n],
+                0.0,
+                False,
+                attn_mask=mask,
+            )
+            grad_q[:, :, a:b] = dq
+            if grad_k is None and width == k_BHSE.shape[2]:
+                grad_k, grad_v = dk, dv
+                continue
+            if grad_k is None:
+                grad_k, grad_v = torch.zeros_like(k_BHSE), torch.zeros_like(v_BHSE)
+            grad_k[:, :, :width] += dk
+            grad_v[:, :, :width] += dv
+        return grad_q, grad_k, grad_v, None
+
+
+def fused_cpu_attention(q: Tensor) -> bool:
+    """Whether attention may call the fused CPU kernels directly (not under `sdpa_kernel(SDPBackend.MATH)`)."""
+    return q.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()

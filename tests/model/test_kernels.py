@@ -1,0 +1,142 @@
+"""The hand-written gradients against the plain formulas that they stand for."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from haltscale.model import AdaptiveOptions
+from haltscale.model.backbone import CausalPlan, ThoughtPlan
+from haltscale.model.kernels import ChunkedAttentionFunction, MergeFunction, RMSNormFunction, RotateFunction
+
+
+def agree(mine: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Same values and same gradients, and the gradients pass the numerical check."""
+    inputs = tuple(x.double().requires_grad_() for x in inputs)
+    a, b = mine(*inputs), plain(*inputs)
+    torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    seed = torch.randn_like(a)
+    for x, y in zip(torch.autograd.grad(a, inputs, seed), torch.autograd.grad(b, inputs, seed), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-11, rtol=0)
+    assert torch.autograd.gradcheck(mine, inputs)
+
+
+def test_rms_norm() -> None:
+    agree(
+        lambda x, w: RMSNormFunction.apply(x, w, 1e-5),
+        lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w,
+        torch.randn(5, 8),
+        torch.rand(8) + 0.5,
+    )
+
+
+def test_rms_norm_in_bfloat16_computes_in_float32() -> None:
+    x, w = torch.randn(64, 256), torch.rand(256)
+    exact = RMSNormFunction.apply(x.bfloat16().float(), w.bfloat16().float(), 1e-5)
+    rough = RMSNormFunction.apply(x.bfloat16(), w.bfloat16(), 1e-5)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, rtol=2**-7, atol=1e-6)
+
+
+def test_rotation() -> None:
+    angle = torch.rand(5, 1, 4, dtype=torch.float64)
+    cos, sin = angle.cos(), angle.sin()
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.complex(*x.chunk(2, -1)) * torch.complex(cos, sin)).movedim(-1, -2).flatten(-2)
+
+    agree(lambda x: RotateFunction.apply(x, cos, sin), plain, torch.randn(5, 3, 8))
+
+
+def test_merge() -> None:
+    old_slot, new_slot = torch.tensor([0, 3, 6, 6]), torch.tensor([1, 5])
+
+    def plain(old: Tensor, new: Tensor) -> Tensor:
+        zeros = torch.zeros(7, 2, dtype=torch.float64)
+        return zeros.index_put((old_slot,), old).index_put((new_slot,), new)[:-1]
+
+    def mine(old: Tensor, new: Tensor) -> Tensor:
+        return MergeFunction.apply(old, new, old_slot, new_slot, 7, False)[:-1]
+
+    agree(mine, plain, torch.randn(4, 2), torch.randn(2, 2))
+
+
+@pytest.mark.parametrize("edges", [[0, 6], [0, 2, 6]])
+@pytest.mark.parametrize("widest", [9, 7])
+def test_chunked_attention(edges: list[int], widest: int) -> None:
+    visible = torch.tensor([[1, 2, 4, 5, 6, widest], [1, 3, 3, 4, 4, 5]])
+    chunks = []
+    for a, b in pairwise(edges):
+        width = int(visible[:, a:b].max())
+        unseen = torch.arange(width) >= visible[:, a:b, None]
+        mask = torch.zeros(unseen.shape, dtype=torch.float64).masked_fill(unseen, -torch.inf)
+        chunks.append((a, b, width, mask[:, None]))
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.transpose(2, 3) / 2).masked_fill((torch.arange(9) >= visible[..., None])[:, None], -torch.inf)
+        return scores.softmax(-1) @ v
+
+    agree(
+        lambda q, k, v: ChunkedAttentionFunction.apply(q, k, v, chunks),
+        plain,
+        torch.randn(2, 3, 6, 4),
+        torch.randn(2, 3, 9, 4),
+        torch.randn(2, 3, 9, 4),
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_fused_and_plain_attention_agree(tiny: Callable, batch: Callable, kv_heads: int) -> None:
+    from dataclasses import replace
+
+    shape = replace(tiny().config.shape, kv_heads=kv_heads)
+    model = tiny(options=AdaptiveOptions(tau=0.25, router_bias=0.5), spread=2.0, shape=shape)
+    tokens, targets = batch(2, 20)
+    fused = torch.autograd.grad(model(tokens, targets).loss, list(model.parameters()))
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = torch.autograd.grad(model(tokens, targets).loss, list(model.parameters()))
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+@st.composite
+def halting(draw: Any) -> list[list[int]]:
+    """Executed states per position of a ragged batch; 0 is padding, which stands at the end."""
+    T = draw(st.integers(1, 7))
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        real = draw(st.integers(1, T))
+        rows.append([draw(st.integers(1, 4)) for _ in range(real)] + [0] * (T - real))
+    return rows
+
+
+@given(halting(), st.integers(1, 4))
+@settings(deadline=None, max_examples=150)
+def test_a_plan_shows_each_query_the_executed_states_up_to_its_position(rows: list[list[int]], per_chunk: int) -> None:
+    """Each state's value is its own number, so attention with equal scores averages the numbers that were visible."""
+    states_BT = torch.tensor(rows)
+    B, T = states_BT.shape
+    number = {(b, t, i): 1.0 + b * 1000 + t * 10 + i for b in range(B) for t in range(T) for i in range(4)}
+    plan: Any = CausalPlan(B, T)
+    memory = tuple(
+        torch.tensor([[value(b, t)] for b in range(B) for t in range(T)], dtype=torch.float64)
+        for value in (lambda b, t: 0.0, lambda b, t: number[b, t, 0])
+    )
+    before_BT = (states_BT > 0).long()
+    for k in range(1, int(states_BT.max())):
+        active_BT = states_BT > k
+        row_N = active_BT.flatten().nonzero().squeeze(1)
+        plan = ThoughtPlan(before_BT, active_BT, row_N, plan, torch.float64, queries_per_chunk=per_chunk)
+        value_N = torch.tensor([[[number[int(n) // T, int(n) % T, k]]] for n in row_N], dtype=torch.float64)
+        out, memory = plan.attend(torch.zeros_like(value_N), torch.zeros_like(value_N), value_N, memory)
+        for n, row in enumerate(row_N.tolist()):
+            b, t = divmod(row, T)
+            seen = [number[b, j, i] for j in range(t + 1) for i in range(min(k + 1, rows[b][j]))]
+            assert out[n].item() == pytest.approx(sum(seen) / len(seen), rel=1e-12)
+        before_BT = before_BT + active_BT
