@@ -58,6 +58,7 @@ def test_a_reader_follows_a_growing_study(author, browser):
         author.plan([*keys, "newcomer"])
         page.get_by_text("10 finished").wait_for()
         page.locator(".legendtext", has_text="looped").wait_for()
+        page.get_by_test_id("stSidebar").get_by_role("button", name="looped").wait_for()
         assert page.evaluate("window.theSamePage") is True
         assert not errors
 

@@ -117,7 +117,10 @@ def test_an_earlier_evaluation_never_stands_in_for_a_diverged_result(author):
     author.train("lost")
     author.finish("lost", loss=None, perplexity=None)
     author.plan(["lost"])
-    run = by_key(data.load_study(author.store, STUDY)).loc["lost"]
+    evaluated = data.evaluations(author.store, STUDY, "lost")
+    assert evaluated["loss"].notna().any()
+    run = data.run_row(author.store.run(STUDY, "lost"), evaluated, data.metrics(author.store, STUDY, "lost"))
+    assert run["state"] == "diverged"
     assert math.isnan(run["loss"])
     assert math.isnan(run["perplexity"])
 

@@ -161,17 +161,29 @@ def test_chosen_curves_and_a_run_without_metrics(author):
     assert {trace["name"] for trace in charts(page)[0]["data"]} == {"vanilla · 0.6m"}
 
 
+def shown_tokens(page: AppTest) -> str:
+    """Which study, run and step the token map was given."""
+    return json.loads(page.get("bidi_component")[0].proto.json)["id"]
+
+
 def test_tokens_follow_the_run_and_the_step(author, nasty):
     author.finished_study()
     author.probe("adaptive-0_6m-0_1", step=500, histogram=[0.25] * 4, words=nasty)
     page = open_page("tokens")
     assert page.selectbox(key="run").value == "adaptive-4_2m-1_0"
+    assert shown_tokens(page) == "quick/adaptive-4_2m-1_0/400"
     page.selectbox(key="run").set_value("adaptive-0_6m-0_1").run()
     page.select_slider(key="step").set_value("100").run()
     assert not page.exception
     assert page.select_slider(key="step").value == "100"
+    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/100"
+    page.select_slider(key="step").set_value("latest").run()
+    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/500"
+    author.probe("adaptive-0_6m-0_1", step=600, histogram=[0.25] * 4)
+    page.run()  # a live page's next look: the newest evaluation is still the one on show
+    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/600"
     page.selectbox(key="run").set_value("vanilla-0_6m-None").run()
-    assert not page.exception
+    assert shown_tokens(page) == "quick/vanilla-0_6m-None/400"
 
 
 def test_a_damaged_probe_is_said_not_raised(author):
