@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_type_hints
 
 from haltscale.model import METHODS, SIZES, Method, MethodOptions, ModelConfig, VanillaOptions
 from haltscale.platform.identity import SEMANTICS_VERSION, encodable, run_key
@@ -115,7 +115,7 @@ class RunConfig:
             "weight_decay": (-1e-12, 10.0),
             "adam_beta1": (0.0, 0.99999),
             "adam_beta2": (0.0, 0.99999),
-            "clip": (0.0, float("inf")),
+            "clip": (0.0, 1e9),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -145,7 +145,7 @@ class RunConfig:
         """The inverse of :meth:`identity`, for a run read back from the store."""
         method = Method(identity["method"])
         values = {f.name: identity[f.name] for f in fields(cls) if f.name not in ("method", "options", "precision")}
-        options = METHODS[method].options(**identity["options"])
+        options = _with_options(METHODS[method].options, identity["options"])
         return cls(method=method, options=options, precision=Precision(identity["precision"]), **values)
 
 
@@ -235,7 +235,16 @@ def apply_point(base: RunConfig, point: Mapping[str, Any]) -> tuple[RunConfig, l
             found.append(f"{method} has no {name!r}{hint}")
     if found:
         return base, found
-    return replace(base, method=method, options=option_type(**options), **values), []
+    return replace(base, method=method, options=_with_options(option_type, options), **values), []
+
+
+def _with_options(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A method's options; a string that names a member of an enum becomes that member: models compare with ``is``."""
+    typed = dict(values)
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(hint, type) and issubclass(hint, StrEnum) and typed.get(name) in list(hint):
+            typed[name] = hint(typed[name])
+    return kind(**typed)
 
 
 def _names(kind: Any) -> list[str]:

@@ -141,11 +141,16 @@ def _probe(corpus: Corpus, path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         cut = text[: corpus.probe_characters]
         text = cut[: max(cut.rfind(" "), cut.rfind("\n"))] if " " in cut or "\n" in cut else cut
     encoding = tokenizer.encode(text, add_special_tokens=False)
+    offsets = encoding.offsets
+    starts = [*(start for start, _ in offsets[1:]), len(text)]
     return {
         "document": corpus.document_name(path),
         "text": text,
         "tokens": [tokenizer.token_to_id(END_OF_TEXT), *encoding.ids],
-        "pieces": [text[start:stop] for start, stop in encoding.offsets],
+        # Where a character is several tokens, the one that completes it adds it to the text.
+        "pieces": [
+            text[start : min(stop, following)] for (start, stop), following in zip(offsets, starts, strict=True)
+        ],
     }
 
 

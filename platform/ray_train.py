@@ -197,6 +197,7 @@ def finish(
             "flops_paper": progress.flops_paper,
             "inference_flops_per_token": asdict(per_token),
             "halting": evaluation.halting_by_difficulty(events),
+            "sequence_digest": progress.sequence_digest,
             "wall_seconds": progress.seconds,
             "tokens_per_second": progress.tokens / progress.seconds,
             "precision": resolve_precision(run.precision),

@@ -6,13 +6,15 @@ It runs the same in a Ray Train worker, in a plain process and in a notebook. Th
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from haltscale.model import Flops, LanguageModel, PassCounts
@@ -59,7 +61,13 @@ class Progress:
     flops_paper: float = 0.0
     pass_rows: int = 0
     """Positions times passes, for the mean passes per token."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    sequence_digest: str = ""
+    """Running digest of the sequence ids that rank 0 trained on: equal digests mean the same data in the same order."""
+
+    def saw(self, seq_ids: npt.NDArray[np.int64]) -> None:
+        """Chain one step's sequence ids into the digest."""
+        chained = self.sequence_digest.encode() + np.ascontiguousarray(seq_ids, dtype="<i8").tobytes()
+        self.sequence_digest = hashlib.sha256(chained).hexdigest()[:16]
 
     def spend(self, flops: Flops, counts: PassCounts, tokens: int) -> None:
         """Add one step's work: ``flops`` and ``counts`` of all ranks together."""
@@ -159,6 +167,7 @@ def train(
         # Ranks halt differently, so their FLOPs differ; on one rank there is nothing to add up.
         flops, counts = _over_ranks(flops, counts, world)
         progress.spend(flops, counts, run.batch_tokens)
+        progress.saw(batch.seq_ids)
         done = progress.step == run.steps
         milestone = progress.step in evaluate_at or progress.step in checkpoint_at
         if done or milestone or window.age >= log_every_seconds:

@@ -1,0 +1,25 @@
+"""The names that a study is written with, in one place."""
+
+from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method
+from haltscale.platform.config import ConfigError, ExecutionConfig, Precision, RunConfig
+from haltscale.platform.corpus import Corpus, sotu
+from haltscale.platform.store import RunStore
+from haltscale.platform.study import Study
+from haltscale.platform.sweep import Sweep, grid
+
+__all__ = [
+    "METHODS",
+    "SIZES",
+    "AdaptiveOptions",
+    "ConfigError",
+    "Corpus",
+    "ExecutionConfig",
+    "Method",
+    "Precision",
+    "RunConfig",
+    "RunStore",
+    "Study",
+    "Sweep",
+    "grid",
+    "sotu",
+]

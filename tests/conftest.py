@@ -1,0 +1,42 @@
+"""What all tests share. Everything that haltscale keeps goes to a folder of the session, never to the user's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports Ray, which reads these then. DeepSpeed's compiler needs ninja from this environment.
+os.environ["HALTSCALE_HOME"] = tempfile.mkdtemp(prefix="haltscale-test-")
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+for name in ("HALTSCALE_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    os.environ.pop(name, None)
+
+from haltscale.platform import cluster  # noqa: E402
+
+os.environ.update(cluster.LOOPBACK_ONLY)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[cluster.Head]:
+    """One Ray head for the whole session, beside any that the user runs; 2 CPUs whatever the machine has."""
+    with tempfile.TemporaryDirectory(prefix="hs-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
+        yield cluster.up(cpus=2, temp_dir=temp_dir)  # a short path: Unix sockets allow about 100 characters
+        cluster.down()
+
+
+@pytest.fixture(scope="session")
+def connected(head: cluster.Head) -> Iterator[None]:
+    """This process as a client of the session's head."""
+    import ray
+
+    ray.init(address=head.gcs, namespace="haltscale", log_to_driver=False, logging_level="WARNING")
+    yield
+    ray.shutdown()

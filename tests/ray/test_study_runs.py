@@ -1,0 +1,249 @@
+"""Studies on a real cluster, submitted as a user submits them: run, run again, extend, kill, refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from haltscale.platform import cluster
+from haltscale.platform.corpus import PreparedCorpus, sotu
+from haltscale.platform.order import global_batches
+from haltscale.platform.store import RunState, RunStore
+from haltscale.platform.training import Progress
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+TOY_STUDY = """
+from haltscale.platform.api import Corpus, ExecutionConfig, RunConfig, Study, grid
+
+Study(
+    name="toy",
+    question="Does it run?",
+    corpus=Corpus(name="toy", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=200),
+    base=RunConfig(tokens=131072, context=64, batch_tokens=1024),
+    sweep=grid(method="vanilla", seed=[0, 1]) + grid(method="adaptive", lam=1.0, tau=0.05, seed={seeds!r}),
+    execution=ExecutionConfig(evaluations=2, checkpoints=4, log_every_seconds=0.1),
+).main()
+"""
+
+
+def submit(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) -> subprocess.Popen[str]:
+    """`ray job submit` with this session's haltscale home."""
+    environment = json.dumps({"env_vars": {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"]}})
+    command = [str(BIN / "ray"), "job", "submit", "--address", head.dashboard, "--runtime-env-json", environment]
+    command += ["--working-dir", working_dir] if working_dir else []
+    return subprocess.Popen(
+        [*command, "--", *entrypoint],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "token", "NO_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) -> tuple[int, str]:
+    job = submit(head, *entrypoint, working_dir=working_dir)
+    output, _ = job.communicate()
+    return job.returncode, output
+
+
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+    """Poll until something has happened, as long as the job that is to make it happen lives."""
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for index in range(30):
+        words = [f"{['the', 'of', 'and', 'to'][n % 4]} w{(index + n * n) % 89}" for n in range(400)]
+        (folder / f"{index:02d}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+def toy(texts: Path, tmp_path: Path, *, seeds: list[int]) -> str:
+    path = tmp_path / "toy_study.py"
+    path.write_text(TOY_STUDY.format(folder=str(texts), seeds=seeds))
+    return str(path)
+
+
+def drivers(script: str) -> Iterator[psutil.Process]:
+    """The processes that run a study's script: what the job server started, not the `ray job submit` that asked."""
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+        except psutil.Error:
+            continue
+        if script in line and "submit" not in line and line[0].endswith("python"):
+            yield process
+
+
+def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    store, script = RunStore(), toy(texts, tmp_path, seeds=[0, 1])
+
+    def states() -> dict[str, RunState]:
+        return {view.key: view.state for view in store.runs("toy")} if "toy" in store.studies() else {}
+
+    # Half way: at least one run has its record, and another has begun.
+    job = submit(head, "python", script)
+    wait_for(lambda: {RunState.FINISHED, RunState.RUNNING} <= set(states().values()), job)
+    for process in drivers(script):
+        process.send_signal(signal.SIGKILL)
+    assert job.wait() != 0
+    job.communicate()
+    before = {
+        key: store.run("toy", key).record["finished_at"] for key, state in states().items() if state == "finished"
+    }
+    assert 1 <= len(before) < 4
+
+    # Again: the missing ones only.
+    code, output = run(head, "python", script)
+    assert code == 0, output
+    assert f"{len(before)} of 4 runs are finished, {4 - len(before)} to train" in output
+    assert set(states().values()) == {RunState.FINISHED}
+    for key, finished_at in before.items():
+        assert store.run("toy", key).record["finished_at"] == finished_at
+    for view in store.runs("toy"):
+        steps = store.metrics("toy", view.key)["step"].tolist()
+        assert steps == sorted(set(steps)), "a resumed run writes no step twice"
+        assert steps[-1] == view.record["steps"] == 128
+        assert view.record["tokens"] == 131072
+    digests = {view.record["identity"]["seed"]: set() for view in store.runs("toy")}
+    for view in store.runs("toy"):
+        digests[view.record["identity"]["seed"]].add(view.record["sequence_digest"])
+    assert all(len(seen) == 1 for seen in digests.values()), "a resumed run went on at the very next sequence"
+
+    # Once more: nothing.
+    code, output = run(head, "python", script)
+    assert code == 0, output
+    assert "all 4 runs are finished, nothing to train" in output
+
+    # One more value: only the new run.
+    code, output = run(head, "python", toy(texts, tmp_path, seeds=[0, 1, 2]))
+    assert code == 0, output
+    assert "4 of 5 runs are finished, 1 to train" in output
+
+
+def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    script = tmp_path / "toy_worker.py"
+    text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-worker",\n    q')
+    text = text.replace('grid(method="vanilla", seed=[0, 1]) + ', "")
+    script.write_text(text)
+    store = RunStore()
+
+    def checkpointed() -> bool:
+        views = list(store.runs("toy-worker")) if "toy-worker" in store.studies() else []
+        return any((views[0].status.get("step") or 0) > 40 for _ in views)
+
+    job = submit(head, "python", str(script))
+    wait_for(checkpointed, job)
+    killed = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline() or [])]
+    assert killed, "no training worker was found"
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+    (view,) = store.runs("toy-worker")
+    steps = store.metrics("toy-worker", view.key)["step"].tolist()
+    assert view.state is RunState.FINISHED
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 128
+
+
+def test_all_errors_at_once_and_nothing_starts(head: cluster.Head, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    script = tmp_path / "bad.py"
+    script.write_text(
+        TOY_STUDY.format(folder=str(tmp_path / "empty"), seeds=[0])
+        .replace('name="toy",\n    q', 'name="bad",\n    q')
+        .replace("lam=1.0", 'lam=-1.0, l_max=-2, size="0.7m"')
+        .replace("evaluations=2", "workers=64")
+    )
+    code, output = run(head, "python", str(script))
+    assert code != 0
+    for complaint in ("lam", "l_max", "'0.7m'", "did you mean", "no *.txt", "64 workers"):
+        assert complaint in output, output
+    assert not Path(RunStore().path("bad")).exists()
+
+
+@pytest.fixture(scope="module")
+def quickstart(head: cluster.Head) -> str:
+    """The whole quickstart at toy length, through a real `ray job submit`, as the README shows it."""
+    toy_length = ["--set", "tokens=16384", "--set", "evaluations=2", "--set", "checkpoints=1"]
+    command = ["python", "-m", "haltscale.studies.quickstart", *toy_length]
+    code, output = run(head, *command, working_dir=".")
+    assert code == 0, output
+    return output
+
+
+def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
+    store = RunStore()
+    views = list(store.runs("quickstart"))
+    assert [view.state for view in views] == [RunState.FINISHED] * 6
+    assert "not the paper's gain" in quickstart
+    assert "haltscale dashboard" in quickstart
+    promised = {
+        *("tokens", "passes_per_token", "flops_realised", "flops_paper", "wall_seconds", "tokens_per_second"),
+        *("versions", "git_commit", "loss", "perplexity", "bits_per_byte", "mean_steps", "steps_histogram"),
+    }
+    for view in views:
+        assert promised <= set(view.record)
+        assert view.record["tokens"] == 16384
+        assert view.record["versions"]["torch"]
+        assert sum(view.record["steps_histogram"]) == pytest.approx(1)
+        assert Path(store.path("quickstart", view.key, "model", "model.safetensors")).exists()
+        assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("checkpoint_*"))
+        evaluations = store.evaluations("quickstart", view.key)
+        assert evaluations["step"].tolist() == [4, 8] == store.probe_steps("quickstart", view.key)
+        probe = store.probe("quickstart", view.key, 8)
+        assert (probe["exit"].map(sum) - 1).abs().max() < 1e-3
+        adaptive = view.record["identity"]["method"] == "adaptive"
+        assert (view.record["passes_per_token"] > 1) is adaptive
+
+
+def test_every_run_saw_the_same_sequences_in_the_same_order(quickstart: str) -> None:
+    store = RunStore()
+    records = [view.record for view in store.runs("quickstart")]
+    corpus = PreparedCorpus.open(sotu(vocab_size=4096, validation_documents=4).cache(256))
+    assert corpus is not None
+    expected = Progress()
+    for ids in global_batches(seed=0, rows=corpus.rows, batch=8, first_step=0, steps=8):
+        expected.saw(ids)
+    assert {record["sequence_digest"] for record in records} == {expected.sequence_digest}
+
+
+def test_a_second_quickstart_trains_nothing(head: cluster.Head, quickstart: str) -> None:
+    toy_length = ["--set", "tokens=16384", "--set", "evaluations=2", "--set", "checkpoints=1"]
+    code, output = run(head, "python", "-m", "haltscale.studies.quickstart", *toy_length, working_dir=".")
+    assert code == 0, output
+    assert "all 6 runs are finished, nothing to train" in output
+
+    def table(text: str) -> list[str]:
+        return re.findall(r"^[│┃].*$", text, flags=re.MULTILINE)
+
+    assert len(table(output)) >= 7
+    assert table(output) == table(quickstart)
+
+
+def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> None:
+    client = cluster.client(head)
+    assert all(job.status.is_terminal() for job in client.list_jobs())
+    working = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline() or [])]
+    mine = [p for p in working if head.temp_dir in " ".join(p.environ().values())]
+    assert not mine
