@@ -76,14 +76,14 @@ class StudyView:
 TEXT = ("key", "label", "state", "method", "size", "series", "note", "git_commit")
 OPTIONS = ("lam", "beta", "l_max", "tau")
 SHARED = (
-    *("loss", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
+    *("loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
     *("flops_realised", "flops_executed", "flops_paper"),
 )
 """Numbers that records and evaluations both carry."""
 NUMBERS = (
     *OPTIONS,
     *SHARED,
-    *("seed", "tokens", "tokens_done", "parameters", "loss_standard_error", "passes", "wall_seconds"),
+    *("seed", "tokens", "tokens_done", "parameters", "passes", "wall_seconds"),
     *("tokens_per_second", "step", "steps", "seconds_left", "well_steps", "badly_steps", "rank"),
 )
 
@@ -216,7 +216,6 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "tokens": number(identity.get("tokens")),
         "tokens_done": number(record.get("tokens") if record else last.get("tokens")),
         "parameters": number(record.get("parameters_total")),
-        "loss_standard_error": number(record.get("loss_standard_error")),
         "passes": number(record.get("passes_per_token")),
         "wall_seconds": number(record.get("wall_seconds")),
         "tokens_per_second": number(record.get("tokens_per_second")) if record else number(speed),

@@ -87,6 +87,7 @@ def easy_and_hard(counted: pd.DataFrame) -> None:
         alt=f"Mean latent steps of well- and badly-predicted tokens in {len(known)} runs",
     )
     st.caption(
+        "Well predicted is the quarter of tokens with the lowest NLL, badly predicted the quarter with the highest. "
         "A router that spends its steps where they may help gives badly-predicted tokens (diamonds) more than "
         "well-predicted ones (circles)."
     )
