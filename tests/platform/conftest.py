@@ -1,0 +1,133 @@
+"""A home folder of its own for every test, a small corpus, and a store with runs in every state."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from haltscale.model import Method
+from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.corpus import Corpus
+from haltscale.platform.store import RunStore
+from haltscale.platform.study import Study
+from haltscale.platform.sweep import grid
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``$HALTSCALE_HOME`` of this test alone; nothing of the user's environment points elsewhere."""
+    for name in ("HALTSCALE_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "HALTSCALE_GIT_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+WORDS = ("the", "state", "of", "union", "is", "strong", "and", "we", "shall", "ask", "congress", "peace", "law", "work")
+
+
+def sentence(seed: int, words: int) -> str:
+    stream = random.Random(seed)
+    return " ".join(stream.choice(WORDS) for _ in range(words))
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """A folder with six documents, one of them in a folder below."""
+    folder = tmp_path / "texts"
+    for index in range(6):
+        path = folder / ("below" if index == 3 else "") / f"document-{index}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(sentence(index, 40 + 7 * index), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def corpus(documents: Path) -> Callable[..., Corpus]:
+    """Builds a corpus over the folder ``documents``."""
+
+    def build(**changes: Any) -> Corpus:
+        values = {"name": "tiny", "folder": str(documents), "vocab_size": 300, "validation_documents": 2}
+        return Corpus(**(values | changes))
+
+    return build
+
+
+@pytest.fixture
+def base() -> RunConfig:
+    """A run small enough to train in a test."""
+    return RunConfig(size="0.6m", tokens=16 * 64, context=16, batch_tokens=64, precision=Precision.FP32)
+
+
+@pytest.fixture
+def study(corpus: Callable[..., Corpus], base: RunConfig) -> Callable[..., Study]:
+    """Builds a study of three runs over the small corpus."""
+
+    def build(**changes: Any) -> Study:
+        sweep = grid(method=Method.ADAPTIVE, lam=[0.1, 0.5], l_max=2) + grid(method=Method.VANILLA)
+        values: dict[str, Any] = {
+            "name": "tiny-study",
+            "question": "Does it think?",
+            "corpus": corpus(),
+            "base": base,
+            "sweep": sweep,
+        }
+        return Study(**(values | changes))
+
+    return build
+
+
+class Author:
+    """Writes runs of a study in any state, through the store's own writing side. Generated numbers."""
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+
+    def plan(self, study: str, keys: list[str], **more: Any) -> None:
+        document = {"name": study, "question": "?", "note": "", "corpus": {}, "runs": keys, **more}
+        self.store.write_json(self.store.path(study, None, "study.json"), document)
+
+    def spec(self, study: str, key: str, label: str, **identity: Any) -> None:
+        document = {"label": label, "study": study, "key": key, "identity": identity, "execution": {}}
+        self.store.write_json(self.store.path(study, key, "spec.json"), document)
+
+    def status(self, study: str, key: str, state: str, *, silent: float = 0.0, **more: Any) -> None:
+        status = {"state": state, "step": 0, "steps": 10, "heartbeat": time.time() - silent, "error": None} | more
+        self.store.write_json(self.store.path(study, key, "status.json"), status)
+
+    def record(self, study: str, key: str, *, loss: float, **more: Any) -> None:
+        record = {"key": key, "loss": loss, "mean_steps": 1.5, "wall_seconds": 12.4} | more
+        self.store.write_json(self.store.path(study, key, "record.json"), record)
+
+    def every_state(self, study: str = "quick") -> list[str]:
+        """One run in every state; gives their keys in the study's order."""
+        for key in ("finished", "running", "stalled", "failed"):
+            options = {"lam": 0.5} if key != "finished" else {}
+            method = "adaptive" if options else "vanilla"
+            self.spec(study, key, f"{method} {key}", method=method, size="0.6m", seed=0, options=options)
+        self.status(study, "finished", "finished", step=10)
+        identity = {"method": "vanilla", "size": "0.6m", "seed": 0, "options": {}}
+        self.record(study, "finished", loss=4.25, identity=identity, parameters_total=594_000)
+        self.status(study, "running", "running", step=5, loss=4.5, mean_steps=2.0)
+        self.status(study, "stalled", "running", step=2, silent=10_000)
+        self.status(study, "failed", "failed", step=1, error="TrainingDivergedError: the loss is nan at step 1")
+        keys = ["finished", "running", "stalled", "failed", "planned"]
+        self.plan(study, keys)
+        return keys
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "runs")
+
+
+@pytest.fixture
+def author(store: RunStore) -> Author:
+    return Author(store)
