@@ -294,7 +294,7 @@ def load_study(store: RunStore, name: str) -> StudyView:
         for view in views
     ]
     frame = pd.DataFrame(rows) if rows else empty_runs()
-    frame["label"] = _unique(frame["label"], frame["key"])
+    frame["label"] = _unique(frame)
     frame["series"] = series_names(frame)
     # A series keeps its dash and marker whatever the filters leave of the others.
     frame["rank"] = pd.factorize(frame["series"])[0].astype(float)
@@ -311,12 +311,19 @@ def load_study(store: RunStore, name: str) -> StudyView:
 _NONE = pd.DataFrame()
 
 
-def _unique(labels: pd.Series, keys: pd.Series) -> list[str]:
-    """Labels that can name a run in a selection: those that occur twice get the start of the run's key."""
-    twice = labels.duplicated(keep=False)
-    return [
-        f"{label} · {key[:6]}" if repeated else label for label, key, repeated in zip(labels, keys, twice, strict=True)
-    ]
+def _unique(runs: pd.DataFrame) -> list[str]:
+    """Labels that can name a run in a selection: those that occur twice get their seed, or the end of their key."""
+    labels = [str(label) for label in runs["label"]]
+    keys = [str(key) for key in runs["key"]]
+    for suffixes in ([f"seed {seed:g}" for seed in runs["seed"]], [key[-6:] for key in keys], keys):
+        kinds: dict[str, set[str]] = {}
+        for label, suffix in zip(labels, suffixes, strict=True):
+            kinds.setdefault(label, set()).add(suffix)
+        labels = [
+            f"{label} · {suffix}" if len(kinds[label]) > 1 else label
+            for label, suffix in zip(labels, suffixes, strict=True)
+        ]
+    return labels
 
 
 def series_names(runs: pd.DataFrame) -> list[str]:

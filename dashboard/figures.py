@@ -96,15 +96,20 @@ def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
             legendgroup=name,
         )
     _log_axis(figure, "x", shown[flops], f"training FLOPs, {kind}")
-    _log_axis(figure, "y", shown["perplexity"], "validation perplexity")
+    error = np.expm1(shown["loss_standard_error"].fillna(0))
+    ends = pd.concat([shown["perplexity"] * (1 - error).clip(lower=0.5), shown["perplexity"] * (1 + error)])
+    _log_axis(figure, "y", ends, "validation perplexity")
     figure.update_xaxes(showgrid=True)
     _name_sizes(figure, shown, flops)
     return _layout(figure, height=520)
 
 
 def _name_sizes(figure: go.Figure, shown: pd.DataFrame, flops: str) -> None:
-    """Write the sizes under the markers: under each when there are few, else once per size under its best run."""
-    named = shown if len(shown) <= MOST_NAMES else shown.sort_values("perplexity").drop_duplicates("size")
+    """Write the sizes under the markers: once per series when they are few, else once each under the best run."""
+    lowest = shown.sort_values("perplexity")
+    named = lowest.drop_duplicates(["series", "size"])  # seeds stand too close for a name each
+    if len(named) > MOST_NAMES:
+        named = lowest.drop_duplicates("size")
     for size, x, y in zip(named["size"], named[flops], named["perplexity"], strict=True):
         figure.add_annotation(
             x=math.log10(x),
@@ -133,14 +138,15 @@ def steps_share(runs: pd.DataFrame) -> go.Figure:
     shown = shown.assign(order=shown["size"].map(size_order)).sort_values(["order", "lam"], kind="stable")
     most = max((len(histogram) for histogram in shown["steps_histogram"]), default=1) - 1
     figure = go.Figure()
-    labels = [_short(label) for label in shown["label"]]
+    keys = list(shown["key"])
     for step in range(most + 1):
         share = [100 * histogram[step] if step < len(histogram) else 0.0 for histogram in shown["steps_histogram"]]
         color = style.step_color(step, most)
         figure.add_bar(
             orientation="h",
             x=share,
-            y=labels,
+            y=keys,
+            customdata=[html.escape(label) for label in shown["label"]],
             name=_steps(step),
             marker={"color": color, "line": {"width": 1, "color": MUTED}},
             text=[f"{step}: {value:.0f} %" if value >= 9 else (str(step) if value >= 3 else "") for value in share],
@@ -148,16 +154,16 @@ def steps_share(runs: pd.DataFrame) -> go.Figure:
             insidetextanchor="middle",
             textangle=0,
             textfont={"color": style.ink_on(color), "size": 12},
-            hovertemplate="%{y}<br>" + _steps(step) + ": %{x:.3g} % of tokens<extra></extra>",
+            hovertemplate="%{customdata}<br>" + _steps(step) + ": %{x:.3g} % of tokens<extra></extra>",
         )
-    for label, mean in zip(labels, shown["mean_steps"], strict=True):
+    for key, mean in zip(keys, shown["mean_steps"], strict=True):
         if math.isfinite(mean):
             figure.add_annotation(
-                x=101, y=label, text=f"mean {style.three(mean)}", showarrow=False, xanchor="left", font={"size": 12}
+                x=101, y=key, text=f"mean {style.three(mean)}", showarrow=False, xanchor="left", font={"size": 12}
             )
     figure.update_layout(barmode="stack", bargap=0.25, legend={"traceorder": "normal"})
     figure.update_xaxes(title="share of validation tokens, %", range=[0, 112], tickvals=[0, 25, 50, 75, 100])
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    _name_rows(figure, shown)
     return _layout(figure, height=130 + 38 * max(len(shown), 1), legend_title="latent steps before the token")
 
 
@@ -190,12 +196,11 @@ def easy_and_hard(runs: pd.DataFrame) -> go.Figure:
     """Mean latent steps on well- and badly-predicted tokens, one pair per run."""
     shown = runs.dropna(subset=["well_steps", "badly_steps"])
     shown = shown.assign(order=shown["size"].map(size_order)).sort_values(["order", "lam"], kind="stable")
-    labels = [_short(label) for label in shown["label"]]
     figure = go.Figure()
-    for label, well, badly in zip(labels, shown["well_steps"], shown["badly_steps"], strict=True):
+    for key, well, badly in zip(shown["key"], shown["well_steps"], shown["badly_steps"], strict=True):
         figure.add_scatter(
             x=[well, badly],
-            y=[label, label],
+            y=[key, key],
             mode="lines",
             line={"color": MUTED, "width": 3},
             showlegend=False,
@@ -207,15 +212,30 @@ def easy_and_hard(runs: pd.DataFrame) -> go.Figure:
     ):
         figure.add_scatter(
             x=shown[column],
-            y=labels,
+            y=shown["key"],
+            customdata=[html.escape(label) for label in shown["label"]],
             mode="markers",
             name=name,
             marker={"color": color, "symbol": symbol, "size": 13},
-            hovertemplate="%{y}<br>" + name + ": %{x:.3g} latent steps<extra></extra>",
+            cliponaxis=False,  # a mean of zero steps sits on the axis
+            hovertemplate="%{customdata}<br>" + name + ": %{x:.3g} latent steps<extra></extra>",
         )
     figure.update_xaxes(title="mean latent steps per token", rangemode="tozero")
-    figure.update_yaxes(autorange="reversed", automargin=True, type="category")
+    _name_rows(figure, shown)
     return _layout(figure, height=150 + 34 * max(len(shown), 1), legend_title="tokens")
+
+
+def _name_rows(figure: go.Figure, shown: pd.DataFrame) -> None:
+    """A row per run from the top down. Rows go by key and are named by label: labels may be cut, keys never agree."""
+    figure.update_yaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=list(shown["key"]),
+        tickvals=list(shown["key"]),
+        ticktext=[_short(label) for label in shown["label"]],
+        range=[len(shown) - 0.5, -0.5],
+        automargin=True,
+    )
 
 
 def nll_by_steps(events: pd.DataFrame) -> go.Figure:

@@ -130,6 +130,12 @@ def duration(seconds: float) -> str:
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     """Ticks of a logarithmic axis over ``low``..``high``: round numbers written in full, about eight at most."""
     decades = math.log10(high / low) if high > low > 0 else 0.0
+    if 0 < decades < 0.3:  # so narrow that it is nearly linear: even steps of 1, 2 or 5
+        rough = (high - low) / 5
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(s * unit for s in (1, 2, 5, 10) if s * unit >= rough)
+        values = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        return values, [_tick(value) for value in values]
     steps: tuple[float, ...]
     if decades > 4:
         steps = (1,)
@@ -147,7 +153,7 @@ def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
 def _tick(value: float) -> str:
     if 1e-2 <= value < 1e5:
         return f"{value:,.6g}"
-    digits, exponent = f"{value:.1e}".split("e")
+    digits, exponent = f"{value:.2e}".split("e")
     power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    digits = digits.removesuffix(".0")
+    digits = digits.rstrip("0").rstrip(".")
     return power if digits == "1" else f"{digits}×{power}"

@@ -93,7 +93,8 @@ def chart(view: StudyView, kind: FlopsKind) -> None:
         left, right = st.columns([5, 1], vertical_alignment="center")
         left.caption(
             "Each line is a method through its sizes, each marker a run; hollow markers are runs without a result yet, "
-            "at their last evaluation. Lower and further left is better."
+            "at their last evaluation. Bars are one standard error of the loss over the validation tokens. Lower "
+            "and further left is better."
         )
         with right, st.container(horizontal_alignment="right"):
             shell.download(

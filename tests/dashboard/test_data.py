@@ -167,12 +167,16 @@ def test_series_carry_lam_and_whatever_else_varies(author):
     assert list(runs["rank"]) == [0, 1, 2]
 
 
-def test_labels_that_occur_twice_get_their_keys(author):
-    author.begin("first-key")
-    author.begin("second-key")
-    author.plan(["first-key", "second-key"])
+def test_labels_that_occur_twice_get_what_tells_them_apart(author):
+    options = {"lam": 1.0, "l_max": 3}
+    for key, seed in (("adaptive-0.6m-aaaaaa", 0), ("adaptive-0.6m-bbbbbb", 1), ("adaptive-0.6m-cccccc", 1)):
+        author.begin(
+            key, identity={"method": "adaptive", "size": "0.6m", "seed": seed, "options": options}, label="same"
+        )
+    author.begin("other", label="other")
+    author.plan(["adaptive-0.6m-aaaaaa", "adaptive-0.6m-bbbbbb", "adaptive-0.6m-cccccc", "other"])
     labels = list(data.load_study(author.store, STUDY).runs["label"])
-    assert labels == ["adaptive · 1.8m · λ 0.3 · first-", "adaptive · 1.8m · λ 0.3 · second"]
+    assert labels == ["same · seed 0", "same · seed 1 · bbbbbb", "same · seed 1 · cccccc", "other"]
 
 
 def test_filters_keep_what_has_no_lam_and_an_empty_filter_keeps_all(author):

@@ -91,6 +91,16 @@ def test_steps_share_adds_up_to_all_tokens(runs):
     assert [trace.marker.color for trace in figure.data] == [style.step_color(step, 3) for step in range(4)]
 
 
+def test_runs_with_long_labels_that_begin_alike_keep_their_own_rows(runs):
+    alike = data.thinking(runs).assign(
+        label="a very long label that says everything about the run in many words, twice"
+    )
+    for figure in (figures.steps_share(alike), figures.easy_and_hard(alike.dropna(subset="well_steps"))):
+        rows = list(figure.data[-1].y)
+        assert len(set(rows)) == len(rows)
+        assert len(figure.layout.yaxis.ticktext) == len(figure.layout.yaxis.tickvals) == len(rows)
+
+
 def test_steps_over_training_follows_the_evaluations(author):
     author.whole_run("k", lam=1.0)
     rows = data.evaluations(author.store, STUDY, "k")
@@ -171,11 +181,11 @@ def test_durations_and_counts_in_words():
     assert [style.compact(count) for count in (950, 1_020_000, 2.6e9)] == ["950", "1.02M", "2.60B"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(40, 50), (56, 170), (3e12, 6e13), (1e10, 1e16), (0.5, 0.9)])
+@pytest.mark.parametrize(("low", "high"), [(40, 50), (3.8, 4.1), (56, 170), (3e12, 6e13), (1e10, 1e16), (0.5, 0.9)])
 def test_log_ticks_are_few_and_lie_inside(low, high):
     values, names = style.log_ticks(low, high)
-    assert 1 <= len(values) <= 9
-    assert len(names) == len(values)
+    assert 3 <= len(values) <= 9
+    assert len(set(names)) == len(values)
     assert all(low * 0.99 <= value <= high * 1.01 for value in values)
 
 
