@@ -104,7 +104,7 @@ def sidebar() -> bool:
                         help="Choose none to see all.",
                     )
         st.caption("Run store")
-        st.code(shelf.root, language=None, wrap_lines=True)
+        st.code(short(shelf.root), language=None, wrap_lines=True)
     return bool(names)
 
 
@@ -180,6 +180,12 @@ def empty() -> None:
 
 
 # ---- small pieces --------------------------------------------------------------------------------
+
+
+def short(root: str) -> str:
+    """A store's root with the reader's home folder written as ``~``."""
+    home = str(Path.home())
+    return f"~{root.removeprefix(home)}" if root == home or root.startswith(f"{home}/") else root
 
 
 def plain(text: object) -> str:

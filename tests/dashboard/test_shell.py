@@ -49,3 +49,10 @@ def test_damage_is_not_remembered(author):
 
 def test_text_from_the_store_is_shown_literally():
     assert shell.plain("**a** [b](c) :red[d] $e$") == (r"\*\*a\*\* \[b\]\(c\) \:red\[d\] \$e\$")
+
+
+def test_the_home_folder_is_written_short(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert shell.short("/home/ada/haltscale/runs") == "~/haltscale/runs"
+    assert shell.short("/home/adalbert/runs") == "/home/adalbert/runs"
+    assert shell.short("s3://bucket/runs") == "s3://bucket/runs"
