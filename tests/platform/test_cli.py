@@ -1,0 +1,180 @@
+"""The command ``haltscale``: what it prints, and its exit codes. No cluster."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from haltscale.platform import cli, cluster
+from haltscale.platform.study import Study
+
+
+def run(*arguments: str) -> int:
+    """The exit code; a sentence for the user counts as 1, as Python does."""
+    try:
+        cli.main(arguments)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)  # noqa: T201
+            return 1
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def states(author) -> list[str]:
+    return author.every_state()
+
+
+def test_help_names_every_verb(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    for verb in ("up", "down", "run", "submit", "status", "results", "dashboard"):
+        assert f"\n    {verb} " in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["run"], ["results"], ["status", "--nonsense"]])
+def test_a_command_that_is_none_is_refused(arguments, capsys):
+    assert run(*arguments) == 2
+    assert "usage: haltscale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["run", "submit"])
+@pytest.mark.parametrize("name", ["no-such-study", "../quickstart", "quickstart.py", "__init__", ""])
+def test_an_unknown_study_is_refused_with_those_there_are(verb, name, capsys):
+    assert run(verb, name) == 1
+    err = capsys.readouterr().err
+    assert f"error: no study {name!r}" in err
+    assert "quickstart" in err
+
+
+def test_status_as_json(store, states, capsys):
+    assert run("status", "--json", "--store", store.root) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["key"] for row in rows] == states
+    assert [row["state"] for row in rows] == states  # stalled, where the run itself still says running
+    assert {row["study"] for row in rows} == {"quick"}
+    assert rows[1]["step"] == 5
+    assert rows[3]["error"] == "TrainingDivergedError: the loss is nan at step 1"
+
+
+def test_status_for_the_eye(store, states, capsys):
+    assert run("status", "quick", "--store", store.root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "quick"
+    assert [line.split()[0] for line in lines[1:]] == states
+    assert "5/10 loss 4.50 steps 2.00" in lines[2]
+    assert "the loss is nan" in lines[4]
+
+
+def test_status_of_an_empty_store(store, capsys):
+    assert run("status", "--store", store.root) == 0
+    assert "haltscale submit quickstart" in capsys.readouterr().out
+    assert run("status", "--json", "--store", store.root) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_the_store_of_the_environment(store, states, monkeypatch, capsys):
+    monkeypatch.setenv("HALTSCALE_STORE", store.root)
+    assert run("status") == 0
+    assert "adaptive running" in capsys.readouterr().out
+
+
+def test_results_as_json(store, states, capsys):
+    assert run("results", "quick", "--json", "--store", store.root) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["key"] for row in rows] == states
+    assert [row["loss"] for row in rows] == [4.25, None, None, None, None]
+    assert rows[3]["error"] == "TrainingDivergedError: the loss is nan at step 1"
+
+
+def test_results_for_the_eye(store, states, capsys):
+    assert run("results", "quick", "--store", store.root) == 0
+    out = capsys.readouterr().out
+    assert "4.25" in out
+    assert "adaptive failed: TrainingDivergedError" in out
+
+
+@pytest.mark.parametrize("verb", ["status", "results"])
+def test_a_study_that_is_not_in_the_store(verb, store, states, capsys):
+    assert run(verb, "slow", "--store", store.root) == 1
+    err = capsys.readouterr().err
+    assert "no study 'slow'" in err
+    assert "quick" in err
+
+
+@pytest.mark.parametrize("verb", ["status", "results"])
+def test_a_damaged_study_ends_with_a_sentence(verb, store, states, capsys):
+    Path(store.path("quick", None, "study.json")).write_text("{")
+    assert run(verb, "quick", "--store", store.root) == 1
+    assert "study.json is damaged" in capsys.readouterr().err
+
+
+def test_a_study_gets_its_own_arguments(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Study, "main", lambda self, arguments: seen.append((self.name, arguments)))
+    assert run("run", "quickstart", "--", "--dry-run", "--set", "tokens=5") == 0
+    assert seen == [("quickstart", ["--dry-run", "--set", "tokens=5"])]
+
+
+def test_submitting_without_a_head_says_how_to_start_one(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "prepare_client", lambda: None)
+    monkeypatch.setattr(cluster, "find_head", lambda: None)
+    assert run("submit", "quickstart") == 1
+    assert "haltscale up" in capsys.readouterr().err
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """A head that takes jobs and a job that ends with the code the test says; both in this process."""
+    submitted: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(cluster, "prepare_client", lambda: None)
+    monkeypatch.setattr(cluster, "find_head", lambda: cluster.Head(dashboard="http://127.0.0.1:1"))
+    monkeypatch.setattr(cluster, "client", lambda head: None)
+    monkeypatch.setattr(cluster, "running_job", lambda client, study: None)
+
+    def submit(client, module, study, arguments):
+        submitted.append((module, list(arguments)))
+        return "job-1"
+
+    monkeypatch.setattr(cluster, "submit_study", submit)
+    monkeypatch.setattr(cluster, "follow", lambda client, job: {"job-1": 1, "job-0": 0}[job])
+    return submitted
+
+
+def test_the_exit_code_of_a_submission_is_the_jobs(head, capsys):
+    assert run("submit", "quickstart", "--", "--dry-run") == 1
+    assert head == [("quickstart", ["--dry-run"])]
+    assert "job-1" in capsys.readouterr().out
+    assert run("submit", "quickstart", "--no-follow") == 0
+
+
+def test_a_study_that_is_running_is_followed_and_not_started_again(head, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "running_job", lambda client, study: "job-0")
+    assert run("submit", "quickstart") == 0
+    assert head == []
+    assert "is running already as job-0" in capsys.readouterr().out
+
+
+def test_an_interrupted_follower_leaves_the_job_alone(head, monkeypatch, capsys):
+    def interrupted(client, job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "follow", interrupted)
+    assert run("submit", "quickstart") == 130
+    assert "ray job stop job-1" in capsys.readouterr().out
+
+
+def test_down_with_nothing_to_stop(capsys):
+    assert run("down") == 0
+    assert "no head" in capsys.readouterr().out
+
+
+def test_the_installed_command_exits_with_1_on_an_error(home):
+    command = [str(Path(sys.executable).with_name("haltscale")), "results", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no study 'nothing'")
+    assert "Traceback" not in done.stderr
