@@ -141,7 +141,7 @@ class ThoughtPlan:
         before_BT: Tensor,
         active_BT: Tensor,
         row_N: Tensor,
-        previous: "ThoughtPlan | CausalPlan",
+        previous: "ThoughtPlan | CausalPlan | None",
         dtype: torch.dtype,
         *,
         queries_per_chunk: int | None = None,
@@ -150,7 +150,7 @@ class ThoughtPlan:
         before_BT: states executed at each position before this pass (0 at padding).
         active_BT: bool, positions that run this pass.
         row_N: the active positions as indices into [B*T], ascending; N = their number.
-        previous: the plan of the pass before, which says how it left the memory.
+        previous: the plan of the pass before, which says how it left the memory; None if no earlier pass is visible.
         dtype: of the queries, for the additive mask.
         queries_per_chunk: instead of the class's own.
         """
@@ -177,9 +177,10 @@ class ThoughtPlan:
         start_B = old_BT[:, -1].cumsum(0) - old_BT[:, -1]
         old_R = torch.arange(len(position_R), device=device) - start_B[sequence_R]  # place within its sequence
         spare = B * slots
-        self.old_slot = torch.full((previous.memory_rows,), spare, device=device)
-        was_R = position_R if isinstance(previous, CausalPlan) else sequence_R * previous.slots + old_R
-        self.old_slot[was_R] = sequence_R * slots + old_R + shift_BT.flatten()[position_R]
+        self.old_slot = torch.full((previous.memory_rows if previous else 0,), spare, device=device)
+        if previous is not None:
+            was_R = sequence_R * previous.slots + old_R if isinstance(previous, ThoughtPlan) else position_R
+            self.old_slot[was_R] = sequence_R * slots + old_R + shift_BT.flatten()[position_R]
 
         self.queries = M
         self.dense = len(row_N) == B * M
@@ -205,7 +206,8 @@ class ThoughtPlan:
         counts.record(rows=rows, keys=self.keys_needed, executed_rows=rows, executed_keys=pairs)
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        assert memory is not None, "a thought follows an ordinary pass"
+        if memory is None:
+            memory = (k_NGE[:0].flatten(1), v_NGE[:0].flatten(1))
         B, M, S = self.batch, self.queries, self.slots
         G, E = k_NGE.shape[1:]
         keys, values = self._insert(memory[0], k_NGE.flatten(1)), self._insert(memory[1], v_NGE.flatten(1))
@@ -289,10 +291,15 @@ class Stack(nn.Module):
         memories: Sequence[Memory | None] | None = None,
         *,
         final_norm: bool = True,
+        blocks: slice = slice(None),
     ) -> tuple[Tensor, list[Memory]]:
-        """One pass over the packed rows x_Nd; `memories` holds, per layer, what the passes before this one left."""
+        """One pass over the packed rows x_Nd, through all blocks or some.
+
+        `memories` holds, for each of these blocks, what the passes before this one left.
+        """
+        part = self.blocks[blocks]
         left: list[Memory] = []
-        for block, memory in zip(self.blocks, memories or [None] * len(self.blocks), strict=True):
+        for block, memory in zip(part, memories or [None] * len(part), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_Nd, memory = checkpoint(
                     block, x_Nd, rope, plan, memory, use_reentrant=False, preserve_rng_state=False

@@ -26,6 +26,7 @@ class Method(StrEnum):
     PAUSE = "pause"
     PONDER = "ponder"
     PONDER2 = "ponder2"
+    MOR = "mor"
 
 
 class MethodOptions(Protocol):
@@ -142,6 +143,8 @@ class ModelConfig:
             else:
                 found.append(f"options = {type(self.options).__name__}: method {self.method} takes {expected.__name__}")
         found += self.shape.problems()
+        if self.method in METHODS:
+            found += METHODS[self.method].model.shape_problems(self.shape)
         for name in ("vocab_size", "context"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 found.append(f"{name} = {getattr(self, name)!r}: must be a positive integer")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from haltscale.model import ledger
 from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, rope_table
-from haltscale.model.config import ModelConfig
+from haltscale.model.config import ModelConfig, Shape
 from haltscale.model.decoding import DecodingState, KeyValueCache
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32
@@ -57,8 +57,8 @@ class Thought(NamedTuple):
     """Differentiable mass that reached each executed state, for methods that penalise it."""
     states: "Sequence[LatentState]" = ()
     """The states of every pass, for methods whose loss looks at them one by one."""
-    auxiliary_loss: Tensor | None = None
-    """Differentiable scalar that the loop itself adds to the training loss."""
+    auxiliary_BT: Tensor | None = None
+    """Differentiable losses of the loop's own, nats per token; training adds their mean over scored tokens."""
 
 
 class LatentState(NamedTuple):
@@ -86,6 +86,11 @@ class LanguageModel(nn.Module):
 
     # What a method defines -------------------------------------------------------------------------------------------
 
+    @classmethod
+    def shape_problems(cls, shape: Shape) -> list[str]:
+        """What the method cannot do with this shape, beside the shape's own errors."""
+        return []
+
     def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
         """The hidden state that predicts the next token, at every position."""
         raise NotImplementedError
@@ -97,7 +102,10 @@ class LanguageModel(nn.Module):
 
     def penalty(self, thought: Thought, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
         """What training adds to the cross-entropy. nll_BT: of the true next token, detached, 0 where not scored."""
-        return nll_BT.new_zeros(()) if thought.auxiliary_loss is None else thought.auxiliary_loss
+        if thought.auxiliary_BT is None:
+            return nll_BT.new_zeros(())
+        scored_BT = targets_BT != IGNORE_INDEX
+        return (thought.auxiliary_BT * scored_BT).sum() / scored_BT.sum().clamp(min=1)
 
     def cache_widths(self) -> list[int]:
         """Regions of the decoding cache and the most states that one token leaves in each (decoding.py)."""
@@ -249,10 +257,11 @@ class LanguageModel(nn.Module):
         realised = ledger.passes_flops(config.shape, counts.rows, counts.keys, layers)
         executed = ledger.passes_flops(config.shape, counts.executed_rows, counts.executed_keys, layers)
         parameters = sum(self.parameter_groups_count().values())
+        passes = sum(rows * depth / config.shape.layers for rows, depth in zip(counts.rows, layers, strict=True))
         return Flops(
             realised=realised + extra_realised + ledger.head_flops(config.shape, config.vocab_size, counts.tokens),
             executed=executed + extra_executed + ledger.head_flops(config.shape, config.vocab_size, counts.head_rows),
-            paper=ledger.paper_inference_flops(parameters, 1, sum(counts.rows)),
+            paper=ledger.paper_inference_flops(parameters, 1, passes),
         )
 
 

@@ -7,6 +7,7 @@ from haltscale.model.config import Method, MethodOptions, ModelConfig
 from haltscale.model.fixed import FixedModel, FixedOptions
 from haltscale.model.language_model import LanguageModel, initialise
 from haltscale.model.looped import LoopedModel, LoopedOptions
+from haltscale.model.mor import MorModel, MorOptions
 from haltscale.model.pause import PauseModel, PauseOptions
 from haltscale.model.ponder import PonderModel, PonderOptions
 from haltscale.model.ponder2 import Ponder2Model, Ponder2Options
@@ -37,6 +38,7 @@ METHODS: dict[str, MethodEntry] = {
     Method.PAUSE: MethodEntry(PauseOptions, PauseModel, "learned pause tokens after every token"),
     Method.PONDER: MethodEntry(PonderOptions, PonderModel, "PonderLM: feeds back the expected embedding of its guess"),
     Method.PONDER2: MethodEntry(Ponder2Options, Ponder2Model, "PonderLM-2: one latent thought per token, by Jacobi"),
+    Method.MOR: MethodEntry(MorOptions, MorModel, "Mixture-of-Recursions: a middle repeated where a router picks"),
 }
 
 

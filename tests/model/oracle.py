@@ -270,3 +270,52 @@ def ponder2_sequence(model: torch.nn.Module, tokens: list[int], targets: list[in
         z = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[0::2]
     out = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[1::2]
     return [head(model, row) for row in out], [0.0] * len(tokens), [2] * len(tokens)
+
+
+def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    """Mixture-of-Recursions, one recursion after another over the whole sequence; the extra is the auxiliary loss."""
+    loop, options, theta = model.latent_loop, model.options, model.config.rope_theta
+    blocks, T, R = loop.stack.blocks, len(tokens), model.options.recursions
+
+    def run(part, rows: dict[int, Tensor]) -> dict[int, Tensor]:
+        states = [{} for _ in part]
+        for t in sorted(rows):
+            visible = [(j, 0) for j in sorted(rows) if j <= t]
+            for block, layer in zip(part, states, strict=True):
+                rows = rows | {t: block_row(block, rows[t], t, theta, layer, (t, 0), visible)}
+        return rows
+
+    first = run(blocks[:1], {t: embed(model, token) for t, token in enumerate(tokens)})
+    h, extra, executed = dict(first), [torch.zeros((), dtype=first[0].dtype) for _ in range(T)], [1] * T
+    expert = options.routing == "expert_choice"
+    if not expert:
+        p = [torch.softmax(loop.routers[0].score.weight @ first[t], dim=0) for t in range(T)]
+        depth = [int(p[t].argmax()) for t in range(T)]
+        share = [sum(d == r for d in depth) / T for r in range(R)]
+        extra = [options.balance_weight * R * sum(share[r] * p[t][r] for r in range(R)) for t in range(T)]
+    inside = list(range(T))
+    for i in range(R):
+        if i and expert:
+            foretold = {t: loop.auxiliary_routers[i - 1].score.weight[0] @ h[t].detach() for t in inside}
+            if model.training:
+                ranked = sorted(inside, key=lambda t: -float((loop.routers[i].score.weight[0] @ h[t]).detach()))
+                picked = sorted(ranked[: math.ceil(T * (R - i) / R)])
+            else:
+                picked = [t for t in inside if foretold[t] > 0]
+            for t in inside:
+                probability = 1 / (1 + torch.exp(-foretold[t]))
+                likely = probability if t in picked else 1 - probability
+                extra[t] = extra[t] - options.auxiliary_weight * torch.log(likely)
+            inside = picked
+        elif i:
+            inside = [t for t in inside if depth[t] >= i]
+        out = run(blocks[1:-1], {t: h[t] for t in inside})
+        for t in inside:
+            executed[t] = i + 1
+            if expert:
+                score = loop.routers[i].score.weight[0] @ h[t]
+                h[t] = h[t] + options.alpha / (1 + torch.exp(-score)) * out[t]
+            else:
+                h[t] = p[t][depth[t]] * out[t] + first[t] if depth[t] == i else out[t]
+    last = run(blocks[-1:], h)
+    return [head(model, norm(last[t], loop.stack.final_norm)) for t in range(T)], extra, executed

@@ -28,7 +28,7 @@ GOOD = ModelConfig(
 @pytest.mark.parametrize("method", list(Method))
 def test_every_method_is_registered_and_its_defaults_build(method: Method) -> None:
     entry = METHODS[method]
-    config = replace(GOOD, method=method, options=entry.options())
+    config = replace(GOOD, shape=SIZES["1.8m"], method=method, options=entry.options())
     assert config.problems() == []
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert isinstance(build_model(config, seed=0), entry.model)

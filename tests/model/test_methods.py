@@ -1,6 +1,7 @@
 """What every method owes: its definition, causality, decoding as in training, an honest ledger, no use of padding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from haltscale.model import METHODS, Method
+from haltscale.model import METHODS, Method, Shape
 from haltscale.model.adaptive import AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.latent_loop import RouterKind
 from haltscale.model.looped import LoopedOptions
+from haltscale.model.mor import MorOptions, Routing
 from haltscale.model.pause import PauseOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
@@ -40,6 +42,8 @@ CASES: dict[str, tuple[Method, Any]] = {
     "ponder": (Method.PONDER, PonderOptions(steps=2)),
     "ponder, replacing": (Method.PONDER, PonderOptions(steps=2, accumulate=False)),
     "ponder2": (Method.PONDER2, Ponder2Options()),
+    "mor": (Method.MOR, MorOptions(auxiliary_weight=0.3)),
+    "mor, token choice": (Method.MOR, MorOptions(routing=Routing.TOKEN_CHOICE, balance_weight=0.3)),
 }
 ORACLES = {
     "vanilla": "vanilla_sequence",
@@ -57,12 +61,17 @@ ORACLES = {
     "ponder": "ponder_sequence",
     "ponder, replacing": "ponder_sequence",
     "ponder2": "ponder2_sequence",
+    "mor": "mor_sequence",
+    "mor, token choice": "mor_sequence",
 }
+TINY = Shape(layers=2, d=16, heads=4, kv_heads=2, ffn=24)
 every_case = pytest.mark.parametrize("case", list(CASES))
 
 
 def build(tiny: Callable, case: str, **changes: Any) -> Any:
     method, options = CASES[case]
+    if method is Method.MOR:
+        changes["shape"] = replace(TINY, layers=4)
     return tiny(method, options, spread=2.0, **changes).eval()
 
 
@@ -81,6 +90,8 @@ def test_forward_and_gradients_equal_the_definition(
     rows, wanted = ([values[b, :n].tolist() for b, n in enumerate(lengths)] for values in (tokens, targets))
     lam, beta = getattr(CASES[case][1], "lam", 0.0), getattr(CASES[case][1], "beta", 1.0)
     beta = None if "step penalty" in case else beta
+    if case.startswith("mor"):
+        lam, beta = 1.0, None
     loss, logits, executed = oracle.batch_loss(model, getattr(oracle, ORACLES[case]), rows, wanted, lam, beta)
     out = model(tokens, targets, lengths_B=torch.tensor(lengths), return_logits=True)
     for b, n in enumerate(lengths):
@@ -113,7 +124,8 @@ def test_decoding_equals_reading(tiny: Callable, batch: Callable, case: str, mon
     method, options = CASES[case]
     if case == "ponder2":
         options = Ponder2Options(jacobi_low=11, jacobi_high=11)  # decoding is the fixed point of the iteration
-    model = tiny(method, options, spread=2.0).eval()
+    monkeypatch.setitem(CASES, case, (method, options))
+    model = build(tiny, case)
     tokens, _ = batch(3, 11)
     whole = model(tokens)
     state = model.start_decoding(3)
@@ -187,8 +199,7 @@ def test_padding_changes_nothing(tiny: Callable, batch: Callable, case: str) -> 
 
 @every_case
 def test_bfloat16_trains_and_decodes(tiny: Callable, batch: Callable, case: str) -> None:
-    method, options = CASES[case]
-    model = tiny(method, options, dtype=torch.float32, spread=2.0).bfloat16().train()
+    model = build(tiny, case, dtype=torch.float32).bfloat16().train()
     tokens, targets = batch(2, 12)
     out = model(tokens, targets)
     out.loss.backward()
@@ -235,3 +246,29 @@ def test_shuffling_keeps_the_steps_and_moves_them(tiny: Callable, batch: Callabl
     dealt = tiny(Method.SHUFFLED, ShuffledOptions(shift=5, **RAGGED), spread=2.0)(tokens, targets).trace.steps_BT
     assert torch.equal(dealt[:, 5:], own[:, :-5])
     assert not torch.equal(dealt, own)
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+def test_mor_in_training_equals_the_definition(
+    tiny: Callable, batch: Callable, oracle: ModuleType, routing: Routing
+) -> None:
+    model = tiny(Method.MOR, MorOptions(routing=routing), spread=2.0, shape=replace(TINY, layers=4)).train()
+    tokens, targets = batch(2, 7, seed=4)
+    rows, wanted = [tokens[0].tolist(), tokens[1, :5].tolist()], [targets[0].tolist(), targets[1, :5].tolist()]
+    loss, _, executed = oracle.batch_loss(model, oracle.mor_sequence, rows, wanted, 1.0, None)
+    out = model(tokens, targets, lengths_B=torch.tensor([7, 5]))
+    assert [out.trace.steps_BT[b, :n].tolist() for b, n in ((0, 7), (1, 5))] == [[n - 1 for n in r] for r in executed]
+    if routing is Routing.EXPERT_CHOICE:
+        assert out.trace.counts.rows == [12, 5 + 4, 3 + 2]
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(out.loss, parameters),
+        torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_mor_needs_three_layers(tiny: Callable) -> None:
+    with pytest.raises(ValueError, match=r"shape.layers = 2: must be at least 3 for mor"):
+        tiny(Method.MOR, MorOptions())
