@@ -32,7 +32,7 @@ def test_help_names_every_verb(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
     for verb in ("up", "down", "run", "submit", "status", "results", "dashboard"):
-        assert f"\n    {verb} " in out
+        assert f"\n    {verb} " in out.replace("\n", " \n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["run"], ["results"], ["status", "--nonsense"]])

@@ -276,7 +276,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(study, store, capsys, monke
     monkeypatch.setattr(type(study()), "run", None)
     study().main(["--dry-run", "--store", store.root])
     out = capsys.readouterr().out
-    for word in ("the plan", "planned", "adaptive · 0.6m · λ 0.5", "1,024"):
+    for word in ("the plan", "planned", "adaptive · 0.6m · λ 0.5", "1.02k"):
         assert word in out
     assert not Path(store.root).exists()
 
