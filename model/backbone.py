@@ -36,7 +36,7 @@ from haltscale.model.kernels import (
 from haltscale.model.ledger import PassCounts
 
 Rope = tuple[Tensor, Tensor]  # cos_N1E, sin_N1E with E halved
-Memory = tuple[Tensor, Tensor]  # keys [rows, G*E] and values [rows, G*E] of one layer, in the plan's order
+Memory = tuple[tuple[Tensor, Tensor], ...]  # of one layer: for each visible pass, keys and values of its rows
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -101,16 +101,11 @@ class CausalPlan:
     batch: int
     length: int
 
-    @property
-    def memory_rows(self) -> int:
-        """Rows of keys that the pass leaves behind, padding included, each in the place of its position."""
-        return self.batch * self.length
-
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
         out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
-        return out_BTHE.reshape(B * T, -1), (k_NGE.flatten(1), v_NGE.flatten(1))
+        return out_BTHE.reshape(B * T, -1), ((k_NGE.flatten(1), v_NGE.flatten(1)),)
 
     def record(self, counts: PassCounts, valid_BT: Tensor) -> None:
         """Add this pass to the counts: real position t of a sequence needs t + 1 keys."""
@@ -138,49 +133,36 @@ class ThoughtPlan:
 
     def __init__(
         self,
-        before_BT: Tensor,
-        active_BT: Tensor,
-        row_N: Tensor,
-        previous: "ThoughtPlan | CausalPlan | None",
+        states_BT: Tensor,
+        rows: Sequence[Tensor],
         dtype: torch.dtype,
         *,
         queries_per_chunk: int | None = None,
     ):
         """
-        before_BT: states executed at each position before this pass (0 at padding).
-        active_BT: bool, positions that run this pass.
-        row_N: the active positions as indices into [B*T], ascending; N = their number.
-        previous: the plan of the pass before, which says how it left the memory; None if no earlier pass is visible.
+        states_BT: visible states at each position, those of this pass included (0 at padding).
+        rows: for each pass whose states are visible, this one last, its rows as indices into [B*T], ascending.
         dtype: of the queries, for the additive mask.
         queries_per_chunk: instead of the class's own.
         """
-        B, T = before_BT.shape
-        device = before_BT.device
+        B, T = states_BT.shape
+        device = states_BT.device
+        row_N = rows[-1]
         self.batch = B
-        end_BT = (before_BT + active_BT).cumsum(1)  # keys visible at t = slot one past its newest state
+        end_BT = states_BT.cumsum(1)  # keys visible at t = slot one past its newest state
         sequence_N = row_N // T
         visible_N = end_BT.flatten()[row_N]
-        active_B = active_BT.sum(1)
+        active_B = torch.zeros(B, dtype=torch.long, device=device).index_add_(0, sequence_N, torch.ones_like(row_N))
         sizes = torch.stack((end_BT[:, -1].max(), end_BT[:, -1].sum(), visible_N.sum(), active_B.max()))
         slots, states, self.keys_needed, M = (int(n) for n in sizes.tolist())  # one trip to the device
         self.slots = slots
         self.full = states == B * slots
-        self.memory_rows = B * slots + 1  # and the spare one
 
-        # Where the states go: each old one moves right by the new states at earlier positions of its sequence; the new
-        # one of position t takes the last place of t. Old padding slots all go to one spare slot that nobody reads.
-        self.new_slot_N = sequence_N * slots + visible_N - 1
-        old_BT = before_BT.cumsum(1)
-        shift_BT = (end_BT - old_BT) - active_BT.long()
-        position_R = torch.repeat_interleave(torch.arange(B * T, device=device), before_BT.flatten())  # of old states
-        sequence_R = position_R // T
-        start_B = old_BT[:, -1].cumsum(0) - old_BT[:, -1]
-        old_R = torch.arange(len(position_R), device=device) - start_B[sequence_R]  # place within its sequence
-        spare = B * slots
-        self.old_slot = torch.full((previous.memory_rows if previous else 0,), spare, device=device)
-        if previous is not None:
-            was_R = sequence_R * previous.slots + old_R if isinstance(previous, ThoughtPlan) else position_R
-            self.old_slot[was_R] = sequence_R * slots + old_R + shift_BT.flatten()[position_R]
+        # Where the states go: state i of a position stands i places after the position's first. Padding, which has
+        # rows in the first pass but no states, goes to one spare slot that nobody reads.
+        first_N = (end_BT - states_BT + slots * torch.arange(B, device=device)[:, None]).flatten()
+        exists_N = states_BT.flatten() > 0
+        self.slots_of = [torch.where(exists_N[own_N], first_N[own_N] + i, B * slots) for i, own_N in enumerate(rows)]
 
         self.queries = M
         self.dense = len(row_N) == B * M
@@ -206,11 +188,10 @@ class ThoughtPlan:
         counts.record(rows=rows, keys=self.keys_needed, executed_rows=rows, executed_keys=pairs)
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        if memory is None:
-            memory = (k_NGE[:0].flatten(1), v_NGE[:0].flatten(1))
         B, M, S = self.batch, self.queries, self.slots
         G, E = k_NGE.shape[1:]
-        keys, values = self._insert(memory[0], k_NGE.flatten(1)), self._insert(memory[1], v_NGE.flatten(1))
+        memory = (*(memory or ()), (k_NGE.flatten(1), v_NGE.flatten(1)))
+        keys, values = (self._merge(parts) for parts in zip(*memory, strict=True))
         k_BSGE, v_BSGE = keys[:-1].view(B, S, G, E), values[:-1].view(B, S, G, E)
         q_flat = q_NHE.flatten(1)
         if not self.dense:
@@ -224,14 +205,14 @@ class ThoughtPlan:
                 [attention(q_BMHE[:, a:b], k_BSGE[:, :w], v_BSGE[:, :w], mask) for a, b, w, mask in self.chunks], dim=1
             )
         out_flat = out_BMHE.reshape(B * M, -1)
-        return out_flat if self.dense else out_flat.index_select(0, self.query_slot_N), (keys, values)
+        return out_flat if self.dense else out_flat.index_select(0, self.query_slot_N), memory
 
-    def _insert(self, old: Tensor, new: Tensor) -> Tensor:
-        """The old states and the new ones in position-major order, [B*S, G*E].
+    def _merge(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """The states of all passes in position-major order, [B*S + 1, G*E].
 
         The row after the last slot is the spare one; it stays on, so that nothing has to be cut off and copied.
         """
-        merged: Tensor = MergeFunction.apply(old, new, self.old_slot, self.new_slot_N, self.memory_rows, self.full)
+        merged: Tensor = MergeFunction.apply(self.batch * self.slots + 1, self.full, self.slots_of, *parts)
         return merged
 
 

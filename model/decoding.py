@@ -35,7 +35,7 @@ class KeyValueCache:
         self.held = [[0] * batch for _ in widths]  # states of each region and sequence
         self._row = shape.kv_heads * shape.head_dim
         self.memories: list[Memory] = [
-            (self._blank(self.capacity, dtype, device), self._blank(self.capacity, dtype, device))
+            ((self._blank(self.capacity, dtype, device), self._blank(self.capacity, dtype, device)),)
             for _ in range(layers)
         ]
 
@@ -57,13 +57,13 @@ class KeyValueCache:
                     bigger[:, b : b + width * old] = rows_BSd[:, a : a + width * old]
                 return bigger
 
-            self.memories = [(moved(keys), moved(values)) for keys, values in self.memories]
+            self.memories = [((moved(keys), moved(values)),) for ((keys, values),) in self.memories]
             self.capacity = new
 
     def plan(self, rows: list[int], *, read: int, write: Sequence[int], new: int = 1) -> "DecodingPlan":
         """The plan of a pass in which the sequences `rows` add `new` states each to the regions `write` (one to each)
         and their queries see region `read`, itself one of them; the j-th of several new states sees those up to it."""
-        device = self.memories[0][0].device
+        device = self.memories[0][0][0].device
         slots, stride = [], self.capacity * sum(self.widths)
         for b in rows:
             for j in range(new):
@@ -115,10 +115,10 @@ class DecodingPlan:
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         assert memory is not None
         N, G, E = k_NGE.shape
-        for store, fresh_NGE in zip(memory, (k_NGE, v_NGE), strict=True):
+        for store, fresh_NGE in zip(memory[0], (k_NGE, v_NGE), strict=True):
             fresh = fresh_NGE.reshape(N, 1, G * E).expand(N, self.copies, G * E).reshape(N * self.copies, G * E)
             store.flatten(0, 1).index_copy_(0, self.slots, fresh)
-        keys, values = (store[:, self.start : self.start + self.length].unflatten(2, (G, E)) for store in memory)
+        keys, values = (store[:, self.start : self.start + self.length].unflatten(2, (G, E)) for store in memory[0])
         q_BMHE = q_NHE.unflatten(0, (-1, self.new))
         if self.rows is not None:
             q_BMHE = q_NHE.new_zeros(self.batch, *q_BMHE.shape[1:]).index_copy(0, self.rows, q_BMHE)

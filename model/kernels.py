@@ -70,26 +70,26 @@ class RotateFunction(torch.autograd.Function):
 
 
 class MergeFunction(torch.autograd.Function):
-    """Rows of `old` and `new` put into their slots of [size, d]; slots that get nothing stay 0.
+    """The rows of several parts put into their slots of [size, d]; slots that get nothing stay 0.
 
-    Each slot gets one row at most, but for a spare slot that nobody reads; so the gradient is a plain gather.
+    Each slot gets one row at most, but for the last, spare one, which nobody reads; so the gradient is a plain gather.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, old: Tensor, new: Tensor, old_slot: Tensor, new_slot: Tensor, size: int, full: bool
-    ) -> Tensor:
+    def forward(ctx: Any, size: int, full: bool, slots: list[Tensor], *parts: Tensor) -> Tensor:
         """full: every slot but the spare one gets a row, so there is nothing to fill with 0."""
-        ctx.save_for_backward(old_slot, new_slot)
-        merged = new.new_empty(size, new.shape[1]) if full else new.new_zeros(size, new.shape[1])
+        ctx.slots = slots
+        last = parts[-1]
+        merged = last.new_empty(size, last.shape[1]) if full else last.new_zeros(size, last.shape[1])
         merged[-1].zero_()
-        return merged.index_copy_(0, old_slot, old).index_copy_(0, new_slot, new)
+        for own_slots, part in zip(slots, parts, strict=True):
+            merged.index_copy_(0, own_slots, part)
+        return merged
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        old_slot, new_slot = ctx.saved_tensors
-        return grad.index_select(0, old_slot), grad.index_select(0, new_slot), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(grad.index_select(0, own_slots) for own_slots in ctx.slots)
 
 
 Chunk = tuple[int, int, int, Tensor]  # queries a..b see keys 0..width under this additive mask

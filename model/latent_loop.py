@@ -135,12 +135,12 @@ class LatentLoop(nn.Module):
         row_N = torch.arange(B * T, device=device)  # active rows as indices into [B*T]; shrinks from pass to pass
         position_N = row_N % T
         first_plan = CausalPlan(B, T)
-        plan: CausalPlan | ThoughtPlan = first_plan
         z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_plan)
         counts = PassCounts(tokens=int(valid_BT.sum()))
         first_plan.record(counts, valid_BT)
 
         states_BT = valid_BT.long()  # executed states per position
+        rows = [row_N]  # of every pass so far
         mass_dtype = at_least_float32(z_Nd).dtype
         reach_N = valid_BT.flatten().to(mass_dtype)
         may_go_on_N: Tensor | bool = valid_BT.flatten()
@@ -169,11 +169,11 @@ class LatentLoop(nn.Module):
                 forced_N = None if forced_N is None else forced_N[on_N]
             reach_N = onward_N
             may_go_on_N = True
-            active_BT = torch.zeros(B * T, dtype=torch.bool, device=device).index_fill_(0, row_N, True).view(B, T)
-            plan = ThoughtPlan(states_BT, active_BT, row_N, plan, compute_dtype(z_Nd))
+            rows.append(row_N)
+            states_BT = states_BT.flatten().index_add(0, row_N, torch.ones_like(row_N)).view(B, T)
+            plan = ThoughtPlan(states_BT, rows, compute_dtype(z_Nd))
             x_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
             z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), plan, memories)
-            states_BT = states_BT + active_BT
             plan.record(counts)
 
         trace = HaltingTrace(

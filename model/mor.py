@@ -157,7 +157,7 @@ class RecursionLoop(nn.Module):
             row_N = picked_BT.flatten().nonzero().squeeze(1)
             if len(row_N) == 0:
                 break
-            plan = ThoughtPlan(torch.zeros_like(passes_BT), picked_BT, row_N, None, compute_dtype(h_Nd))
+            plan = ThoughtPlan(picked_BT.long(), [row_N], compute_dtype(h_Nd))
             plan.record(counts)
             passes_BT = passes_BT + picked_BT
             rope = (cos_T[row_N % T], sin_T[row_N % T])

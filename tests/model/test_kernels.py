@@ -62,7 +62,7 @@ def test_merge() -> None:
         return zeros.index_put((old_slot,), old).index_put((new_slot,), new)[:-1]
 
     def mine(old: Tensor, new: Tensor) -> Tensor:
-        return MergeFunction.apply(old, new, old_slot, new_slot, 7, False)[:-1]
+        return MergeFunction.apply(7, False, [old_slot, new_slot], old, new)[:-1]
 
     agree(mine, plain, torch.randn(4, 2), torch.randn(2, 2))
 
@@ -123,20 +123,19 @@ def test_a_plan_shows_each_query_the_executed_states_up_to_its_position(rows: li
     states_BT = torch.tensor(rows)
     B, T = states_BT.shape
     number = {(b, t, i): 1.0 + b * 1000 + t * 10 + i for b in range(B) for t in range(T) for i in range(4)}
-    plan: Any = CausalPlan(B, T)
-    memory = tuple(
-        torch.tensor([[value(b, t)] for b in range(B) for t in range(T)], dtype=torch.float64)
-        for value in (lambda b, t: 0.0, lambda b, t: number[b, t, 0])
-    )
-    before_BT = (states_BT > 0).long()
+    everywhere = torch.arange(B * T)
+    zero_N11 = torch.zeros(B * T, 1, 1, dtype=torch.float64)
+    first_N11 = torch.tensor([[[number[b, t, 0]]] for b in range(B) for t in range(T)], dtype=torch.float64)
+    _, memory = CausalPlan(B, T).attend(zero_N11, zero_N11, first_N11, None)
+    rows_so_far = [everywhere]
     for k in range(1, int(states_BT.max())):
-        active_BT = states_BT > k
-        row_N = active_BT.flatten().nonzero().squeeze(1)
-        plan = ThoughtPlan(before_BT, active_BT, row_N, plan, torch.float64, queries_per_chunk=per_chunk)
+        row_N = (states_BT > k).flatten().nonzero().squeeze(1)
+        rows_so_far.append(row_N)
+        now_BT = states_BT.clamp(max=k + 1)
+        plan = ThoughtPlan(now_BT, rows_so_far, torch.float64, queries_per_chunk=per_chunk)
         value_N = torch.tensor([[[number[int(n) // T, int(n) % T, k]]] for n in row_N], dtype=torch.float64)
         out, memory = plan.attend(torch.zeros_like(value_N), torch.zeros_like(value_N), value_N, memory)
         for n, row in enumerate(row_N.tolist()):
             b, t = divmod(row, T)
             seen = [number[b, j, i] for j in range(t + 1) for i in range(min(k + 1, rows[b][j]))]
             assert out[n].item() == pytest.approx(sum(seen) / len(seen), rel=1e-12)
-        before_BT = before_BT + active_BT
