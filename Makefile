@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+STUDY_ARGS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help study dashboard test test-slow check typed browser down clean
@@ -26,7 +27,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 study: $(VENV)/.installed ## run the quickstart on a local Ray head and show its results
 	@$(BIN)/haltscale up
-	@$(BIN)/haltscale submit quickstart
+	@$(BIN)/haltscale submit quickstart $(if $(STUDY_ARGS),-- $(STUDY_ARGS))
 
 dashboard: $(VENV)/.installed ## look at the studies in a browser
 	@$(BIN)/haltscale dashboard

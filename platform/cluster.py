@@ -90,6 +90,7 @@ def head_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # ray.train.report waits for this poll; 2 s is Ray's default
         "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_worker_maximum_startup_concurrency": "8",  # small machines: else Ray warns about every few workers
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -123,7 +123,7 @@ class Corpus:
         return haltscale_home() / "corpora" / f"{self.name}-{self.fingerprint}-{context}"
 
 
-def sotu(*, vocab_size: int = 4096, validation_documents: int = 8) -> Corpus:
+def sotu(*, vocab_size: int = 4096, validation_documents: int = 4) -> Corpus:
     """The State of the Union addresses, 1790-2026 (package ``sotu``): 249 documents, 12 MB of public-domain English.
 
     Raises:

@@ -83,7 +83,8 @@ def load_checkpoint(engine: Any, folder: Path) -> Progress:
     Raises:
         RuntimeError: the folder holds no checkpoint that this engine can read.
     """
-    loaded, state = engine.load_checkpoint(str(folder), tag=TAG)
+    held = (folder / TAG).is_dir()  # without it DeepSpeed fails on an assertion of its own
+    loaded, state = engine.load_checkpoint(str(folder), tag=TAG) if held else (None, {})
     if loaded is None:
         raise RuntimeError(f"{folder} holds no checkpoint that this run can resume from; remove it to start anew")
     return Progress(**state["progress"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from haltscale.platform.study import Study
 
 cluster.prepare_client()  # before Ray is imported: it reads its environment then
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer output prints boxes even at verbose=0
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402

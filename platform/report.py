@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,17 +15,17 @@ from haltscale.platform.store import RunStore
 PRINTED = {
     "run": "run",
     "state": "state",
-    "parameters": "parameters",
+    "parameters": "params",
     "tokens": "tokens",
-    "loss": "loss (nats)",
+    "loss": "nats/token",
     "perplexity": "perplexity",
     "bits_per_byte": "bits/byte",
-    "mean_steps": "mean steps",
+    "mean_steps": "steps",
     "easy_steps": "easy",
     "hard_steps": "hard",
-    "passes_per_token": "passes/token",
-    "flops_realised": "FLOPs realised",
-    "flops_paper": "FLOPs paper",
+    "passes_per_token": "passes",
+    "flops_realised": "realised FLOPs",
+    "flops_paper": "paper FLOPs",
     "wall_seconds": "seconds",
     "tokens_per_second": "tokens/s",
 }
@@ -71,7 +72,8 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "") -> None:
     console = _console()
     if "easy_steps" in frame and frame["easy_steps"].notna().any():
         console.print(
-            "easy / hard: mean latent steps on the quarter of held-out tokens that the model predicts best / worst",
+            "steps: mean latent steps per held-out token; easy, hard: on the quarter of them predicted best, worst"
+            "; passes: per training token",
             style="dim",
         )
     for row in frame.to_dict("records"):
@@ -84,28 +86,40 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "") -> None:
 
 def show(frame: pd.DataFrame, *, title: str) -> None:
     """Print a DataFrame as a table, numbers to 3 significant digits."""
-    table = Table(title=title, title_justify="left")
-    for column in frame.columns:
-        numeric = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(str(column), justify="right" if numeric else "left", no_wrap=not numeric)
-    for row in frame.itertuples(index=False):
-        table.add_row(*[_text(value) for value in row])
-    _console().print(table)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    columns = {str(name): [_text(value) for value in frame[name]] for name in frame.columns}
+    for name, cells in columns.items():
+        numeric = not any(isinstance(value, str) for value in frame[name])
+        width = max(map(len, [*cells, *name.split()]))  # a heading may be folded between its words, a value never
+        table.add_column(
+            name, justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
+        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    console = _console()
+    unbounded = console.options.update(max_width=10_000)
+    needed = console.measure(table, options=unbounded).minimum
+    console.width = max(console.width, needed)  # a narrow terminal wraps lines, it hides nothing
+    console.print(table)
 
 
 def _console() -> Console:
     terminal = sys.stdout.isatty()
-    return Console(file=sys.stdout, width=None if terminal else 160, soft_wrap=False)
+    return Console(file=sys.stdout, width=None if terminal else 170)
 
 
 def _text(value: Any) -> str:
+    """A cell: 3 significant digits (4 where the third would hide a difference), thousands and millions as k and M."""
     if value is None or value is pd.NA or value != value:
         return "–"
     if isinstance(value, bool | str):
         return str(value)
     magnitude = abs(value)
-    if magnitude >= 1e7:
+    if magnitude >= 0.9995e9:
         return f"{value:.2e}"
-    if float(value).is_integer() and magnitude >= 1:
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if magnitude >= 1000 else f"{value:.3g}" if magnitude < 1 else f"{value:#.4g}".rstrip(".")
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if magnitude >= 0.9995 * unit:  # what would round up to 1000 of the smaller unit
+            return f"{value / unit:.3g}{name}"
+    if float(value).is_integer():
+        return str(int(value))
+    return f"{value:.2f}" if 0.1 <= magnitude < 10 else f"{value:.3g}"

@@ -122,7 +122,9 @@ class RunStore:
 
     def write_json(self, path: str, document: Mapping[str, Any]) -> None:
         """Write a JSON document so that a reader sees the old one or the new one, never half of one."""
-        text = json.dumps({"schema": SCHEMA_VERSION, **document}, indent=1, sort_keys=False, allow_nan=False)
+        self._write_text(path, json.dumps({"schema": SCHEMA_VERSION, **document}, indent=1, allow_nan=False))
+
+    def _write_text(self, path: str, text: str) -> None:
         self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         if "file" not in self.fs.protocol:  # object stores put whole objects
             self.fs.pipe_file(path, text.encode())
@@ -144,7 +146,7 @@ class RunStore:
         """Drop the rows written after ``after_step``: a resumed run writes them again."""
         if self.fs.exists(path):
             rows = [row for row in self.read_lines(path) if row["step"] <= after_step]
-            self.fs.pipe_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -210,23 +212,28 @@ class RunStore:
         elif status.get("state") == RunState.FAILED:
             state = RunState.FAILED
         elif status.get("state") == RunState.RUNNING:
-            silent = (now or time.time()) - float(status.get("heartbeat", 0))
-            state = RunState.STALLED if silent > STALL_SECONDS else RunState.RUNNING
+            heartbeat = status.get("heartbeat")
+            beats = isinstance(heartbeat, int | float) and (now or time.time()) - heartbeat <= STALL_SECONDS
+            state = RunState.RUNNING if beats else RunState.STALLED
         else:
             state = RunState.PLANNED
         return RunView(
             study=study, key=key, state=state, spec=documents["spec"], status=status, record=record, problem=problem
         )
 
-    def runs(self, study: str) -> Iterator[RunView]:
-        """The runs of a study, in its order; runs of earlier versions of the study come last."""
+    def run_keys(self, study: str) -> list[str]:
+        """Keys of a study's runs, in its order; runs of earlier versions of the study come last."""
         planned = [str(key) for key in self.study(study).get("runs", [])]
         folder = self.path(study)
         present = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(folder, detail=True)]
         earlier = sorted(
             key for key in set(present) - set(planned) if self.fs.exists(self.path(study, key, "spec.json"))
         )
-        for key in [*planned, *earlier]:
+        return [*planned, *earlier]
+
+    def runs(self, study: str) -> Iterator[RunView]:
+        """The runs of a study, in the order of :meth:`run_keys`."""
+        for key in self.run_keys(study):
             yield self.run(study, key)
 
     def finished_keys(self, study: str) -> set[str]:

@@ -143,7 +143,7 @@ def train(
     device = next(engine.module.parameters()).device
     checkpoint_at = milestones(run.steps, checkpoints)
     evaluate_at = milestones(run.steps, evaluations) - {run.steps}  # the one at the end is the caller's
-    window = MetricsWindow()
+    window = MetricsWindow(progress)
     engine.module.train()
     while progress.step < run.steps:
         began = time.perf_counter()
@@ -199,6 +199,8 @@ def check_finite(row: dict[str, Any]) -> None:
     """
     if not math.isfinite(row["loss"]):
         raise TrainingDivergedError(f"the loss is {row['loss']} at step {row['step']}: lower the learning rate")
+    if row["grad_norm"] is not None and not math.isfinite(row["grad_norm"]):
+        raise TrainingDivergedError(f"the gradient norm is {row['grad_norm']} at step {row['step']}")
     if row["cross_entropy"] > EXPLODED_LOSS:
         raise TrainingDivergedError(f"the loss exploded to {row['cross_entropy']:.1f} at step {row['step']}")
 
@@ -206,15 +208,15 @@ def check_finite(row: dict[str, Any]) -> None:
 class MetricsWindow:
     """Means of what happened since the last logged row. Tensors are kept until then: reading one is a GPU's stop."""
 
-    def __init__(self) -> None:
-        self._clear()
+    def __init__(self, progress: Progress) -> None:
+        self._clear(progress)
 
-    def _clear(self) -> None:
+    def _clear(self, progress: Progress) -> None:
+        self._from_tokens, self._from_seconds = progress.tokens, progress.seconds
         self._losses: list[torch.Tensor] = []
         self._steps: list[torch.Tensor] = []
         self._expected: list[torch.Tensor] = []
         self._states = 1
-        self._tokens = 0
         self._began = time.perf_counter()
 
     @property
@@ -230,7 +232,6 @@ class MetricsWindow:
         self._steps.append(torch.bincount(trace.steps_BT.flatten().long(), minlength=self._states))
         weights = torch.arange(self._states, dtype=torch.float32, device=trace.exit_BTK.device)
         self._expected.append((trace.exit_BTK.float() @ weights).mean())
-        self._tokens += trace.steps_BT.numel()
 
     def close(self, progress: Progress, rate: float, gradient_norm: float | None) -> dict[str, Any]:
         """The row of metrics (see the run store), and a fresh window."""
@@ -248,13 +249,14 @@ class MetricsWindow:
             "expected_steps": float(torch.stack(self._expected).mean()),
             "steps_histogram": histogram.tolist(),
             "learning_rate": rate,
-            "grad_norm": norm if norm is None or math.isfinite(norm) else None,
+            "grad_norm": norm,
             "flops_realised": progress.flops_realised,
             "flops_executed": progress.flops_executed,
             "flops_paper": progress.flops_paper,
-            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+            "tokens_per_second": (progress.tokens - self._from_tokens)
+            / max(progress.seconds - self._from_seconds, 1e-9),
             "seconds": progress.seconds,
             "time": time.time(),
         }
-        self._clear()
+        self._clear(progress)
         return row

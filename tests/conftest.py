@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Before anything imports Ray, which reads these then. DeepSpeed's compiler needs ninja from this environment.
@@ -19,9 +20,16 @@ for name in ("HALTSCALE_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
 
 from haltscale.platform import cluster  # noqa: E402
 
+from jobs import TOY_LENGTH, run  # noqa: E402
+
 os.environ.update(cluster.LOOPBACK_ONLY)
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +38,8 @@ def head() -> Iterator[cluster.Head]:
     with tempfile.TemporaryDirectory(prefix="hs-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
         yield cluster.up(cpus=2, temp_dir=temp_dir)  # a short path: Unix sockets allow about 100 characters
         cluster.down()
+        left = [process.pid for process in psutil.process_iter() if temp_dir in _command_line(process)]
+        assert not left, f"processes of the head are left: {left}"
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +50,11 @@ def connected(head: cluster.Head) -> Iterator[None]:
     ray.init(address=head.gcs, namespace="haltscale", log_to_driver=False, logging_level="WARNING")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def quickstart(head: cluster.Head) -> str:
+    """The whole quickstart at toy length, through a real `ray job submit`, as the README shows it."""
+    code, output = run(head, "python", "-m", "haltscale.studies.quickstart", *TOY_LENGTH, working_dir=".")
+    assert code == 0, output
+    return output

@@ -1,0 +1,36 @@
+"""Submitting jobs as a user does, with this session's haltscale home."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from haltscale.platform import cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+TOY_LENGTH = ["--set", "tokens=16384", "--set", "evaluations=2", "--set", "checkpoints=1"]
+
+
+def submit(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) -> subprocess.Popen[str]:
+    """`ray job submit` with this session's haltscale home."""
+    environment = json.dumps({"env_vars": {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"]}})
+    command = [str(BIN / "ray"), "job", "submit", "--address", head.dashboard, "--runtime-env-json", environment]
+    command += ["--working-dir", working_dir] if working_dir else []
+    return subprocess.Popen(
+        [*command, "--", *entrypoint],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "token", "NO_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) -> tuple[int, str]:
+    job = submit(head, *entrypoint, working_dir=working_dir)
+    output, _ = job.communicate()
+    return job.returncode, output
