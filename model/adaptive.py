@@ -82,8 +82,9 @@ class AdaptiveOptions:
             *in_range("tau", self.tau, 0.0, 1.0),
             *in_range("router_bias", self.router_bias, -100.0, 100.0),
         ]
+        kinds = [RouterKind.LINEAR, RouterKind.MLP, RouterKind.NONE]
         for name, choices in (
-            ("router", RouterKind),
+            ("router", kinds),
             ("mixture", Mixture),
             ("penalty_probability", PenaltyProbability),
         ):

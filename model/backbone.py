@@ -14,6 +14,7 @@ d hidden size, V vocabulary, K states per position (l_max + 1), L layers.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -214,6 +215,31 @@ class ThoughtPlan:
         """
         merged: Tensor = MergeFunction.apply(self.batch * self.slots + 1, self.full, self.slots_of, *parts)
         return merged
+
+
+@dataclass(frozen=True)
+class FadingPlan:
+    """Another plan, with the logarithm of a weight added to every score that a key gets (PonderLM-3).
+
+    The addition is done by one more dimension, in which the key carries the logarithm and every query the constant that
+    survives the scaling; so fused attention and its gradient serve as they are.
+    """
+
+    inner: AttentionPlan
+    log_weight: Tensor
+    """[N], of the rows of this pass."""
+
+    def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        H, E = q_NHE.shape[1:]
+        fade_NG1 = self.log_weight.to(k_NGE.dtype)[:, None, None].expand(-1, k_NGE.shape[1], 1)
+        constant_NH1 = q_NHE.new_full((len(q_NHE), H, 1), math.sqrt(E + 1))
+        out_N, memory = self.inner.attend(
+            torch.cat((q_NHE * math.sqrt((E + 1) / E), constant_NH1), dim=2),
+            torch.cat((k_NGE, fade_NG1), dim=2),
+            F.pad(v_NGE, (0, 1)),
+            memory,
+        )
+        return out_N.view(-1, H, E + 1)[..., :E].flatten(1), memory
 
 
 class RMSNorm(nn.Module):

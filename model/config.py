@@ -27,6 +27,7 @@ class Method(StrEnum):
     PONDER = "ponder"
     PONDER2 = "ponder2"
     MOR = "mor"
+    PONDER3 = "ponder3"
 
 
 class MethodOptions(Protocol):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from haltscale.model.backbone import Memory, attention
-from haltscale.model.config import Shape
 from haltscale.model.ledger import PassCounts
 
 FIRST_CAPACITY = 64
@@ -26,14 +25,17 @@ class KeyValueCache:
     """Keys and values of all layers for a batch of sequences that advance together, one token at a time."""
 
     def __init__(
-        self, batch: int, shape: Shape, widths: Sequence[int], *, layers: int, dtype: torch.dtype, device: torch.device
+        self, batch: int, row: int, widths: Sequence[int], *, layers: int, dtype: torch.dtype, device: torch.device
     ):
-        """widths: for each region, the most states that one token can leave in it. layers: how many keep states."""
+        """
+        row: numbers in a key of all heads. widths: for each region, the most states that one token can leave in it.
+        layers: how many keep states.
+        """
         self.batch = batch
         self.widths = list(widths)
         self.capacity = FIRST_CAPACITY  # tokens
         self.held = [[0] * batch for _ in widths]  # states of each region and sequence
-        self._row = shape.kv_heads * shape.head_dim
+        self._row = row
         self.memories: list[Memory] = [
             ((self._blank(self.capacity, dtype, device), self._blank(self.capacity, dtype, device)),)
             for _ in range(layers)

@@ -111,6 +111,10 @@ class LanguageModel(nn.Module):
         """Regions of the decoding cache and the most states that one token leaves in each (decoding.py)."""
         raise NotImplementedError
 
+    def cache_row_width(self) -> int:
+        """Numbers in one key (or value) of all heads together."""
+        return self.config.shape.kv_heads * self.config.shape.head_dim
+
     def cache_layers(self) -> int:
         """Layers that keep keys and values while decoding."""
         return self.config.shape.layers
@@ -200,7 +204,7 @@ class LanguageModel(nn.Module):
         weight = self.embedding.weight
         cache = KeyValueCache(
             batch_size,
-            self.config.shape,
+            self.cache_row_width(),
             self.cache_widths(),
             layers=self.cache_layers(),
             dtype=compute_dtype(weight),

@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haltscale.model.backbone import CausalPlan, Rope, Stack, ThoughtPlan, compute_dtype, rope_table
+from haltscale.model.backbone import (
+    AttentionPlan,
+    CausalPlan,
+    FadingPlan,
+    Rope,
+    Stack,
+    ThoughtPlan,
+    compute_dtype,
+    rope_table,
+)
 from haltscale.model.config import ModelConfig
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import HaltingTrace, halting_step
@@ -32,6 +41,8 @@ class RouterKind(StrEnum):
     """g = sigmoid(w . z + b)."""
     MLP = "mlp"
     """g = sigmoid(w . silu(W z) + b), W of size d x d [R]."""
+    AHEAD = "ahead"
+    """All gates of a position from its step-0 state, one logit per step (PonderLM-3)."""
     NONE = "none"
     """g = sigmoid(b) with b fixed: nothing is learned and all positions think alike [R]."""
 
@@ -43,10 +54,10 @@ class Router(nn.Module):
     its gradient does not depend on it.
     """
 
-    def __init__(self, d: int, bias: float, *, hidden: bool = False):
+    def __init__(self, d: int, bias: float, *, hidden: bool = False, outputs: int = 1):
         super().__init__()
         self.hidden = nn.Linear(d, d, bias=False) if hidden else None
-        self.score = nn.Linear(d, 1)
+        self.score = nn.Linear(d, outputs)
         nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, bias)
 
@@ -55,8 +66,7 @@ class Router(nn.Module):
             z_Nd = at_least_float32(z_Nd)
             if self.hidden is not None:
                 z_Nd = F.silu(F.linear(z_Nd, at_least_float32(self.hidden.weight)))
-            score_N1 = F.linear(z_Nd, at_least_float32(self.score.weight), at_least_float32(self.score.bias))
-            return torch.sigmoid(score_N1).squeeze(1)
+            return torch.sigmoid(F.linear(z_Nd, at_least_float32(self.score.weight), at_least_float32(self.score.bias)))
 
     def flops(self) -> float:
         """Per row."""
@@ -79,6 +89,8 @@ class LoopRules:
     """One router per step instead of one for all."""
     truncate_gradient: bool = False
     """Cut the gradient where a state is fed back; it still flows through keys, values and the mixture."""
+    fading_keys: bool = False
+    """Add the logarithm of a state's reach to the scores that its key gets (PonderLM-3)."""
     keep_states: bool = False
     """Hand the states of every pass to the loss."""
 
@@ -98,25 +110,50 @@ class LatentLoop(nn.Module):
         self.stack = Stack(config.shape, config.norm_eps)
         learned = 0 if rules.router is RouterKind.NONE else (rules.l_max if rules.router_per_step else 1)
         self.routers = nn.ModuleList(
-            Router(config.shape.d, rules.router_bias, hidden=rules.router is RouterKind.MLP)
+            Router(
+                config.shape.d,
+                rules.router_bias,
+                hidden=rules.router is RouterKind.MLP,
+                outputs=rules.l_max if rules.router is RouterKind.AHEAD else 1,
+            )
             for _ in range(min(learned, rules.l_max))
         )
 
-    def gate(self, z_Nd: Tensor, k: int) -> Tensor:
-        """Probability of going on after state k."""
+    def gate(self, z_Nd: Tensor, k: int, ahead_NL: Tensor | None) -> Tensor:
+        """Probability of going on after state k; ahead_NL: the gates of these rows, if they were all set at step 0."""
+        if ahead_NL is not None:
+            return ahead_NL[:, k]
         if not self.routers:
             constant = torch.sigmoid(torch.tensor(self.rules.router_bias, dtype=torch.float64))
             return at_least_float32(z_Nd).new_full((len(z_Nd),), float(constant))
-        gate_N: Tensor = self.routers[k if self.rules.router_per_step else 0](z_Nd)
-        return gate_N
+        gate_N1: Tensor = self.routers[k if self.rules.router_per_step else 0](z_Nd)
+        return gate_N1.squeeze(1)
+
+    def look_ahead(self, z_Nd: Tensor) -> Tensor | None:
+        """All gates [N, l_max] from the step-0 states, for a router that sets them all at once."""
+        return self.routers[0](z_Nd) if self.rules.router is RouterKind.AHEAD and self.routers else None
+
+    def _faded(self, plan: AttentionPlan, reach_N: Tensor) -> AttentionPlan:
+        """The plan of a pass whose states were reached by this much mass."""
+        return (
+            FadingPlan(plan, reach_N.clamp(min=torch.finfo(reach_N.dtype).tiny).log())
+            if self.rules.fading_keys
+            else plan
+        )
 
     def _decide(
-        self, z_Nd: Tensor, reach_N: Tensor, k: int, may_go_on_N: Tensor | bool, forced_N: Tensor | None
+        self,
+        z_Nd: Tensor,
+        reach_N: Tensor,
+        k: int,
+        may_go_on_N: Tensor | bool,
+        forced_N: Tensor | None,
+        ahead_NL: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(goes on, exit mass, next reach) after state k; with forced_N, the steps that each row takes, by order."""
         if k == self.rules.l_max:
             return torch.zeros_like(reach_N, dtype=torch.bool), reach_N, reach_N
-        gate_N = self.gate(z_Nd, k)
+        gate_N = self.gate(z_Nd, k, ahead_NL)
         if forced_N is None:
             return halting_step(reach_N, gate_N, tau=self.rules.tau, may_go_on=may_go_on_N)
         onward_N = reach_N * gate_N
@@ -135,7 +172,10 @@ class LatentLoop(nn.Module):
         row_N = torch.arange(B * T, device=device)  # active rows as indices into [B*T]; shrinks from pass to pass
         position_N = row_N % T
         first_plan = CausalPlan(B, T)
-        z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_plan)
+        certain_N = at_least_float32(x_Nd).new_ones(B * T)
+        first_pass = self._faded(first_plan, certain_N)
+        z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_pass)
+        ahead_NL = self.look_ahead(z_Nd)
         counts = PassCounts(tokens=int(valid_BT.sum()))
         first_plan.record(counts, valid_BT)
 
@@ -151,7 +191,7 @@ class LatentLoop(nn.Module):
         states: list[LatentState] = []
 
         for k in range(K):
-            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, may_go_on_N, forced_N)
+            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, may_go_on_N, forced_N, ahead_NL)
             reach_NK = reach_NK.index_put((row_N, row_N.new_full((), k)), reach_N)
             exit_NK[row_N, k] = exit_N.detach()
             if rules.keep_states:
@@ -167,13 +207,15 @@ class LatentLoop(nn.Module):
                 row_N, position_N = row_N[on_N], position_N[on_N]
                 z_Nd, onward_N = z_Nd.index_select(0, on_N), onward_N.index_select(0, on_N)
                 forced_N = None if forced_N is None else forced_N[on_N]
+                ahead_NL = None if ahead_NL is None else ahead_NL[on_N]
             reach_N = onward_N
             may_go_on_N = True
             rows.append(row_N)
             states_BT = states_BT.flatten().index_add(0, row_N, torch.ones_like(row_N)).view(B, T)
             plan = ThoughtPlan(states_BT, rows, compute_dtype(z_Nd))
             x_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
-            z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), plan, memories)
+            this_pass = self._faded(plan, reach_N)
+            z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), this_pass, memories)
             plan.record(counts)
 
         trace = HaltingTrace(
@@ -206,12 +248,14 @@ class LatentLoop(nn.Module):
         mixture_Bd: Any = None
         steps_B = torch.zeros_like(row_N)
         states: list[LatentState] = []
+        ahead_NL: Tensor | None = None
         x_Nd = x_Bd
         for k in range(l_max + 1):
             plan = cache.plan(rows, read=k, write=range(k, l_max + 1))
-            z_Nd, _ = self.stack(x_Nd, rope, plan, cache.memories)
+            z_Nd, _ = self.stack(x_Nd, rope, self._faded(plan, reach_N), cache.memories)
             state.count(k, len(rows), plan)
-            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, True, forced_N)
+            ahead_NL = self.look_ahead(z_Nd) if k == 0 else ahead_NL
+            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, True, forced_N, ahead_NL)
             if rules.keep_states:
                 states.append(LatentState(row_N, z_Nd, reach_N, exit_N))
             share_Nd = exit_N[:, None] * z_Nd
@@ -227,6 +271,7 @@ class LatentLoop(nn.Module):
                 rows = [rows[i] for i in going]
                 on_N = torch.tensor(going, device=x_Bd.device)
                 row_N, x_Nd, reach_N = row_N[on_N], x_Nd[on_N], reach_N[on_N]
+                ahead_NL = None if ahead_NL is None else ahead_NL[on_N]
                 forced_N = None if forced_N is None else forced_N[on_N]
             steps_B[row_N] += 1
         return mixture_Bd.to(x_Bd.dtype), steps_B, states

@@ -11,6 +11,7 @@ from haltscale.model.mor import MorModel, MorOptions
 from haltscale.model.pause import PauseModel, PauseOptions
 from haltscale.model.ponder import PonderModel, PonderOptions
 from haltscale.model.ponder2 import Ponder2Model, Ponder2Options
+from haltscale.model.ponder3 import Ponder3Model, Ponder3Options
 from haltscale.model.shuffled import ShuffledModel, ShuffledOptions
 from haltscale.model.vanilla import VanillaModel, VanillaOptions
 
@@ -39,6 +40,7 @@ METHODS: dict[str, MethodEntry] = {
     Method.PONDER: MethodEntry(PonderOptions, PonderModel, "PonderLM: feeds back the expected embedding of its guess"),
     Method.PONDER2: MethodEntry(Ponder2Options, Ponder2Model, "PonderLM-2: one latent thought per token, by Jacobi"),
     Method.MOR: MethodEntry(MorOptions, MorModel, "Mixture-of-Recursions: a middle repeated where a router picks"),
+    Method.PONDER3: MethodEntry(Ponder3Options, Ponder3Model, "PonderLM-3: plans its steps after the first, keys fade"),
 }
 
 

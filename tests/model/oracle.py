@@ -36,8 +36,13 @@ def block_row(
     states: dict[tuple[int, int], tuple[Tensor, Tensor]],
     me: tuple[int, int],
     visible: Iterable[tuple[int, int]],
+    fade: dict[tuple[int, int], Tensor] | None = None,
 ) -> Tensor:
-    """One row through one block. It leaves its key and value in `states[me]` and looks at `visible` (me included)."""
+    """One row through one block. It leaves its key and value in `states[me]` and looks at `visible` (me included).
+
+    fade: added to the score of each key.
+    """
+    visible = list(visible)
     shape = block.shape
     H, G, E = shape.heads, shape.kv_heads, shape.head_dim
     qkv = block.qkv.weight @ norm(x, block.attention_norm)
@@ -49,6 +54,8 @@ def block_row(
     for h in range(H):
         g = h // (H // G)
         scores = torch.stack([q[h] @ key[g] for key, _ in seen]) / math.sqrt(E)
+        if fade is not None:
+            scores = scores + torch.stack([fade[other] for other in visible])
         weights = torch.softmax(scores, dim=0)
         heads.append(sum(w * value[g] for w, (_, value) in zip(weights, seen, strict=True)))
     x = x + block.out.weight @ torch.cat(heads)
@@ -66,10 +73,11 @@ def stack_row(
     visible: list[tuple[int, int]],
     *,
     final_norm: bool = True,
+    fade: dict[tuple[int, int], Tensor] | None = None,
 ) -> Tensor:
     """One row through all blocks and the final norm."""
     for block, layer_states in zip(stack.blocks, states, strict=True):
-        x = block_row(block, x, position, theta, layer_states, me, visible)
+        x = block_row(block, x, position, theta, layer_states, me, visible, fade)
     return norm(x, stack.final_norm) if final_norm else x
 
 
@@ -319,3 +327,32 @@ def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
                 h[t] = p[t][depth[t]] * out[t] + first[t] if depth[t] == i else out[t]
     last = run(blocks[-1:], h)
     return [head(model, norm(last[t], loop.stack.final_norm)) for t in range(T)], extra, executed
+
+
+def ponder3_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    """PonderLM-3: the tail is known after the first pass; keys fade with its logarithm."""
+    options, theta = model.config.options, model.config.rope_theta
+    stack, score = model.latent_loop.stack, model.latent_loop.routers[0].score
+    states, executed, fade = new_states(stack), [], {}
+    all_logits, expected = [], []
+    for t, token in enumerate(tokens):
+        z = embed(model, token)
+        one = torch.ones((), dtype=z.dtype)
+        tail, mixture = [one], torch.zeros_like(z)
+        executed.append(0)
+        for k in range(options.l_max + 1):
+            executed[t] = k + 1
+            fade[t, k] = torch.log(tail[k])
+            visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
+            z = stack_row(stack, z, t, theta, states, (t, k), visible, fade=fade)
+            if k == 0:
+                going_on = 1 / (1 + torch.exp(-(score.weight @ z + score.bias)))
+                for gate in going_on:
+                    tail.append(tail[-1] * gate)
+            if k == options.l_max or not tail[k + 1] > options.tau:
+                mixture = mixture + tail[k] * z
+                break
+            mixture = mixture + (tail[k] - tail[k + 1]) * z
+        all_logits.append(head(model, mixture))
+        expected.append(sum(tail[1 : executed[t]], start=0.0 * one))
+    return all_logits, expected, executed

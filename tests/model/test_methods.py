@@ -19,6 +19,7 @@ from haltscale.model.mor import MorOptions, Routing
 from haltscale.model.pause import PauseOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
+from haltscale.model.ponder3 import Ponder3Options
 from haltscale.model.shuffled import ShuffledOptions
 from haltscale.model.vanilla import VanillaOptions
 
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[Method, Any]] = {
     "ponder": (Method.PONDER, PonderOptions(steps=2)),
     "ponder, replacing": (Method.PONDER, PonderOptions(steps=2, accumulate=False)),
     "ponder2": (Method.PONDER2, Ponder2Options()),
+    "ponder3": (Method.PONDER3, Ponder3Options(lam=0.3, tau=0.25, router_bias=0.5)),
     "mor": (Method.MOR, MorOptions(auxiliary_weight=0.3)),
     "mor, token choice": (Method.MOR, MorOptions(routing=Routing.TOKEN_CHOICE, balance_weight=0.3)),
 }
@@ -61,6 +63,7 @@ ORACLES = {
     "ponder": "ponder_sequence",
     "ponder, replacing": "ponder_sequence",
     "ponder2": "ponder2_sequence",
+    "ponder3": "ponder3_sequence",
     "mor": "mor_sequence",
     "mor, token choice": "mor_sequence",
 }
@@ -90,6 +93,8 @@ def test_forward_and_gradients_equal_the_definition(
     rows, wanted = ([values[b, :n].tolist() for b, n in enumerate(lengths)] for values in (tokens, targets))
     lam, beta = getattr(CASES[case][1], "lam", 0.0), getattr(CASES[case][1], "beta", 1.0)
     beta = None if "step penalty" in case else beta
+    if case == "ponder3":
+        beta = 0.0
     if case.startswith("mor"):
         lam, beta = 1.0, None
     loss, logits, executed = oracle.batch_loss(model, getattr(oracle, ORACLES[case]), rows, wanted, lam, beta)
