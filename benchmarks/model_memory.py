@@ -27,7 +27,7 @@ ARMS: dict[str, tuple[Method, MethodOptions, bool]] = {
 }
 
 PROMPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc then hands a freed tensor back at once, so that resident memory follows what is alive and not the heap's holes."""
+"""glibc then hands a freed tensor back at once: resident memory follows what is alive, not the heap's holes."""
 
 
 def peak() -> float:

@@ -32,6 +32,7 @@ from haltscale.model.kernels import (
     MergeFunction,
     RMSNormFunction,
     RotateFunction,
+    SwiGLUFunction,
     fused_cpu_attention,
 )
 from haltscale.model.ledger import PassCounts
@@ -276,8 +277,7 @@ class Block(nn.Module):
         q_NHE, k_NGE = rotate(turned, rope).split((shape.heads, shape.kv_heads), dim=1)
         mixed_Nd, memory = plan.attend(q_NHE, k_NGE, v_NGE, memory)
         x_Nd = x_Nd + self.out(mixed_Nd)
-        gate, up = self.gate_up(self.mlp_norm(x_Nd)).chunk(2, dim=1)
-        return x_Nd + self.down(F.silu(gate) * up), memory
+        return x_Nd + self.down(SwiGLUFunction.apply(self.gate_up(self.mlp_norm(x_Nd)))), memory
 
 
 class Stack(nn.Module):

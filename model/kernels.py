@@ -54,6 +54,27 @@ def _turn(x_NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor, direction: int) -> Te
     return out_NHE.to(x_NHE.dtype)
 
 
+class SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) * up, gate and up the halves of the last dimension; keeps nothing but its input."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(torch.nn.functional.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up
+
+
 class RotateFunction(torch.autograd.Function):
     """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of the last dimension; the gradient turns back."""
 

@@ -13,7 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from haltscale.model import AdaptiveOptions
 from haltscale.model.backbone import CausalPlan, ThoughtPlan
-from haltscale.model.kernels import ChunkedAttentionFunction, MergeFunction, RMSNormFunction, RotateFunction
+from haltscale.model.kernels import (
+    ChunkedAttentionFunction,
+    MergeFunction,
+    RMSNormFunction,
+    RotateFunction,
+    SwiGLUFunction,
+)
 
 
 def agree(mine: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -42,6 +48,14 @@ def test_rms_norm_in_bfloat16_computes_in_float32() -> None:
     rough = RMSNormFunction.apply(x.bfloat16(), w.bfloat16(), 1e-5)
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), exact, rtol=2**-7, atol=1e-6)
+
+
+def test_swiglu() -> None:
+    def plain(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return gate / (1 + torch.exp(-gate)) * up
+
+    agree(SwiGLUFunction.apply, plain, torch.randn(5, 8))
 
 
 def test_rotation() -> None:
