@@ -236,7 +236,10 @@ def client(head: Head) -> JobSubmissionClient:
     use_token_authentication()
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(head.dashboard)
+    jobs = JobSubmissionClient(head.dashboard)
+    for logger in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
+        logging.getLogger(logger).setLevel(logging.ERROR)  # they name every file that .gitignore keeps at home
+    return jobs
 
 
 def submit_study(client: JobSubmissionClient, module: str, study: str, arguments: Sequence[str] = ()) -> str:

@@ -109,7 +109,7 @@ def summarise(events: TokenEvents, *, text_bytes: int) -> dict[str, Any]:
     histogram = np.bincount(events.steps, minlength=events.exit.shape[1]) / len(events.steps)
     return {
         "loss": loss,
-        "loss_standard_error": float(events.nll.std() / math.sqrt(len(events.nll))),
+        "loss_standard_error": float(events.nll.std(ddof=min(1, len(events.nll) - 1)) / math.sqrt(len(events.nll))),
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": total / math.log(2) / text_bytes,
         "mean_steps": float(events.steps.mean()),

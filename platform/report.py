@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haltscale.platform.store import RunStore
+from haltscale.platform.store import RunState, RunStore
 
 PRINTED = {
     "run": "run",
@@ -68,6 +68,8 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
 def show_results(frame: pd.DataFrame, *, title: str, note: str = "") -> None:
     """Print the results, the study's note, failed runs with their errors, and how to look further."""
     columns = {name: heading for name, heading in PRINTED.items() if name in frame}
+    if "state" in columns and (frame["state"] == RunState.FINISHED).all():
+        columns.pop("state")
     show(frame[list(columns)].rename(columns=columns), title=title)
     console = _console()
     if "easy_steps" in frame and frame["easy_steps"].notna().any():

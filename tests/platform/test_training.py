@@ -165,10 +165,13 @@ def test_a_precision_that_is_named_is_taken():
     assert resolve_precision(Precision.AUTO) in (Precision.FP32, Precision.BF16)
 
 
-@pytest.mark.parametrize("changes", [{"loss": math.nan}, {"loss": math.inf}, {"cross_entropy": 51.0}])
+@pytest.mark.parametrize(
+    "changes", [{"loss": math.nan}, {"loss": math.inf}, {"cross_entropy": 51.0}, {"grad_norm": math.inf}]
+)
 def test_a_lost_loss_is_named_with_its_step(changes):
-    row = {"step": 17, "loss": 2.0, "cross_entropy": 2.0}
+    row = {"step": 17, "loss": 2.0, "cross_entropy": 2.0, "grad_norm": None}
     check_finite(row)
+    check_finite(row | {"grad_norm": 3.0})
     with pytest.raises(TrainingDivergedError, match="step 17"):
         check_finite(row | changes)
 
