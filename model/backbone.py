@@ -33,6 +33,7 @@ from haltscale.model.kernels import (
     RMSNormFunction,
     RotateFunction,
     SwiGLUFunction,
+    TakeFunction,
     fused_cpu_attention,
 )
 from haltscale.model.ledger import PassCounts
@@ -102,12 +103,15 @@ class CausalPlan:
 
     batch: int
     length: int
+    keep: bool = False
+    """Whether a later pass will look at these states."""
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
         out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
-        return out_BTHE.reshape(B * T, -1), ((k_NGE.flatten(1), v_NGE.flatten(1)),)
+        kept = ((k_NGE.flatten(1), v_NGE.flatten(1)),) if self.keep else ()
+        return out_BTHE.reshape(B * T, -1), kept
 
     def record(self, counts: PassCounts, valid_BT: Tensor) -> None:
         """Add this pass to the counts: real position t of a sequence needs t + 1 keys."""
@@ -197,7 +201,7 @@ class ThoughtPlan:
         k_BSGE, v_BSGE = keys[:-1].view(B, S, G, E), values[:-1].view(B, S, G, E)
         q_flat = q_NHE.flatten(1)
         if not self.dense:
-            q_flat = q_flat.new_zeros(B * M, q_flat.shape[1]).index_add(0, self.query_slot_N, q_flat)
+            q_flat = MergeFunction.apply(B * M + 1, False, [self.query_slot_N], q_flat)[:-1]
         q_BMHE = q_flat.view(B, M, -1, E)
         if fused_cpu_attention(q_BMHE) and q_BMHE.shape[2] == G:
             q_BHME, k_BHSE, v_BHSE = (x.transpose(1, 2) for x in (q_BMHE, k_BSGE, v_BSGE))
@@ -207,7 +211,7 @@ class ThoughtPlan:
                 [attention(q_BMHE[:, a:b], k_BSGE[:, :w], v_BSGE[:, :w], mask) for a, b, w, mask in self.chunks], dim=1
             )
         out_flat = out_BMHE.reshape(B * M, -1)
-        return out_flat if self.dense else out_flat.index_select(0, self.query_slot_N), memory
+        return out_flat if self.dense else TakeFunction.apply(out_flat, self.query_slot_N), memory
 
     def _merge(self, parts: tuple[Tensor, ...]) -> Tensor:
         """The states of all passes in position-major order, [B*S + 1, G*E].

@@ -113,6 +113,22 @@ class MergeFunction(torch.autograd.Function):
         return None, None, None, *(grad.index_select(0, own_slots) for own_slots in ctx.slots)
 
 
+class TakeFunction(torch.autograd.Function):
+    """Some rows, each at most once; so the gradient is a plain copy into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.size = len(rows)
+        return rows.index_select(0, index_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index_N,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, index_N, grad), None
+
+
 Chunk = tuple[int, int, int, Tensor]  # queries a..b see keys 0..width under this additive mask
 
 

@@ -171,7 +171,7 @@ class LatentLoop(nn.Module):
         # Pass 0: all positions, plain causal attention.
         row_N = torch.arange(B * T, device=device)  # active rows as indices into [B*T]; shrinks from pass to pass
         position_N = row_N % T
-        first_plan = CausalPlan(B, T)
+        first_plan = CausalPlan(B, T, keep=True)
         certain_N = at_least_float32(x_Nd).new_ones(B * T)
         first_pass = self._faded(first_plan, certain_N)
         z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_pass)

@@ -19,6 +19,7 @@ from haltscale.model.kernels import (
     RMSNormFunction,
     RotateFunction,
     SwiGLUFunction,
+    TakeFunction,
 )
 
 
@@ -81,6 +82,11 @@ def test_merge() -> None:
     agree(mine, plain, torch.randn(4, 2), torch.randn(2, 2))
 
 
+def test_take() -> None:
+    index = torch.tensor([4, 0, 2])
+    agree(lambda x: TakeFunction.apply(x, index), lambda x: x[index], torch.randn(5, 3))
+
+
 @pytest.mark.parametrize("edges", [[0, 6], [0, 2, 6]])
 @pytest.mark.parametrize("widest", [9, 7])
 def test_chunked_attention(edges: list[int], widest: int) -> None:
@@ -140,7 +146,7 @@ def test_a_plan_shows_each_query_the_executed_states_up_to_its_position(rows: li
     everywhere = torch.arange(B * T)
     zero_N11 = torch.zeros(B * T, 1, 1, dtype=torch.float64)
     first_N11 = torch.tensor([[[number[b, t, 0]]] for b in range(B) for t in range(T)], dtype=torch.float64)
-    _, memory = CausalPlan(B, T).attend(zero_N11, zero_N11, first_N11, None)
+    _, memory = CausalPlan(B, T, keep=True).attend(zero_N11, zero_N11, first_N11, None)
     rows_so_far = [everywhere]
     for k in range(1, int(states_BT.max())):
         row_N = (states_BT > k).flatten().nonzero().squeeze(1)
