@@ -277,3 +277,18 @@ def test_mor_in_training_equals_the_definition(
 def test_mor_needs_three_layers(tiny: Callable) -> None:
     with pytest.raises(ValueError, match=r"shape.layers = 2: must be at least 3 for mor"):
         tiny(Method.MOR, MorOptions())
+
+
+@pytest.mark.parametrize("case", ["adaptive, router per step", "ponder3", "mor", "mor, token choice"])
+def test_routers_of_passes_that_nobody_reaches_have_gradients_too(tiny: Callable, batch: Callable, case: str) -> None:
+    """ZeRO waits on every rank for every parameter, however early this rank's tokens stopped."""
+    model = build(tiny, case)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter.fill_(-1e4 if name.endswith("bias") else 0.0)  # equal scores choose depth 0
+    out = model(*batch(2, 6))
+    assert out.trace.mean_steps == 0
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
