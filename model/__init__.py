@@ -1,11 +1,33 @@
-"""Models: what a method computes, what it costs, how it decodes. PyTorch only."""
+"""Models: what a method computes, what it costs, how it decodes. PyTorch only.
 
-from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions
+config.py          what a model is: method, shape, options; the two size ladders
+registry.py        the methods by name; build_model
+language_model.py  what all methods share: embedding, head, loss, accounting, initialisation, decode_step
+backbone.py        the Llama stack, and attention plans: who sees whom in a pass
+kernels.py         hand-written gradients where autograd moved too much memory
+halting.py         from gates to exit masses; HaltingTrace
+ledger.py          counted passes, and FLOPs of three kinds
+decoding.py        keys and values from token to token
+latent_loop.py     the latent chain, and repeated.py, plain repeated passes: what the methods are made of
+vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, mor   the methods, one file each
+"""
+
+from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.config import SIZES, Method, MethodOptions, ModelConfig, Shape
+from haltscale.model.decoding import DecodingState
+from haltscale.model.fixed import FixedOptions
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, Output
+from haltscale.model.latent_loop import RouterKind
 from haltscale.model.ledger import Flops, PassCounts, paper_inference_flops, paper_passes, paper_training_flops
+from haltscale.model.looped import LoopedOptions
+from haltscale.model.mor import MorOptions, Routing
+from haltscale.model.pause import PauseOptions
+from haltscale.model.ponder import PonderOptions
+from haltscale.model.ponder2 import Ponder2Options
+from haltscale.model.ponder3 import Ponder3Options
 from haltscale.model.registry import METHODS, MethodEntry, build_model
+from haltscale.model.shuffled import ShuffledOptions
 from haltscale.model.vanilla import VanillaModel, VanillaOptions
 
 __all__ = [
@@ -14,16 +36,29 @@ __all__ = [
     "SIZES",
     "AdaptiveModel",
     "AdaptiveOptions",
+    "DecodingState",
+    "FixedOptions",
     "Flops",
     "HaltingTrace",
     "LanguageModel",
+    "LoopedOptions",
     "Method",
     "MethodEntry",
     "MethodOptions",
+    "Mixture",
     "ModelConfig",
+    "MorOptions",
     "Output",
     "PassCounts",
+    "PauseOptions",
+    "PenaltyProbability",
+    "Ponder2Options",
+    "Ponder3Options",
+    "PonderOptions",
+    "RouterKind",
+    "Routing",
     "Shape",
+    "ShuffledOptions",
     "VanillaModel",
     "VanillaOptions",
     "build_model",

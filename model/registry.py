@@ -1,6 +1,8 @@
 """The methods by name, and the one way to build a model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions
 from haltscale.model.config import Method, MethodOptions, ModelConfig
@@ -24,23 +26,46 @@ class MethodEntry:
     """Dataclass of its options."""
     model: type[LanguageModel]
     """Its module."""
+    max_passes: Callable[[Any], float]
+    """Most passes of the stack per token, from the method's options: an upper bound to plan with."""
     summary: str
     """One line for tables and help texts."""
 
 
+def _l_max_more(options: Any) -> float:
+    return 1 + float(options.l_max)
+
+
+def _steps_more(options: Any) -> float:
+    return 1 + float(options.steps)
+
+
 METHODS: dict[str, MethodEntry] = {
-    Method.VANILLA: MethodEntry(VanillaOptions, VanillaModel, "the plain Llama: one pass per token"),
+    Method.VANILLA: MethodEntry(VanillaOptions, VanillaModel, lambda _: 1, "the plain Llama: one pass per token"),
     Method.ADAPTIVE: MethodEntry(
-        AdaptiveOptions, AdaptiveModel, "latent steps per token, as many as its router asks for"
+        AdaptiveOptions, AdaptiveModel, _l_max_more, "latent steps per token, as many as its router asks for"
     ),
-    Method.FIXED: MethodEntry(FixedOptions, FixedModel, "control: equally many latent steps everywhere"),
-    Method.SHUFFLED: MethodEntry(ShuffledOptions, ShuffledModel, "control: adaptive, its steps dealt to other tokens"),
-    Method.LOOPED: MethodEntry(LoopedOptions, LoopedModel, "the whole stack applied several times over"),
-    Method.PAUSE: MethodEntry(PauseOptions, PauseModel, "learned pause tokens after every token"),
-    Method.PONDER: MethodEntry(PonderOptions, PonderModel, "PonderLM: feeds back the expected embedding of its guess"),
-    Method.PONDER2: MethodEntry(Ponder2Options, Ponder2Model, "PonderLM-2: one latent thought per token, by Jacobi"),
-    Method.MOR: MethodEntry(MorOptions, MorModel, "Mixture-of-Recursions: a middle repeated where a router picks"),
-    Method.PONDER3: MethodEntry(Ponder3Options, Ponder3Model, "PonderLM-3: plans its steps after the first, keys fade"),
+    Method.FIXED: MethodEntry(FixedOptions, FixedModel, _steps_more, "control: equally many latent steps everywhere"),
+    Method.SHUFFLED: MethodEntry(
+        ShuffledOptions, ShuffledModel, _l_max_more, "control: adaptive, its steps dealt to other tokens"
+    ),
+    Method.LOOPED: MethodEntry(LoopedOptions, LoopedModel, _steps_more, "the whole stack applied several times over"),
+    Method.PAUSE: MethodEntry(PauseOptions, PauseModel, _steps_more, "learned pause tokens after every token"),
+    Method.PONDER: MethodEntry(
+        PonderOptions, PonderModel, _steps_more, "PonderLM: feeds back the expected embedding of its guess"
+    ),
+    Method.PONDER2: MethodEntry(
+        Ponder2Options,
+        Ponder2Model,
+        lambda o: 2 * o.jacobi_high + 3,
+        "PonderLM-2: one latent thought per token, by Jacobi",
+    ),
+    Method.MOR: MethodEntry(
+        MorOptions, MorModel, lambda o: o.recursions, "Mixture-of-Recursions: a middle repeated where a router picks"
+    ),
+    Method.PONDER3: MethodEntry(
+        Ponder3Options, Ponder3Model, _l_max_more, "PonderLM-3: plans its steps after the first, keys fade"
+    ),
 }
 
 
