@@ -24,7 +24,10 @@ IDLE_SECONDS = 10.0
 MOST_PILLS = 8
 PLOTLY = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 SUBMIT = "make study"
-SUBMIT_RAY = "ray job submit --working-dir . -- python -m haltscale.studies.quickstart"
+SUBMIT_RAY = (  # `haltscale up` tells the address
+    "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 RAY_AUTH_MODE=token\n"
+    "ray job submit --working-dir . -- python -m haltscale.studies.quickstart"
+)
 
 
 # ---- the store, read through Streamlit's cache ---------------------------------------------------

@@ -249,8 +249,8 @@ class LanguageModel(nn.Module):
         """Parameters by part; asserted to sum to the true count."""
         groups = {"embedding": 0, "attention": 0, "mlp": 0, "norms": 0, "method": 0, "head": 0}
         for name, parameter in self.named_parameters():
-            groups[_group_of(name)] += parameter.numel()
-        assert sum(groups.values()) == sum(parameter.numel() for parameter in self.parameters())
+            groups[_group_of(name)] += _true_numel(parameter)
+        assert sum(groups.values()) == sum(map(_true_numel, self.parameters()))
         return groups
 
     def flops(self, counts: PassCounts) -> Flops:
@@ -267,6 +267,11 @@ class LanguageModel(nn.Module):
             executed=executed + extra_executed + ledger.head_flops(config.shape, config.vocab_size, counts.head_rows),
             paper=ledger.paper_inference_flops(parameters, 1, passes),
         )
+
+
+def _true_numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter; under ZeRO-3 it is empty between uses, and DeepSpeed keeps its size in `ds_numel`."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def canonical_name(name: str) -> str:

@@ -53,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("study", nargs="?" if verb == "status" else None, help="a study in the store")
         command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
         command.add_argument("--json", action="store_true", help="machine-readable")
-    board = verbs.add_parser("dashboard", help="open the dashboard", add_help=False)
-    board.add_argument("arguments", nargs=argparse.REMAINDER)
+    verbs.add_parser("dashboard", help="open the dashboard (--store, --port)", add_help=False)
 
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.verb != "dashboard":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         _dispatch(options)
@@ -71,6 +73,7 @@ def _dispatch(options: argparse.Namespace) -> None:
         case "up":
             head = cluster.up(cpus=options.cpus)
             print(f"Ray head at {head.dashboard} (token authentication on; `haltscale down` stops it)")
+            print(f"for plain `ray job submit`: export RAY_API_SERVER_ADDRESS={head.dashboard} RAY_AUTH_MODE=token")
         case "down":
             print("stopped" if cluster.down() else "no head of haltscale's was running")
         case "run":
@@ -82,7 +85,7 @@ def _dispatch(options: argparse.Namespace) -> None:
         case "results":
             _results(RunStore(options.store), options.study, as_json=options.json)
         case "dashboard":
-            command = [sys.executable, "-m", "haltscale.dashboard", *options.arguments]
+            command = [sys.executable, "-m", "haltscale.dashboard", *options.rest]
             os.execv(sys.executable, command)
 
 
@@ -124,6 +127,10 @@ def submit(name: str, arguments: Sequence[str], *, follow: bool) -> int:
         )
     client = cluster.client(head)
     job = cluster.running_job(client, study.name)
+    if job and arguments:
+        raise cluster.ClusterError(
+            f"{study.name} is running as {job}, with other arguments perhaps: wait or stop it first"
+        )
     if job:
         print(f"{study.name} is running already as {job}; following it")
     else:

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haltscale.platform.provenance import git_commit
 from haltscale.platform.store import haltscale_home
 
 if TYPE_CHECKING:
@@ -75,6 +74,9 @@ def use_token_authentication() -> None:
 def prepare_client() -> None:
     """Set this process up to talk to a head; call it before Ray is imported, which reads its environment then."""
     use_token_authentication()
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):  # DeepSpeed's compiler needs ninja
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     head = find_head() if not os.environ.get("RAY_ADDRESS") else None
     if head is None or head.gcs:
         os.environ.update(LOOPBACK_ONLY)
@@ -175,10 +177,10 @@ def up(*, cpus: int | None = None, temp_dir: str | None = None) -> Head:
     arguments += [f"--temp-dir={temp_dir}"] if temp_dir else []
     _ray(*arguments)
     head = Head(dashboard=f"http://{LOOPBACK}:{dashboard}", gcs=f"{LOOPBACK}:{gcs}", temp_dir=temp_dir or "/tmp/ray")
+    _state_file().parent.mkdir(parents=True, exist_ok=True)
+    _state_file().write_text(json.dumps(asdict(head)))  # before the check, so that `down` can stop a wedged one
     if not is_alive(head):
         raise ClusterError(f"Ray started but its job server does not answer at {head.dashboard}; see {head.temp_dir}")
-    _state_file().parent.mkdir(parents=True, exist_ok=True)
-    _state_file().write_text(json.dumps(asdict(head)))
     return head
 
 
@@ -188,23 +190,26 @@ def down() -> bool:
         head = Head(**json.loads(_state_file().read_text()))
     except (OSError, ValueError, TypeError):
         return False
-    running = is_alive(head)
-    if running:
-        _stop_processes(head)
+    stopped = _stop_processes(head)
     _state_file().unlink(missing_ok=True)
-    return running
+    return stopped
 
 
-def _stop_processes(head: Head) -> None:
-    """Terminate the processes of one head. `ray stop` would take every Ray on the machine with it."""
+def _stop_processes(head: Head) -> bool:
+    """Terminate the processes of one head; `ray stop` would take every Ray on the machine with it.
+
+    Returns whether there were any.
+    """
     import psutil
+
+    marks = {f"--gcs-address={head.gcs}", f"--gcs_address={head.gcs}", f"--gcs_server_port={head.gcs.split(':')[1]}"}
 
     def belongs(process: psutil.Process) -> bool:
         try:
-            line = " ".join(process.cmdline())
+            words = process.cmdline()
         except psutil.Error:
             return False
-        return head.gcs in line or f"--gcs_server_port={head.gcs.rsplit(':', 1)[1]}" in line
+        return bool(marks & set(words)) and any("ray" in word for word in words)
 
     doomed = [process for process in psutil.process_iter() if process.pid != os.getpid() and belongs(process)]
     doomed += [child for process in doomed for child in _children(process)]
@@ -213,6 +218,7 @@ def _stop_processes(head: Head) -> None:
     _, stubborn = psutil.wait_procs(doomed, timeout=10)
     for process in stubborn:
         _quietly(process.kill)
+    return bool(doomed)
 
 
 def _children(process: object) -> list:
@@ -254,7 +260,6 @@ def submit_study(client: JobSubmissionClient, module: str, study: str, arguments
         name: value for name, value in {
             "HALTSCALE_HOME": str(haltscale_home()),
             "HALTSCALE_STORE": os.environ.get("HALTSCALE_STORE"),
-            "HALTSCALE_GIT_COMMIT": git_commit(),
         }.items() if value
     }
     # fmt: on
@@ -287,7 +292,10 @@ def follow(client: JobSubmissionClient, job: str) -> int:
             sys.stdout.write(lines)
             sys.stdout.flush()
 
-    asyncio.run(tail())
+    try:
+        asyncio.run(tail())
+    except RuntimeError as error:
+        raise ClusterError(f"lost the output of {job} ({error}); it goes on: submit again to follow it") from error
     status = client.get_job_status(job)
     while not status.is_terminal():  # the output ends a moment before the status says so
         time.sleep(0.2)

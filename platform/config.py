@@ -31,6 +31,10 @@ class ConfigError(ValueError):
         super().__init__(f"this {subject} cannot run, nothing was started:\n{lines}")
 
 
+LABELLED_OPTIONS = {"lam": "λ", "beta": "β", "l_max": "l_max"}
+"""Options that a run's label shows: λ always, the others where they differ from the method's default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that changes what a run computes; the corpus joins it in :meth:`identity`."""
@@ -75,10 +79,13 @@ class RunConfig:
     @property
     def label(self) -> str:
         """What tables and figures call the run."""
+        defaults = type(self.options)()
         shown = [str(self.method), self.size]
-        if getattr(self.options, "lam", None) is not None:
-            shown.append(f"λ {self.options.lam:g}")  # type: ignore[attr-defined]
-        return " · ".join(shown)
+        for name, symbol in LABELLED_OPTIONS.items():
+            value = getattr(self.options, name, None)
+            if value is not None and (name == "lam" or value != getattr(defaults, name)):
+                shown.append(f"{symbol} {value:g}")
+        return " · ".join([*shown, *([f"seed {self.seed}"] if self.seed else [])])
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model of this run."""
@@ -178,6 +185,10 @@ class ExecutionConfig:
         for name in ("workers", "cpus_per_worker", "micro_batch_sequences", "evaluations", "checkpoints"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)!r}, needs a whole number from 1 on")
+        for name, low in (("gpus_per_worker", 0), ("log_every_seconds", 0), ("max_failures", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < low:
+                found.append(f"{name} is {value!r}, needs a number from {low} on")
         if self.zero_stage not in (0, 1, 2, 3):
             found.append(f"zero_stage is {self.zero_stage!r}, needs 0, 1, 2 or 3")
         if found:

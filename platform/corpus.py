@@ -78,6 +78,8 @@ class Corpus:
     def problems(self) -> list[str]:
         """Everything that would stop the corpus from being prepared; empty when it can be."""
         folder = Path(self.folder)
+        if not folder.is_absolute():  # jobs and workers run in folders of their own
+            return [f"corpus {self.name}: folder {self.folder!r} is not an absolute path"]
         if not folder.is_dir():
             return [f"corpus {self.name}: folder {folder} does not exist"]
         if not self.documents:

@@ -39,7 +39,6 @@ def build_engine(model: LanguageModel, run: RunConfig, *, zero_stage: int, micro
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

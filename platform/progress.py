@@ -21,14 +21,20 @@ class SweepProgress:
         self._store, self._study, self._planned, self._now = store, study, dict(planned_flops), now
         self._began = now()
         self._told: set[str] = set()
-        self._first_share: float | None = None
+        self._first_share = self._share_done(self._runs())
 
     def lines(self) -> list[str]:
         """What is new: a line for each run that ended since the last call, and one for the sweep."""
-        runs = [self._store.run(self._study, key) for key in self._planned]
+        runs = self._runs()
         told = [self._ended(run) for run in runs if run.key not in self._told and _has_ended(run)]
         self._told |= {run.key for run in runs if _has_ended(run)}
         return [*told, self._summary(runs)]
+
+    def _runs(self) -> list[RunView]:
+        return [self._store.run(self._study, key) for key in self._planned]
+
+    def _share_done(self, runs: list[RunView]) -> float:
+        return sum(self._planned[run.key] * _share(run) for run in runs) / sum(self._planned.values())
 
     def _ended(self, run: RunView) -> str:
         if run.state is RunState.FINISHED:
@@ -41,10 +47,7 @@ class SweepProgress:
 
     def _summary(self, runs: list[RunView]) -> str:
         ended = sum(_has_ended(run) for run in runs)
-        total = sum(self._planned.values())
-        done = sum(self._planned[run.key] * _share(run) for run in runs) / total
-        if self._first_share is None:
-            self._first_share = done
+        done = self._share_done(runs)
         gained, elapsed = done - self._first_share, self._now() - self._began
         left = f"about {_clock(elapsed / gained * (1 - done))} left" if gained > 0.01 else "time left: not known yet"
         active = [describe(run) for run in runs if run.state is RunState.RUNNING]

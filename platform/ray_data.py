@@ -30,8 +30,10 @@ from haltscale.platform.order import global_batches, rank_share
 
 log = logging.getLogger(__name__)
 
-DATA_CPUS = 0.25
-"""CPU that one streaming task asks of Ray. Workers leave at least this much free, or both would wait for ever."""
+DATA_CPUS = 0.2
+"""CPU that one streaming task asks of Ray."""
+RESERVED_CPUS = 0.25
+"""CPU that a run's workers leave to its streaming tasks and its drivers, or all of them would wait for ever."""
 ROWS_PER_PART = 4096
 STEPS_PER_WINDOW = 16
 
@@ -231,9 +233,9 @@ class Batch:
 
     step: int
     seq_ids: npt.NDArray[np.int64]
-    """``(sequences,)``."""
+    """``(batch,)`` sequence ids of the whole step, all ranks' shares together."""
     tokens: Tokens
-    """``(sequences, context + 1)``."""
+    """``(batch / world, context + 1)``: this rank's share."""
 
 
 def stream(
@@ -266,7 +268,7 @@ def stream(
         seq_ids = np.stack(window["seq_ids"].to_numpy(zero_copy_only=False))
         tokens = np.stack(window["tokens"].to_numpy(zero_copy_only=False))
         for index, step in enumerate(window["step"].to_pylist()):
-            yield Batch(step=step, seq_ids=seq_ids[index], tokens=tokens[index].reshape(len(seq_ids[index]), -1))
+            yield Batch(step=step, seq_ids=seq_ids[index], tokens=tokens[index].reshape(batch // world, -1))
 
 
 @lru_cache(maxsize=2)
@@ -282,7 +284,7 @@ def _read_window(
     for first, count in zip(window["first"].tolist(), window["steps"].tolist(), strict=True):
         whole = global_batches(seed=seed, rows=rows, batch=batch, first_step=first, steps=count)
         steps += range(first, first + count)
-        ids += list(rank_share(whole, rank=rank, world=world))
+        ids += list(whole)
     reader = _reader(folder)
-    tokens = [reader.read(row).ravel() for row in ids]
+    tokens = [reader.read(row).ravel() for row in rank_share(np.stack(ids), rank=rank, world=world)]
     return pa.table({"step": steps, "seq_ids": [row.tolist() for row in ids], "tokens": pa.array(tokens)})

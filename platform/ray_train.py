@@ -25,7 +25,7 @@ from haltscale.platform import evaluation, provenance
 from haltscale.platform.config import ExecutionConfig, RunConfig
 from haltscale.platform.corpus import PreparedCorpus
 from haltscale.platform.engine import build_engine, full_weights, load_checkpoint, resolve_precision, save_checkpoint
-from haltscale.platform.ray_data import DATA_CPUS, stream
+from haltscale.platform.ray_data import RESERVED_CPUS, stream
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.store import RunStore
 from haltscale.platform.training import Hooks, Progress, TrainingDivergedError, train
@@ -62,7 +62,7 @@ def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
         ray.train.TrainingFailedError: the workers failed more often than ``max_failures`` allows.
     """
     execution = ExecutionConfig(**spec.execution)
-    resources = {"CPU": execution.cpus_per_worker - DATA_CPUS}
+    resources = {"CPU": execution.cpus_per_worker - RESERVED_CPUS / execution.workers}
     if execution.gpus_per_worker:
         resources["GPU"] = execution.gpus_per_worker
     trainer = TorchTrainer(

@@ -30,7 +30,7 @@ from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
 from haltscale.platform import ray_data, ray_train  # noqa: E402
 from haltscale.platform.progress import SweepProgress  # noqa: E402
 from haltscale.platform.recorder import RunRecorder  # noqa: E402
-from haltscale.platform.store import RunStore, haltscale_home  # noqa: E402
+from haltscale.platform.store import RunState, RunStore, haltscale_home  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def connected() -> Iterator[dict[str, float]]:
     """
     if not ray.is_initialized():
         head = cluster.find_head() if not os.environ.get("RAY_ADDRESS") else None
+        if head and not head.gcs:
+            raise cluster.ClusterError(f"{head.dashboard} takes jobs only: use `haltscale submit`, or set RAY_ADDRESS")
         address = os.environ.get("RAY_ADDRESS") or (head.gcs if head else "local")
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     ray_data.quiet_ray_data()
@@ -81,6 +83,7 @@ def run_missing(study: Study, missing: Mapping[str, RunConfig], store: RunStore)
             )
             described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}
             store.write_json(store.path(study.name, key, "spec.json"), described)
+            store.write_json(store.path(study.name, key, "status.json"), {"state": RunState.PLANNED})  # no old failure
             specs.append(spec)
         progress = SweepProgress(store, study.name, {s.key: s.planned_flops for s in specs}, time.monotonic)
         with _shown(progress):

@@ -26,8 +26,9 @@ class RunRecorder:
         """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped."""
         if not self._enabled:
             return
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
-            self.store.truncate_lines(self._path(name), after_step=step)
+        self.store.truncate_lines(self._path("metrics.jsonl"), after_step=step)
+        # The evaluation of this very step may have been cut off: the loop makes it again.
+        self.store.truncate_lines(self._path("evaluations.jsonl"), after_step=step - 1)
         self._began = (time.time(), step)
         self._status(RunState.RUNNING, step=step)
 

@@ -92,7 +92,9 @@ class RunStore:
     """Reads and writes the store. Paths inside it are built here and nowhere else."""
 
     def __init__(self, root: str | Path | None = None) -> None:
-        self.root = str(root or default_root()).rstrip("/")
+        root = str(root or default_root())
+        # Workers and jobs run in folders of their own: a local root must not depend on the working directory.
+        self.root = root if "://" in root else str(Path(root).expanduser().absolute())
         self.fs, self._base = fsspec.core.url_to_fs(self.root)
 
     # ---- paths ----------------------------------------------------------------------------------------------------

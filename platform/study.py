@@ -17,8 +17,9 @@ from typing import Any
 
 import pandas as pd
 
-from haltscale.model import SIZES, paper_training_flops
+from haltscale.model import METHODS, SIZES, paper_training_flops
 from haltscale.platform import report
+from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError, ExecutionConfig, RunConfig, apply_point
 from haltscale.platform.corpus import Corpus
 from haltscale.platform.store import RunState, RunStore, StoreError
@@ -74,7 +75,7 @@ class Study:
     def planned_flops(self, run: RunConfig) -> float:
         """Upper estimate of a run's training FLOPs (paper's convention at full depth), for order and time left."""
         parameters = SIZES[run.size].parameters(self.corpus.vocab_size)
-        return paper_training_flops(parameters, run.tokens, 1 + getattr(run.options, "l_max", 0))
+        return paper_training_flops(parameters, run.tokens, METHODS[run.method].max_passes(run.options))
 
     def problems(self, cluster: Mapping[str, float] | None = None) -> list[str]:
         """Everything that is wrong with the study, all at once.
@@ -135,12 +136,16 @@ class Study:
 
         Raises:
             ConfigError: the study has errors; nothing was started.
+            StoreError: a run's folder is damaged or of another schema version.
             StudyBusyError: another process is running this study.
         """
         store = store or RunStore()
         problems = self.problems()
         keys = {} if problems else {self.key(run): run for run in self.runs}
-        finished = {key for key in keys if store.run(self.name, key).state is RunState.FINISHED}
+        views = {key: store.run(self.name, key) for key in keys}
+        if damaged := [f"{key}: {view.problem}" for key, view in views.items() if view.problem]:
+            raise StoreError("these runs cannot be read, and are not trained over:\n" + "\n".join(damaged))
+        finished = {key for key, view in views.items() if view.state is RunState.FINISHED}
         missing = {key: run for key, run in keys.items() if key not in finished}
         if problems or missing:
             from haltscale.platform import ray_tune  # Ray takes seconds to import; a finished study needs none
@@ -188,7 +193,7 @@ class Study:
                 report.show(study.plan(store), title=f"{study.name}: the plan")
                 return
             results = study.run(store)
-        except (ConfigError, StoreError, StudyBusyError, ModuleNotFoundError) as error:
+        except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:
             sys.exit(f"error: {error}")
         report.show_results(results, title=study.name, note=study.note)
         unfinished = results[results["state"] != RunState.FINISHED]

@@ -62,20 +62,20 @@ class Progress:
     pass_rows: int = 0
     """Positions times passes, for the mean passes per token."""
     sequence_digest: str = ""
-    """Running digest of the sequence ids that rank 0 trained on: equal digests mean the same data in the same order."""
+    """Running digest of the sequence ids that were trained on: equal digests mean the same data in the same order."""
 
     def saw(self, seq_ids: npt.NDArray[np.int64]) -> None:
         """Chain one step's sequence ids into the digest."""
         chained = self.sequence_digest.encode() + np.ascontiguousarray(seq_ids, dtype="<i8").tobytes()
         self.sequence_digest = hashlib.sha256(chained).hexdigest()[:16]
 
-    def spend(self, flops: Flops, counts: PassCounts, tokens: int) -> None:
-        """Add one step's work: ``flops`` and ``counts`` of all ranks together."""
+    def spend(self, step: StepTotals, tokens: int) -> None:
+        """Add one step's work, of all ranks together."""
         self.tokens += tokens
-        self.flops_realised += flops.realised
-        self.flops_executed += flops.executed
-        self.flops_paper += flops.paper
-        self.pass_rows += sum(counts.rows)
+        self.flops_realised += step.flops.realised
+        self.flops_executed += step.flops.executed
+        self.flops_paper += step.flops.paper
+        self.pass_rows += step.pass_rows
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -144,6 +144,8 @@ def train(
     checkpoint_at = milestones(run.steps, checkpoints)
     evaluate_at = milestones(run.steps, evaluations) - {run.steps}  # the one at the end is the caller's
     window = MetricsWindow(progress)
+    if progress.step in evaluate_at:  # resumed from the checkpoint before this evaluation
+        hooks.evaluate(progress)
     engine.module.train()
     while progress.step < run.steps:
         began = time.perf_counter()
@@ -154,26 +156,24 @@ def train(
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         tokens = torch.as_tensor(np.ascontiguousarray(batch.tokens), device=device)
-        counts = PassCounts()
+        counts, outputs = PassCounts(), []
         for piece in tokens.chunk(micro_batches):
             output = engine(piece[:, :-1], piece[:, 1:])
             engine.backward(output.loss)
             engine.step()  # takes the optimizer's step at the last piece, and only then
             counts += output.trace.counts
-            window.add(output)
-        flops = engine.module.flops(counts).training
+            outputs.append(output)
+        step = StepTotals.of(outputs, engine.module.flops(counts).training, counts).over_ranks(world)
         progress.step += 1
         progress.seconds += time.perf_counter() - began
-        # Ranks halt differently, so their FLOPs differ; on one rank there is nothing to add up.
-        flops, counts = _over_ranks(flops, counts, world)
-        progress.spend(flops, counts, run.batch_tokens)
+        progress.spend(step, run.batch_tokens)
         progress.saw(batch.seq_ids)
-        done = progress.step == run.steps
+        norm = engine.get_global_grad_norm()
+        step.check_finite(progress.step, norm)  # the same on every rank, so that all of them stop at once
+        window.add(step)
         milestone = progress.step in evaluate_at or progress.step in checkpoint_at
-        if done or milestone or window.age >= log_every_seconds:
-            row = window.close(progress, rate, engine.get_global_grad_norm())
-            check_finite(row)
-            hooks.log(row, progress)
+        if progress.step == run.steps or milestone or window.age >= log_every_seconds:
+            hooks.log(window.close(progress, rate, norm), progress)
         if progress.step in checkpoint_at:
             hooks.checkpoint(progress)
         if progress.step in evaluate_at:
@@ -182,79 +182,112 @@ def train(
     return progress
 
 
-def _over_ranks(flops: Flops, counts: PassCounts, world: int) -> tuple[Flops, PassCounts]:
-    if world == 1:
-        return flops, counts
-    values = torch.tensor([flops.realised, flops.executed, flops.paper, sum(counts.rows)], dtype=torch.float64)
-    torch.distributed.all_reduce(values)
-    realised, executed, paper, rows = values.tolist()
-    return Flops(realised=realised, executed=executed, paper=paper), PassCounts(rows=[int(rows)])
+@dataclass(frozen=True)
+class StepTotals:
+    """What one step did, on this rank or on all together; sums, so that ranks add up."""
+
+    values: npt.NDArray[np.float64]
+    """Sums over ranks: loss, cross-entropy, penalty, expected steps, 1 per rank; FLOPs realised, executed, paper; pass
+    rows; then tokens by executed latent steps."""
+
+    @classmethod
+    def of(cls, outputs: list[Any], flops: Flops, counts: PassCounts) -> StepTotals:
+        """This rank's totals, from its forward passes of the step."""
+        means = torch.stack([_means(output) for output in outputs]).mean(0).double().cpu().numpy()
+        steps = torch.cat([output.trace.steps_BT[output.trace.valid_BT] for output in outputs]).long()
+        histogram = torch.bincount(steps, minlength=outputs[0].trace.exit_BTK.shape[2]).double().cpu().numpy()
+        spent = [1.0, flops.realised, flops.executed, flops.paper, float(sum(counts.rows))]
+        return cls(np.concatenate([means, spent, histogram]))
+
+    def over_ranks(self, world: int) -> StepTotals:
+        """The sum over all ranks: they halt differently, so their losses, steps and FLOPs differ."""
+        if world == 1:
+            return self
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        values = torch.as_tensor(self.values, device=device)
+        torch.distributed.all_reduce(values)
+        return StepTotals(values.cpu().numpy())
+
+    @property
+    def means(self) -> npt.NDArray[np.float64]:
+        """Mean over ranks of loss, cross-entropy, penalty and expected steps."""
+        return self.values[:4] / self.values[4]
+
+    @property
+    def flops(self) -> Flops:
+        realised, executed, paper = self.values[5:8].tolist()
+        return Flops(realised=realised, executed=executed, paper=paper)
+
+    @property
+    def pass_rows(self) -> int:
+        return int(self.values[8])
+
+    @property
+    def histogram(self) -> npt.NDArray[np.float64]:
+        """Tokens by executed latent steps."""
+        return self.values[9:]
+
+    def check_finite(self, step: int, gradient_norm: float | None) -> None:
+        """Stop a run whose loss is lost.
+
+        Raises:
+            TrainingDivergedError: the loss or the gradient is not finite, or the loss exploded.
+        """
+        loss, cross_entropy, *_ = self.means
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(f"the loss is {loss} at step {step}: lower the learning rate")
+        if cross_entropy > EXPLODED_LOSS:
+            raise TrainingDivergedError(f"the loss exploded to {cross_entropy:.1f} at step {step}")
+        if gradient_norm is not None and not math.isfinite(gradient_norm):
+            raise TrainingDivergedError(f"the gradient norm is {float(gradient_norm)} at step {step}")
 
 
-def check_finite(row: dict[str, Any]) -> None:
-    """Stop a run whose loss is lost.
-
-    Raises:
-        TrainingDivergedError: see there.
-    """
-    if not math.isfinite(row["loss"]):
-        raise TrainingDivergedError(f"the loss is {row['loss']} at step {row['step']}: lower the learning rate")
-    if row["grad_norm"] is not None and not math.isfinite(row["grad_norm"]):
-        raise TrainingDivergedError(f"the gradient norm is {row['grad_norm']} at step {row['step']}")
-    if row["cross_entropy"] > EXPLODED_LOSS:
-        raise TrainingDivergedError(f"the loss exploded to {row['cross_entropy']:.1f} at step {row['step']}")
+def _means(output: Any) -> torch.Tensor:
+    exit_BTK = output.trace.exit_BTK[output.trace.valid_BT].float()
+    expected = (exit_BTK @ torch.arange(exit_BTK.shape[1], dtype=torch.float32, device=exit_BTK.device)).mean()
+    return torch.stack([x.detach().float() for x in (output.loss, output.cross_entropy, output.penalty, expected)])
 
 
 class MetricsWindow:
-    """Means of what happened since the last logged row. Tensors are kept until then: reading one is a GPU's stop."""
+    """Means of the steps since the last logged row."""
 
     def __init__(self, progress: Progress) -> None:
         self._clear(progress)
 
     def _clear(self, progress: Progress) -> None:
         self._from_tokens, self._from_seconds = progress.tokens, progress.seconds
-        self._losses: list[torch.Tensor] = []
-        self._steps: list[torch.Tensor] = []
-        self._expected: list[torch.Tensor] = []
-        self._states = 1
+        self._steps: list[StepTotals] = []
         self._began = time.perf_counter()
 
     @property
     def age(self) -> float:
         return time.perf_counter() - self._began
 
-    def add(self, output: Any) -> None:
-        """Take one forward pass's output in."""
-        losses = (output.loss.detach(), output.cross_entropy, output.penalty)
-        self._losses.append(torch.stack([loss.float() for loss in losses]))
-        trace = output.trace
-        self._states = trace.exit_BTK.shape[2]
-        self._steps.append(torch.bincount(trace.steps_BT.flatten().long(), minlength=self._states))
-        weights = torch.arange(self._states, dtype=torch.float32, device=trace.exit_BTK.device)
-        self._expected.append((trace.exit_BTK.float() @ weights).mean())
+    def add(self, step: StepTotals) -> None:
+        """Take one step in."""
+        self._steps.append(step)
 
     def close(self, progress: Progress, rate: float, gradient_norm: float | None) -> dict[str, Any]:
         """The row of metrics (see the run store), and a fresh window."""
-        loss, cross_entropy, penalty = torch.stack(self._losses).mean(0).tolist()
-        histogram = torch.stack(self._steps).sum(0).double()
+        loss, cross_entropy, penalty, expected = np.mean([step.means for step in self._steps], axis=0).tolist()
+        histogram = np.sum([step.histogram for step in self._steps], axis=0)
         histogram = histogram / histogram.sum()
-        norm = float(gradient_norm) if gradient_norm is not None else None
+        seconds = progress.seconds - self._from_seconds
         row = {
             "step": progress.step,
             "tokens": progress.tokens,
             "loss": loss,
             "cross_entropy": cross_entropy,
             "penalty": penalty,
-            "mean_steps": float((histogram * torch.arange(len(histogram), device=histogram.device)).sum()),
-            "expected_steps": float(torch.stack(self._expected).mean()),
+            "mean_steps": float(histogram @ np.arange(len(histogram))),
+            "expected_steps": expected,
             "steps_histogram": histogram.tolist(),
             "learning_rate": rate,
-            "grad_norm": norm,
+            "grad_norm": None if gradient_norm is None else float(gradient_norm),
             "flops_realised": progress.flops_realised,
             "flops_executed": progress.flops_executed,
             "flops_paper": progress.flops_paper,
-            "tokens_per_second": (progress.tokens - self._from_tokens)
-            / max(progress.seconds - self._from_seconds, 1e-9),
+            "tokens_per_second": (progress.tokens - self._from_tokens) / max(seconds, 1e-9),
             "seconds": progress.seconds,
             "time": time.time(),
         }

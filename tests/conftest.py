@@ -20,16 +20,9 @@ for name in ("HALTSCALE_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
 
 from haltscale.platform import cluster  # noqa: E402
 
-from jobs import TOY_LENGTH, run  # noqa: E402
+from jobs import TOY_LENGTH, command_line, run  # noqa: E402
 
 os.environ.update(cluster.LOOPBACK_ONLY)
-
-
-def _command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +31,7 @@ def head() -> Iterator[cluster.Head]:
     with tempfile.TemporaryDirectory(prefix="hs-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
         yield cluster.up(cpus=2, temp_dir=temp_dir)  # a short path: Unix sockets allow about 100 characters
         cluster.down()
-        left = [process.pid for process in psutil.process_iter() if temp_dir in _command_line(process)]
+        left = [process.pid for process in psutil.process_iter() if temp_dir in command_line(process)]
         assert not left, f"processes of the head are left: {left}"
 
 

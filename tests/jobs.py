@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from haltscale.platform import cluster
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,3 +36,11 @@ def run(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) ->
     job = submit(head, *entrypoint, working_dir=working_dir)
     output, _ = job.communicate()
     return job.returncode, output
+
+
+def command_line(process: psutil.Process) -> str:
+    """A process's command line; empty where it has gone or is not ours to read."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -43,7 +43,8 @@ def test_an_empty_store_says_how_to_fill_it(author, name):
     page = open_page(name)
     assert page.title[0].value == "No study yet"
     lines = {code.value for code in page.code}
-    assert {"make study", "ray job submit --working-dir . -- python -m haltscale.studies.quickstart"} <= lines
+    assert "make study" in lines
+    assert any("ray job submit --working-dir . -- python -m haltscale.studies.quickstart" in line for line in lines)
 
 
 @pytest.mark.parametrize(("name", "figures"), [("scaling", 1), ("halting", 3), ("tokens", 2), ("runs", 1)])

@@ -70,7 +70,8 @@ def test_a_run_that_goes_on_writes_its_rows_once(any_store):
     second = recorder(any_store)  # its checkpoint was taken at step 4
     second.begin(4)
     assert any_store.metrics("study", "key")["step"].tolist() == [1, 2, 3, 4]
-    assert any_store.evaluations("study", "key")["step"].tolist() == [1, 2, 3, 4]
+    # The evaluation of the checkpoint's own step may have been cut off, and is made again.
+    assert any_store.evaluations("study", "key")["step"].tolist() == [1, 2, 3]
     for step in range(5, 9):
         second.log({"step": step, **ROW})
         second.probe(step, table())

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,7 @@ from haltscale.platform.order import global_batches
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training import Progress
 
-from jobs import TOY_LENGTH, run, submit
+from jobs import TOY_LENGTH, command_line, run, submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -29,11 +29,15 @@ Study(
     name="toy",
     question="Does it run?",
     corpus=Corpus(name="toy", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=200),
-    base=RunConfig(tokens=49152, context=64, batch_tokens=1024),
-    sweep=grid(method="vanilla", seed=[0, 1]) + grid(method="adaptive", lam=1.0, tau=0.05, seed={seeds!r}),
+    base=RunConfig(tokens=49152, context=64, batch_tokens=1024, learning_rate=1e-2),
+    sweep=grid(method="vanilla", seed=[0, 1]) + grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds!r}),
     execution=ExecutionConfig(evaluations=2, checkpoints=4, log_every_seconds=0.1),
 ).main()
 """
+
+
+def training_workers() -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process)]
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
@@ -58,15 +62,9 @@ def toy(texts: Path, tmp_path: Path, *, seeds: list[int]) -> str:
     return str(path)
 
 
-def drivers(script: str) -> Iterator[psutil.Process]:
+def drivers(script: str) -> list[psutil.Process]:
     """The processes that run a study's script: what the job server started, not the `ray job submit` that asked."""
-    for process in psutil.process_iter():
-        try:
-            line = process.cmdline()
-        except psutil.Error:
-            continue
-        if script in line and "submit" not in line and line[0].endswith("python"):
-            yield process
+    return [p for p in psutil.process_iter() if re.fullmatch(rf"\S*python\S* {re.escape(script)}", command_line(p))]
 
 
 def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
@@ -99,9 +97,13 @@ def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path)
         assert steps == sorted(set(steps)), "a resumed run writes no step twice"
         assert steps[-1] == view.record["steps"] == 48
         assert view.record["tokens"] == 49152
-    digests = {view.record["identity"]["seed"]: set() for view in store.runs("toy")}
+        if view.record["identity"]["method"] == "adaptive":
+            halting = view.record["halting"]
+            assert halting["well_predicted_mean_steps"] < halting["badly_predicted_mean_steps"], halting
+            assert halting["well_predicted_expected_steps"] < halting["badly_predicted_expected_steps"]
+    digests: dict[int, set[str]] = {}
     for view in store.runs("toy"):
-        digests[view.record["identity"]["seed"]].add(view.record["sequence_digest"])
+        digests.setdefault(view.record["identity"]["seed"], set()).add(view.record["sequence_digest"])
     assert all(len(seen) == 1 for seen in digests.values()), "a resumed run went on at the very next sequence"
 
     # Once more: nothing.
@@ -128,7 +130,7 @@ def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_p
 
     job = submit(head, "python", str(script))
     wait_for(checkpointed, job)
-    killed = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline() or [])]
+    killed = training_workers()
     assert killed, "no training worker was found"
     for process in killed:
         process.send_signal(signal.SIGKILL)
@@ -208,6 +210,31 @@ def test_a_second_quickstart_trains_nothing(head: cluster.Head, quickstart: str)
 def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> None:
     client = cluster.client(head)
     assert all(job.status.is_terminal() for job in client.list_jobs())
-    working = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline() or [])]
-    mine = [p for p in working if head.temp_dir in " ".join(p.environ().values())]
-    assert not mine
+    assert not [p.pid for p in training_workers() if head.temp_dir in " ".join(p.environ().values())]
+
+
+def test_two_workers_see_the_sequences_of_one(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    script = tmp_path / "toy_workers.py"
+    text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-two",\n    q')
+    script.write_text(text.replace('grid(method="vanilla", seed=[0, 1]) + ', "").replace("tau=0.2", "tau=0.3"))
+    records = []
+    for workers in (1, 2):
+        store = RunStore(tmp_path / f"{workers}-workers")
+        options = ["--store", store.root, "--set", f"workers={workers}", "--set", "tokens=16384"]
+        code, output = run(head, "python", str(script), *options)
+        assert code == 0, output
+        (view,) = store.runs("toy-two")
+        records.append(view.record)
+    one, two = records
+    for same in ("key", "sequence_digest", "tokens", "steps"):
+        assert one[same] == two[same]
+    assert one["loss"] == pytest.approx(two["loss"], rel=0.02)  # bf16, summed in another order
+    assert one["flops_realised"] == pytest.approx(two["flops_realised"], rel=0.1)
+
+
+def test_everything_listens_on_loopback_only(head: cluster.Head) -> None:
+    mine = [p for p in psutil.process_iter() if head.temp_dir in command_line(p) or head.gcs in command_line(p)]
+    family = {process.pid: process for parent in mine for process in [parent, *parent.children(recursive=True)]}
+    listening = [c for p in family.values() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 3
+    assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} <= {"127.0.0.1", "::1"}
