@@ -9,9 +9,10 @@ halting.py         from gates to exit masses; HaltingTrace
 ledger.py          counted passes, and FLOPs of three kinds
 decoding.py        keys and values from token to token
 latent_loop.py     the latent chain, and repeated.py, plain repeated passes: what the methods are made of
-vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, mor   the methods, one file each
+vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, adaponder, mor   the methods, one file each
 """
 
+from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.config import SIZES, Method, MethodOptions, ModelConfig, Shape
 from haltscale.model.decoding import DecodingState
@@ -34,6 +35,7 @@ __all__ = [
     "IGNORE_INDEX",
     "METHODS",
     "SIZES",
+    "AdaponderOptions",
     "AdaptiveModel",
     "AdaptiveOptions",
     "DecodingState",

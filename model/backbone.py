@@ -7,6 +7,7 @@ Which row attends to which is not the block's business; an *attention plan* deci
 - CausalPlan: one state per position, the ordinary causal pass over [B, T].
 - ThoughtPlan: pass k of a latent chain, where the active rows of pass k attend to every state that has been executed
   at their position or before (the paper's 2-D causal attention).
+- ReusePlan: a later pass that sees one state per position, the newest.
 
 Shape suffixes, here and in the files beside this one:
 B sequences, T positions, N packed rows, M query slots, S key slots, H query heads, G key/value heads, E head dimension,
@@ -194,11 +195,16 @@ class ThoughtPlan:
         counts.record(rows=rows, keys=self.keys_needed, executed_rows=rows, executed_keys=pairs)
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        B, M, S = self.batch, self.queries, self.slots
+        B, S = self.batch, self.slots
         G, E = k_NGE.shape[1:]
         memory = (*(memory or ()), (k_NGE.flatten(1), v_NGE.flatten(1)))
         keys, values = (self._merge(parts) for parts in zip(*memory, strict=True))
-        k_BSGE, v_BSGE = keys[:-1].view(B, S, G, E), values[:-1].view(B, S, G, E)
+        return self._look(q_NHE, keys[:-1].view(B, S, G, E), values[:-1].view(B, S, G, E)), memory
+
+    def _look(self, q_NHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor) -> Tensor:
+        """Attention of this pass's rows over all states."""
+        B, M = self.batch, self.queries
+        G, E = k_BSGE.shape[2:]
         q_flat = q_NHE.flatten(1)
         if not self.dense:
             q_flat = MergeFunction.apply(B * M + 1, False, [self.query_slot_N], q_flat)[:-1]
@@ -211,7 +217,8 @@ class ThoughtPlan:
                 [attention(q_BMHE[:, a:b], k_BSGE[:, :w], v_BSGE[:, :w], mask) for a, b, w, mask in self.chunks], dim=1
             )
         out_flat = out_BMHE.reshape(B * M, -1)
-        return out_flat if self.dense else TakeFunction.apply(out_flat, self.query_slot_N), memory
+        looked: Tensor = out_flat if self.dense else TakeFunction.apply(out_flat, self.query_slot_N)
+        return looked
 
     def _merge(self, parts: tuple[Tensor, ...]) -> Tensor:
         """The states of all passes in position-major order, [B*S + 1, G*E].
@@ -220,6 +227,26 @@ class ThoughtPlan:
         """
         merged: Tensor = MergeFunction.apply(self.batch * self.slots + 1, self.full, self.slots_of, *parts)
         return merged
+
+
+class ReusePlan(ThoughtPlan):
+    """A later pass in which a position shows one state, its newest: the active rows see every position up to their own,
+    and a position that has stopped goes on showing the keys and values of its last pass (AdaPonderLM)."""
+
+    def __init__(self, valid_BT: Tensor, row_N: Tensor, dtype: torch.dtype):
+        """row_N: the active rows as indices into [B*T], ascending."""
+        super().__init__(valid_BT.long(), [row_N], dtype)
+        self.row_N = row_N
+
+    def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """memory: keys and values of all B*T rows, as a CausalPlan with `keep` or a ReusePlan left them."""
+        assert memory is not None
+        G, E = k_NGE.shape[1:]
+        keys, values = (
+            old.index_copy(0, self.row_N, new.flatten(1)) for old, new in zip(memory[0], (k_NGE, v_NGE), strict=True)
+        )
+        k_BSGE, v_BSGE = (x.view(self.batch, -1, G, E)[:, : self.slots] for x in (keys, values))
+        return self._look(q_NHE, k_BSGE, v_BSGE), ((keys, values),)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Method(StrEnum):
     PONDER2 = "ponder2"
     MOR = "mor"
     PONDER3 = "ponder3"
+    ADAPONDER = "adaponder"
 
 
 class MethodOptions(Protocol):

@@ -62,11 +62,18 @@ class KeyValueCache:
             self.memories = [((moved(keys), moved(values)),) for ((keys, values),) in self.memories]
             self.capacity = new
 
-    def plan(self, rows: list[int], *, read: int, write: Sequence[int], new: int = 1) -> "DecodingPlan":
+    def plan(
+        self, rows: list[int], *, read: int, write: Sequence[int], new: int = 1, replace: bool = False
+    ) -> "DecodingPlan":
         """The plan of a pass in which the sequences `rows` add `new` states each to the regions `write` (one to each)
-        and their queries see region `read`, itself one of them; the j-th of several new states sees those up to it."""
+        and their queries see region `read`, itself one of them; the j-th of several new states sees those up to it.
+        replace: the new states take the places of the newest ones instead."""
         device = self.memories[0][0][0].device
         slots, stride = [], self.capacity * sum(self.widths)
+        if replace:
+            for r in write:
+                for b in rows:
+                    self.held[r][b] -= new
         for b in rows:
             for j in range(new):
                 slots += [b * stride + self._start(r, self.capacity) + self.held[r][b] + j for r in write]

@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.shape.d)
-        self.random_start: dict[str, float] = {}  # std of parameters of the method's own that start random, by name
+        self.random_start: dict[str, float] = {}  # see `initialise`
         self.head = None if config.tie_embeddings else nn.Linear(config.shape.d, config.vocab_size, bias=False)
 
     # What a method defines -------------------------------------------------------------------------------------------
@@ -298,8 +298,9 @@ def initialise(model: LanguageModel, seed: int) -> None:
 
     Each parameter has a random stream of its own, so weights that two methods share start out identical, and a method
     that adds a parameter disturbs no other. Normal with std sqrt(2/(5d)) (Nguyen & Salakhutdinov, 2019; PonderLM-2 for
-    the embedding), projections into the residual stream divided by sqrt(2 layers) (GPT-2). What is not a plain weight
-    (norm gains, routers) keeps the value that its module gave it.
+    the embedding), projections into the residual stream divided by sqrt(2 layers) (GPT-2). Any module may name further
+    parameters of its own in a dict `random_start`, each with its std. What is none of these (norm gains, a router's
+    last layer) keeps the value that its module gave it.
     """
     shape = model.config.shape
     std = math.sqrt(2.0 / (5.0 * shape.d))
@@ -309,12 +310,12 @@ def initialise(model: LanguageModel, seed: int) -> None:
         if isinstance(module, Block):
             scale |= {id(module.qkv.weight): std, id(module.gate_up.weight): std}
             scale |= {id(module.out.weight): into_residual, id(module.down.weight): into_residual}
+        for name, own_std in getattr(module, "random_start", {}).items():
+            scale[id(module.get_parameter(name))] = own_std
     scale[id(model.embedding.weight)] = std if model.config.embedding_scale else 0.02
     if model.head is not None:
         scale[id(model.head.weight)] = std
     for name, parameter in model.named_parameters():
-        if name in model.random_start:
-            scale[id(parameter)] = model.random_start[name]
         if id(parameter) in scale:
             digest = hashlib.sha256(f"{seed}/{canonical_name(name)}".encode()).digest()
             stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

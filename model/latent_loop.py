@@ -8,6 +8,7 @@ position that has stopped is computed no further: every pass runs on the packed 
 The controls use the same loop with the number of steps dictated from outside.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -57,6 +58,7 @@ class Router(nn.Module):
     def __init__(self, d: int, bias: float, *, hidden: bool = False, outputs: int = 1):
         super().__init__()
         self.hidden = nn.Linear(d, d, bias=False) if hidden else None
+        self.random_start = {"hidden.weight": math.sqrt(2.0 / (5.0 * d))} if hidden else {}
         self.score = nn.Linear(d, outputs)
         nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, bias)

@@ -39,7 +39,8 @@ class PauseModel(LanguageModel):
         self.latent_loop = RepeatedPasses(config)
         # One learned vector, which goes in as it is: at unit scale if the tokens do.
         self.pause = nn.Parameter(torch.zeros(config.shape.d)) if self.steps else None
-        self.random_start = {"pause": 1.0 if config.embedding_scale else 0.02}
+        if self.steps:
+            self.random_start = {"pause": 1.0 if config.embedding_scale else 0.02}
 
     def _with_pauses(self, x_Nd: Tensor) -> Tensor:
         """[N, d] -> [N * (K + 1), d]."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from haltscale.model.adaponder import AdaponderModel, AdaponderOptions
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions
 from haltscale.model.config import Method, MethodOptions, ModelConfig
 from haltscale.model.fixed import FixedModel, FixedOptions
@@ -65,6 +66,9 @@ METHODS: dict[str, MethodEntry] = {
     ),
     Method.PONDER3: MethodEntry(
         Ponder3Options, Ponder3Model, _l_max_more, "PonderLM-3: plans its steps after the first, keys fade"
+    ),
+    Method.ADAPONDER: MethodEntry(
+        AdaponderOptions, AdaponderModel, _l_max_more, "AdaPonderLM: PonderLM with a gate after every iteration"
     ),
 }
 

@@ -329,6 +329,38 @@ def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     return [head(model, norm(last[t], loop.stack.final_norm)) for t in range(T)], extra, executed
 
 
+def adaponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    """AdaPonderLM in decoding order; a token shows its newest state up to the pass that looks. Extra: sparsity loss."""
+    options, theta, stack = model.options, model.config.rope_theta, model.latent_loop.stack
+    factor = math.sqrt(2.5 * model.config.shape.d) if model.config.embedding_scale else 1.0
+    states, last, out = new_states(stack), [], []
+    gates: list[list[tuple[int, Tensor]]] = [[] for _ in range(options.l_max)]
+    for t, token in enumerate(tokens):
+        e = embed(model, token)
+        last.append(0)
+        for k in range(options.l_max + 1):
+            last[t] = k
+            z = stack_row(stack, e, t, theta, states, (t, k), [(j, min(k, last[j])) for j in range(t + 1)])
+            if k == options.l_max:
+                break
+            router = model.latent_loop.routers[k]
+            hidden = router.hidden.weight @ z
+            score = router.score.weight[0] @ (hidden / (1 + torch.exp(-hidden))) + router.score.bias[0]
+            gate = 1 / (1 + torch.exp(-score))
+            gates[k].append((t, gate))
+            if not gate > options.tau:
+                break
+            p = torch.softmax(head(model, z), dim=0)
+            e = e + gate * factor * sum(p[v] * model.embedding.weight[v] for v in range(len(p)))
+        out.append(head(model, z))
+    extra = [torch.zeros((), dtype=out[0].dtype) for _ in tokens]
+    for of_pass in gates:
+        lowest = sorted(of_pass, key=lambda pair: float(pair[1].detach()))
+        for t, gate in lowest[: math.ceil(len(of_pass) * options.fraction)]:
+            extra[t] = extra[t] + options.lam * gate
+    return out, extra, [k + 1 for k in last]
+
+
 def ponder3_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     """PonderLM-3: the tail is known after the first pass; keys fade with its logarithm."""
     options, theta = model.config.options, model.config.rope_theta

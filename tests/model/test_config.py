@@ -14,6 +14,7 @@ from haltscale.model import (
     AdaptiveOptions,
     Method,
     ModelConfig,
+    RouterKind,
     Shape,
     VanillaOptions,
     build_model,
@@ -102,6 +103,18 @@ def test_the_seed_alone_decides_the_initial_weights() -> None:
     two, other = weights(build_model(GOOD, seed=5)), weights(build_model(GOOD, seed=6))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["stack.blocks.0.qkv.weight"], other["stack.blocks.0.qkv.weight"])
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_the_seed_decides_the_weights_of_every_method(method: Method) -> None:
+    entry = METHODS[method]
+    options = entry.options() if method is not Method.ADAPTIVE else AdaptiveOptions(router=RouterKind.MLP)
+    config = replace(GOOD, shape=replace(GOOD.shape, layers=3), method=method, options=options)
+    torch.manual_seed(1)
+    one = weights(build_model(config, seed=5))
+    torch.manual_seed(2)
+    two = weights(build_model(config, seed=5))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_methods_share_their_initial_weights() -> None:

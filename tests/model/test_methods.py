@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from haltscale.model import METHODS, Method, Shape
+from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.latent_loop import RouterKind
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[Method, Any]] = {
     "ponder, replacing": (Method.PONDER, PonderOptions(steps=2, accumulate=False)),
     "ponder2": (Method.PONDER2, Ponder2Options()),
     "ponder3": (Method.PONDER3, Ponder3Options(lam=0.3, tau=0.25, router_bias=0.5)),
+    "adaponder": (Method.ADAPONDER, AdaponderOptions(lam=0.3, fraction=0.4, router_bias=0.3)),
     "mor": (Method.MOR, MorOptions(auxiliary_weight=0.3)),
     "mor, token choice": (Method.MOR, MorOptions(routing=Routing.TOKEN_CHOICE, balance_weight=0.3)),
 }
@@ -64,6 +66,7 @@ ORACLES = {
     "ponder, replacing": "ponder_sequence",
     "ponder2": "ponder2_sequence",
     "ponder3": "ponder3_sequence",
+    "adaponder": "adaponder_sequence",
     "mor": "mor_sequence",
     "mor, token choice": "mor_sequence",
 }
@@ -95,7 +98,7 @@ def test_forward_and_gradients_equal_the_definition(
     beta = None if "step penalty" in case else beta
     if case == "ponder3":
         beta = 0.0
-    if case.startswith("mor"):
+    if case.startswith(("mor", "adaponder")):
         lam, beta = 1.0, None
     loss, logits, executed = oracle.batch_loss(model, getattr(oracle, ORACLES[case]), rows, wanted, lam, beta)
     out = model(tokens, targets, lengths_B=torch.tensor(lengths), return_logits=True)
@@ -279,7 +282,7 @@ def test_mor_needs_three_layers(tiny: Callable) -> None:
         tiny(Method.MOR, MorOptions())
 
 
-@pytest.mark.parametrize("case", ["adaptive, router per step", "ponder3", "mor", "mor, token choice"])
+@pytest.mark.parametrize("case", ["adaptive, router per step", "ponder3", "adaponder", "mor", "mor, token choice"])
 def test_routers_of_passes_that_nobody_reaches_have_gradients_too(tiny: Callable, batch: Callable, case: str) -> None:
     """ZeRO waits on every rank for every parameter, however early this rank's tokens stopped."""
     model = build(tiny, case)
