@@ -40,11 +40,16 @@ class LoopedModel(LanguageModel):
 
     def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
         B, T = tokens_BT.shape
-        h_Nd = self.embed(tokens_BT).flatten(0, 1)
-        rope = self.latent_loop.rope(B, T, h_Nd)
+        loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
-        for k in range(self.steps + 1):
-            h_Nd = self.latent_loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == self.steps)
+
+        def passes(h_Nd: Tensor) -> Tensor:
+            rope = loop.rope(B, T, h_Nd)
+            for k in range(self.steps + 1):
+                h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == self.steps)
+            return h_Nd
+
+        h_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
         return Thought(h_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
 
     def cache_widths(self) -> list[int]:

@@ -52,10 +52,14 @@ class PauseModel(LanguageModel):
     def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
         B, T = tokens_BT.shape
         width = self.steps + 1
-        x_Nd = self._with_pauses(self.embed(tokens_BT).flatten(0, 1))
-        rope = self.latent_loop.rope(B, T, x_Nd, repeat=width)
+        loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
-        z_Nd = self.latent_loop.run(x_Nd, rope, valid_BT.repeat_interleave(width, dim=1), counts)
+
+        def one_pass(x_Nd: Tensor) -> Tensor:
+            rope = loop.rope(B, T, x_Nd, repeat=width)
+            return loop.run(x_Nd, rope, valid_BT.repeat_interleave(width, dim=1), counts)
+
+        z_Nd: Tensor = loop(self._with_pauses(self.embed(tokens_BT).flatten(0, 1)), one_pass)
         return Thought(z_Nd.view(B, T, width, -1)[:, :, -1], single_state_trace(valid_BT, counts, steps=self.steps))
 
     def cache_widths(self) -> list[int]:

@@ -54,12 +54,16 @@ class PonderModel(LanguageModel):
 
     def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
         B, T = tokens_BT.shape
-        token_Nd = e_Nd = self.embed(tokens_BT).flatten(0, 1)
-        rope = self.latent_loop.rope(B, T, e_Nd)
+        loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
-        for _ in range(self.steps):
-            e_Nd = self._next_input(token_Nd, e_Nd, self.latent_loop.run(e_Nd, rope, valid_BT, counts))
-        z_Nd = self.latent_loop.run(e_Nd, rope, valid_BT, counts)
+
+        def passes(token_Nd: Tensor) -> Tensor:
+            e_Nd, rope = token_Nd, loop.rope(B, T, token_Nd)
+            for _ in range(self.steps):
+                e_Nd = self._next_input(token_Nd, e_Nd, loop.run(e_Nd, rope, valid_BT, counts))
+            return loop.run(e_Nd, rope, valid_BT, counts)
+
+        z_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
         return Thought(z_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
 
     def cache_widths(self) -> list[int]:

@@ -54,13 +54,16 @@ class Ponder2Model(LanguageModel):
     def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
         B, T = tokens_BT.shape
         loop = self.latent_loop
-        x_Nd = self.embed(tokens_BT).flatten(0, 1)
         counts = PassCounts(tokens=int(valid_BT.sum()))
-        z_Nd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)
-        rope, valid_BU = loop.rope(B, T, x_Nd, repeat=2), valid_BT.repeat_interleave(2, dim=1)
-        for _ in range(self._jacobi_passes()):
-            z_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[0::2]
-        out_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[1::2]
+
+        def passes(x_Nd: Tensor) -> Tensor:
+            z_Nd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)
+            rope, valid_BU = loop.rope(B, T, x_Nd, repeat=2), valid_BT.repeat_interleave(2, dim=1)
+            for _ in range(self._jacobi_passes()):
+                z_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[0::2]
+            return loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[1::2]
+
+        out_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
         return Thought(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=1))
 
     def cache_widths(self) -> list[int]:

@@ -3,6 +3,8 @@
 In these methods a pass sees only its own keys and values, so decoding keeps one cache region per pass.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from haltscale.model.backbone import CausalPlan, Rope, Stack, rope_table
@@ -12,12 +14,19 @@ from haltscale.model.ledger import PassCounts
 
 
 class RepeatedPasses(nn.Module):
-    """The stack, ready to be applied to [B, T] rows as often as a method likes."""
+    """The stack, ready to be applied to [B, T] rows as often as a method likes.
+
+    In training, all passes run within one `forward`: under ZeRO-3 the parameters are gathered once for all of them.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.stack = Stack(config.shape, config.norm_eps)
+
+    def forward(self, x_Nd: Tensor, passes: Callable[[Tensor], Tensor]) -> Tensor:
+        """passes(x_Nd): what the method makes of its input by calling `run`."""
+        return passes(x_Nd)
 
     def rope(self, B: int, T: int, like: Tensor, *, repeat: int = 1) -> Rope:
         """Angles of [B, T * repeat] rows, each position standing `repeat` times."""
