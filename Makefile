@@ -43,8 +43,8 @@ browser: # the page tests need a Chromium; without one, and without the right to
 test: $(VENV)/.installed-dev browser ## install what is missing and run the tests
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed-dev browser ## also the long ones
-	$(BIN)/python -m pytest -m 'not gpu'
+test-slow: $(VENV)/.installed-dev browser ## run the long tests
+	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 # Type checker and import linter read the rooms under their import name.
 typed:

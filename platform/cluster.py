@@ -211,14 +211,17 @@ def _stop_processes(head: Head) -> bool:
             return False
         return bool(marks & set(words)) and any("ray" in word for word in words)
 
-    doomed = [process for process in psutil.process_iter() if process.pid != os.getpid() and belongs(process)]
-    doomed += [child for process in doomed for child in _children(process)]
-    for process in doomed:
-        _quietly(process.terminate)
-    _, stubborn = psutil.wait_procs(doomed, timeout=10)
-    for process in stubborn:
-        _quietly(process.kill)
-    return bool(doomed)
+    found = False
+    while doomed := [process for process in psutil.process_iter() if belongs(process)]:  # a raylet may still start some
+        found = True
+        doomed += [child for process in doomed for child in _children(process)]
+        for process in doomed:
+            _quietly(process.terminate)
+        _, stubborn = psutil.wait_procs(doomed, timeout=10)
+        for process in stubborn:
+            _quietly(process.kill)
+        psutil.wait_procs(stubborn, timeout=10)
+    return found
 
 
 def _children(process: object) -> list:

@@ -103,7 +103,11 @@ def _tune(specs: list[ray_train.RunSpec], *, concurrency: int) -> None:
     tuner = tune.Tuner(
         tune.with_resources(_trial, {"cpu": TRIAL_CPUS}),
         param_space={"spec": tune.grid_search([spec.to_dict() for spec in specs])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=concurrency, trial_dirname_creator=_trial_name),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,  # a trial's driver takes seconds to import torch
+            trial_dirname_creator=_trial_name,
+        ),
         run_config=tune.RunConfig(
             name=f"{specs[0].study}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(haltscale_home() / "tune"),

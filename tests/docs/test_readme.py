@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def shell(line: str, env: dict[str, str]) -> str:
     return done.stdout
 
 
+def table(output: str) -> list[str]:
+    """The rows of the table of results."""
+    return re.findall(r"^\s*(?:vanilla|adaptive) · .*\d.*$", output.split("nats/token")[-1], flags=re.MULTILINE)
+
+
 def make(line: str) -> str:
     """The README's make line, with the environment that runs the tests instead of a new one."""
     return f"{line} VENV={shlex.quote(sys.prefix)} --assume-old={shlex.quote(sys.prefix)}/.installed"
@@ -67,7 +73,10 @@ def test_command(line: str, head: cluster.Head, quickstart: str, tmp_path: Path)
     elif "ray job submit" in line:
         runtime = f"--runtime-env-json={shlex.quote(_runtime_environment())}"
         line = line.replace("job submit", f"job submit {runtime}")
-        assert "nothing to train" in shell(f"{exported(head)}; {line} {toy}", environment())
+        output = shell(f"{exported(head)}; {line} {toy}", environment())
+        assert "all 6 runs are finished, nothing to train" in output
+        assert len(table(output)) == 6
+        assert table(output) == table(quickstart)
     elif "submit" in line:
         assert "nothing to train" in shell(f"{line} -- {toy}", environment())
     elif line.startswith("haltscale "):
@@ -80,6 +89,14 @@ def _runtime_environment() -> str:
     return json.dumps({"env_vars": {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"]}})
 
 
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/_stcore/health", timeout=60) as answer:
+            return bool(answer.read() == b"ok")
+    except OSError:  # it does not listen yet
+        return False
+
+
 @pytest.mark.ray
 def test_the_dashboard_starts(head: cluster.Head, quickstart: str) -> None:
     assert SERVES in COMMANDS
@@ -89,15 +106,15 @@ def test_the_dashboard_starts(head: cluster.Head, quickstart: str) -> None:
     try:
         assert server.stdout is not None
         url = next(m.group() for line in server.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
-        for _ in server.stdout:  # Streamlit's own words come when it listens
-            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=60) as answer:
-                assert answer.read() == b"ok"
-            break
+        while not healthy(url):
+            assert server.poll() is None, "the dashboard ended by itself"
+            time.sleep(0.1)
     finally:
         os.killpg(server.pid, 15)
         server.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_the_sweep_of_the_readme(head: cluster.Head, tmp_path: Path) -> None:
@@ -113,7 +130,7 @@ def test_the_sweep_of_the_readme(head: cluster.Head, tmp_path: Path) -> None:
 
 
 def test_make_knows_every_target_of_the_readme() -> None:
-    for target in sorted(set(re.findall(r"make ([a-z-]+)", README))):
+    for target in sorted(set(re.findall(r"(?:^|`)make ([a-z-]+)(?:$|`)", README, flags=re.MULTILINE))):
         done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

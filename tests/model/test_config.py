@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -69,6 +69,44 @@ def test_all_errors_at_once() -> None:
 )
 def test_impossible_shapes(changes: dict[str, int], problem: str) -> None:
     assert replace(GOOD, shape=replace(GOOD.shape, **changes)).problems() == [problem]
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(method, field.name) for method in Method for field in fields(METHODS[method].options)],
+)
+def test_every_option_of_every_method_is_checked(method: Method, name: str) -> None:
+    for wrong in ("nonsense", -1000, None):
+        options = replace(METHODS[method].options(), **{name: wrong})
+        problems = options.problems()
+        assert any(line.startswith(f"{name} = {wrong!r}: must be ") for line in problems), (wrong, problems)
+
+
+@pytest.mark.parametrize("method", [m for m in Method if hasattr(METHODS[m].options(), "tau")])
+def test_the_halting_options_have_their_range(method: Method) -> None:
+    kind = METHODS[method].options
+    for name, wrong in (("l_max", -1), ("l_max", 1.5), ("tau", -0.1), ("tau", 1.1)):
+        (problem,) = replace(kind(), **{name: wrong}).problems()
+        assert problem.startswith(f"{name} = {wrong}: must be "), problem
+        assert "at most" in problem, "the allowed values"
+
+
+def test_a_text_that_does_not_fit() -> None:
+    assert GOOD.problems(tokenizer_size=64, longest=32) == []
+    assert GOOD.problems(tokenizer_size=65, longest=33) == [
+        "vocab_size = 64: must be at least 65, the tokenizer's size",
+        "context = 32: must be at least 33, the longest sequence",
+    ]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused() -> None:
+    model = build_model(GOOD, seed=0)
+    good, bad = torch.tensor([[1, 63]]), torch.tensor([[1, 64]])
+    for tokens, targets in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match="token 64: the model's vocab_size is 64"):
+            model(tokens, targets)
+    with pytest.raises(ValueError, match="token 64: the model's vocab_size is 64"):
+        model.decode_step(torch.tensor([64]), model.start_decoding(1))
 
 
 def test_options_of_another_method() -> None:

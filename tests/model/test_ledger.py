@@ -18,6 +18,7 @@ from haltscale.model import (
     paper_passes,
     paper_training_flops,
 )
+from haltscale.model.config import rung
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,19 @@ def test_our_sizes_bear_their_parameter_count(size: str) -> None:
     counted = sum(model.parameter_groups_count().values())
     assert counted == SIZES[size].parameters(4096)
     assert counted / 1e6 == pytest.approx(float(size[:-1]), rel=0.07)
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_the_ladder_follows_its_rule(size: str) -> None:
+    shape = SIZES[size]
+    assert shape == rung(shape.layers, shape.d)
+    assert shape.d % 64 == 0
+    assert shape.kv_heads == shape.heads >= 2
+    assert shape.head_dim == (64 if shape.d >= 192 else 32)
+    assert shape.ffn / shape.d == 2.6875
+    if shape.d < 768:  # our own
+        meant = 0.99e6 * float(size[:-1])
+        assert rung(shape.layers - 1, shape.d).parameters(4096) < meant <= shape.parameters(4096)
 
 
 def test_the_papers_flops_table() -> None:

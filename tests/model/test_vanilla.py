@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from haltscale.model import Method, VanillaOptions
+from haltscale.model import Method, Shape, VanillaOptions
 
 
 def test_forward_and_gradients_equal_the_definition(tiny: Callable, batch: Callable, oracle: ModuleType) -> None:
@@ -22,6 +22,31 @@ def test_forward_and_gradients_equal_the_definition(tiny: Callable, batch: Calla
         torch.autograd.grad(out.loss, parameters), torch.autograd.grad(loss, parameters), strict=True
     ):
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
+
+
+def as_llama_names(model: Any, what: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What belongs to each weight, by the name that transformers gives it."""
+    shape = model.config.shape
+    q, kv = shape.d, shape.kv_heads * shape.head_dim
+    head = model.embedding if model.head is None else model.head
+    named = {
+        "model.embed_tokens.weight": what(model.embedding.weight),
+        "model.norm.weight": what(model.stack.final_norm.weight),
+        "lm_head.weight": what(head.weight),
+    }
+    for i, block in enumerate(model.stack.blocks):
+        parts = dict(zip("qkv", what(block.qkv.weight).split((q, kv, kv)), strict=True))
+        gate, up = what(block.gate_up.weight).chunk(2)
+        named |= {f"model.layers.{i}.self_attn.{name}_proj.weight": part for name, part in parts.items()}
+        named |= {
+            f"model.layers.{i}.self_attn.o_proj.weight": what(block.out.weight),
+            f"model.layers.{i}.mlp.gate_proj.weight": gate,
+            f"model.layers.{i}.mlp.up_proj.weight": up,
+            f"model.layers.{i}.mlp.down_proj.weight": what(block.down.weight),
+            f"model.layers.{i}.input_layernorm.weight": what(block.attention_norm.weight),
+            f"model.layers.{i}.post_attention_layernorm.weight": what(block.mlp_norm.weight),
+        }
+    return named
 
 
 def as_llama(model: Any) -> LlamaForCausalLM:
@@ -38,33 +63,25 @@ def as_llama(model: Any) -> LlamaForCausalLM:
             rms_norm_eps=config.norm_eps,
             rope_theta=config.rope_theta,
             max_position_embeddings=config.context,
-            tie_word_embeddings=False,
+            tie_word_embeddings=config.tie_embeddings,
         )
     )
-    q, kv = shape.d, shape.kv_heads * shape.head_dim
-    weights = {
-        "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": model.stack.final_norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    for i, block in enumerate(model.stack.blocks):
-        parts = dict(zip("qkv", block.qkv.weight.split((q, kv, kv)), strict=True))
-        gate, up = block.gate_up.weight.chunk(2)
-        weights |= {f"model.layers.{i}.self_attn.{name}_proj.weight": part for name, part in parts.items()}
-        weights |= {
-            f"model.layers.{i}.self_attn.o_proj.weight": block.out.weight,
-            f"model.layers.{i}.mlp.gate_proj.weight": gate,
-            f"model.layers.{i}.mlp.up_proj.weight": up,
-            f"model.layers.{i}.mlp.down_proj.weight": block.down.weight,
-            f"model.layers.{i}.input_layernorm.weight": block.attention_norm.weight,
-            f"model.layers.{i}.post_attention_layernorm.weight": block.mlp_norm.weight,
-        }
-    llama.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
+    llama.load_state_dict(as_llama_names(model, lambda weight: weight.detach().clone()))
     return llama
 
 
-def test_equals_transformers_llama(tiny: Callable, batch: Callable) -> None:
-    model = tiny(Method.VANILLA, VanillaOptions(), dtype=torch.float32, embedding_scale=False)
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_equals_transformers_llama(tiny: Callable, batch: Callable, tie_embeddings: bool, kv_heads: int) -> None:
+    """Logits to 1e-4, and so every gradient."""
+    model = tiny(
+        Method.VANILLA,
+        VanillaOptions(),
+        dtype=torch.float32,
+        embedding_scale=False,
+        tie_embeddings=tie_embeddings,
+        shape=Shape(layers=2, d=16, heads=4, kv_heads=kv_heads, ffn=24),
+    )
     llama = as_llama(model)
     tokens, targets = batch(3, 20)
     out = model(tokens, targets, return_logits=True)
@@ -73,11 +90,12 @@ def test_equals_transformers_llama(tiny: Callable, batch: Callable) -> None:
     assert out.loss.item() == pytest.approx(theirs.loss.item(), abs=1e-5)
     out.loss.backward()
     theirs.loss.backward()
-    torch.testing.assert_close(model.embedding.weight.grad, llama.model.embed_tokens.weight.grad, atol=1e-5, rtol=1e-4)
-    for mine, other in zip(model.stack.blocks, llama.model.layers, strict=True):
-        grad = torch.cat([getattr(other.self_attn, f"{name}_proj").weight.grad for name in "qkv"])
-        torch.testing.assert_close(mine.qkv.weight.grad, grad, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(mine.down.weight.grad, other.mlp.down_proj.weight.grad, atol=1e-5, rtol=1e-4)
+    wanted = as_llama_names(model, lambda weight: weight.grad)
+    if tie_embeddings:
+        del wanted["lm_head.weight"]
+    assert set(wanted) == {name for name, _ in llama.named_parameters()}
+    for name, parameter in llama.named_parameters():
+        torch.testing.assert_close(wanted[name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_context_is_a_limit(tiny: Callable, batch: Callable) -> None:

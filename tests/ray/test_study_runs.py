@@ -18,7 +18,7 @@ from haltscale.platform.order import global_batches
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training import Progress
 
-from jobs import TOY_LENGTH, command_line, run, submit
+from jobs import command_line, run, submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -30,7 +30,7 @@ Study(
     question="Does it run?",
     corpus=Corpus(name="toy", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=200),
     base=RunConfig(tokens=49152, context=64, batch_tokens=1024, learning_rate=1e-2),
-    sweep=grid(method="vanilla", seed=[0, 1]) + grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds!r}),
+    sweep=grid(method="vanilla") + grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds!r}),
     execution=ExecutionConfig(evaluations=2, checkpoints=4, log_every_seconds=0.1),
 ).main()
 """
@@ -83,12 +83,12 @@ def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path)
     before = {
         key: store.run("toy", key).record["finished_at"] for key, state in states().items() if state == "finished"
     }
-    assert 1 <= len(before) < 4
+    assert 1 <= len(before) < 3
 
     # Again: the missing ones only.
     code, output = run(head, "python", script)
     assert code == 0, output
-    assert f"{len(before)} of 4 runs are finished, {4 - len(before)} to train" in output
+    assert f"{len(before)} of 3 runs are finished, {3 - len(before)} to train" in output
     assert set(states().values()) == {RunState.FINISHED}
     for key, finished_at in before.items():
         assert store.run("toy", key).record["finished_at"] == finished_at
@@ -109,18 +109,19 @@ def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path)
     # Once more: nothing.
     code, output = run(head, "python", script)
     assert code == 0, output
-    assert "all 4 runs are finished, nothing to train" in output
+    assert "all 3 runs are finished, nothing to train" in output
 
     # One more value: only the new run.
     code, output = run(head, "python", toy(texts, tmp_path, seeds=[0, 1, 2]))
     assert code == 0, output
-    assert "4 of 5 runs are finished, 1 to train" in output
+    assert "3 of 4 runs are finished, 1 to train" in output
 
 
+@pytest.mark.slow
 def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
     script = tmp_path / "toy_worker.py"
     text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-worker",\n    q')
-    text = text.replace('grid(method="vanilla", seed=[0, 1]) + ', "")
+    text = text.replace('grid(method="vanilla") + ', "")
     script.write_text(text)
     store = RunStore()
 
@@ -177,7 +178,7 @@ def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
         assert Path(store.path("quickstart", view.key, "model", "model.safetensors")).exists()
         assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("checkpoint_*"))
         evaluations = store.evaluations("quickstart", view.key)
-        assert evaluations["step"].tolist() == [4, 8] == store.probe_steps("quickstart", view.key)
+        assert evaluations["step"].tolist() == [8] == store.probe_steps("quickstart", view.key)
         probe = store.probe("quickstart", view.key, 8)
         assert (probe["exit"].map(sum) - 1).abs().max() < 1e-3
         adaptive = view.record["identity"]["method"] == "adaptive"
@@ -195,28 +196,18 @@ def test_every_run_saw_the_same_sequences_in_the_same_order(quickstart: str) -> 
     assert {record["sequence_digest"] for record in records} == {expected.sequence_digest}
 
 
-def test_a_second_quickstart_trains_nothing(head: cluster.Head, quickstart: str) -> None:
-    code, output = run(head, "python", "-m", "haltscale.studies.quickstart", *TOY_LENGTH, working_dir=".")
-    assert code == 0, output
-    assert "all 6 runs are finished, nothing to train" in output
-
-    def table(text: str) -> list[str]:
-        return re.findall(r"^[│┃].*$", text, flags=re.MULTILINE)
-
-    assert len(table(output)) >= 7
-    assert table(output) == table(quickstart)
-
-
 def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> None:
     client = cluster.client(head)
-    assert all(job.status.is_terminal() for job in client.list_jobs())
+    while not all(job.status.is_terminal() for job in client.list_jobs()):  # a status follows its job's output
+        time.sleep(0.1)
     assert not [p.pid for p in training_workers() if head.temp_dir in " ".join(p.environ().values())]
 
 
+@pytest.mark.slow
 def test_two_workers_see_the_sequences_of_one(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
     script = tmp_path / "toy_workers.py"
     text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-two",\n    q')
-    script.write_text(text.replace('grid(method="vanilla", seed=[0, 1]) + ', "").replace("tau=0.2", "tau=0.3"))
+    script.write_text(text.replace('grid(method="vanilla") + ', "").replace("tau=0.2", "tau=0.3"))
     records = []
     for workers in (1, 2):
         store = RunStore(tmp_path / f"{workers}-workers")
