@@ -84,25 +84,34 @@ class Shape:
         return found
 
 
-def _multi_head(layers: int, d: int, heads: int, ffn: int) -> Shape:
-    return Shape(layers=layers, d=d, heads=heads, kv_heads=heads, ffn=ffn)
+def rung(layers: int, d: int) -> Shape:
+    """A step of the ladder. Its rule, which is that of the authors' table carried on to small models:
+
+    - d is a multiple of 64, and kv_heads = heads (plain multi-head attention).
+    - The head dimension is 64; below d = 192, where that would leave one or two heads, it is 32.
+    - ffn = 43/16 d (2.6875 d, so that 3 x d x ffn is about the 8 d^2 of an MLP of inner size 4 d).
+    - Depth: our sizes are named for a parameter count, at vocabulary 4,096 and untied, and have the fewest layers that
+      reach 99 % of it. The authors' depths are their own.
+    """
+    heads = d // (64 if d >= 192 else 32)
+    return Shape(layers=layers, d=d, heads=heads, kv_heads=heads, ffn=43 * d // 16)
 
 
 SIZES: dict[str, Shape] = {
-    # Our ladder, named for the parameter count at vocabulary 4,096, untied. ffn = 2.6875 d throughout, as the authors'.
-    "0.6m": _multi_head(2, 64, 2, 172),
-    "1.8m": _multi_head(4, 128, 4, 344),
-    "4m": _multi_head(6, 192, 3, 516),
-    "8m": _multi_head(8, 256, 4, 688),
-    "17m": _multi_head(8, 384, 6, 1032),
-    "35m": _multi_head(13, 448, 7, 1204),
-    "70m": _multi_head(13, 640, 10, 1720),
-    # The authors' ladder, with their names: 162.7M, 406.6M, 837.6M, 1420.4M, 2634.7M at vocabulary 50,304.
-    "125m": _multi_head(12, 768, 12, 2064),
-    "410m": _multi_head(24, 1024, 16, 2752),
-    "834m": _multi_head(24, 1536, 24, 4128),
-    "1.4b": _multi_head(24, 2048, 32, 5504),
-    "2.8b": _multi_head(48, 2048, 32, 5504),
+    # Ours.
+    "0.6m": rung(2, 64),
+    "1.8m": rung(4, 128),
+    "4m": rung(6, 192),
+    "8m": rung(8, 256),
+    "17m": rung(8, 384),
+    "35m": rung(13, 448),
+    "70m": rung(13, 640),
+    # The authors', with their names: 162.7M, 406.6M, 837.6M, 1420.4M, 2634.7M at vocabulary 50,304.
+    "125m": rung(12, 768),
+    "410m": rung(24, 1024),
+    "834m": rung(24, 1536),
+    "1.4b": rung(24, 2048),
+    "2.8b": rung(48, 2048),
 }
 
 
@@ -131,8 +140,12 @@ class ModelConfig:
     so that a token and a fed-back hidden state have the same size (PonderLM-2). The authors' vanilla model goes
     without; here every arm has it, so that a comparison is about thinking and not about scale."""
 
-    def problems(self) -> list[str]:
-        """All errors of the configuration at once; empty if a model can be built from it."""
+    def problems(self, *, tokenizer_size: int | None = None, longest: int | None = None) -> list[str]:
+        """All errors of the configuration at once; empty if a model can be built from it.
+
+        tokenizer_size, longest: number of distinct tokens and length of the longest sequence of the text that the model
+        is meant for, where they are known.
+        """
         from haltscale.model.registry import METHODS  # the registry imports this module
 
         found = []
@@ -150,6 +163,13 @@ class ModelConfig:
         for name in ("vocab_size", "context"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 found.append(f"{name} = {getattr(self, name)!r}: must be a positive integer")
+        for name, needed, whose in (
+            ("vocab_size", tokenizer_size, "the tokenizer's size"),
+            ("context", longest, "the longest sequence"),
+        ):
+            value = getattr(self, name)
+            if needed is not None and _is_int(value) and 1 <= value < needed:
+                found.append(f"{name} = {value}: must be at least {needed}, {whose}")
         if not _is_number(self.rope_theta) or not self.rope_theta > 1:
             found.append(f"rope_theta = {self.rope_theta!r}: must be a number above 1")
         if not _is_number(self.norm_eps) or not 0 < self.norm_eps < 1:

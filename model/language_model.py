@@ -171,6 +171,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"sequence of {T} tokens: the model's context is {self.config.context}")
         position_T = torch.arange(T, device=tokens_BT.device)
         valid_BT = (position_T < lengths_B[:, None]) if lengths_B is not None else position_T.expand(B, T) >= 0
+        self._check_vocabulary(tokens_BT)
         thought = self.think(tokens_BT, valid_BT)
         logits_BTV = self.speak(thought)
         if targets_BT is None:
@@ -180,6 +181,7 @@ class LanguageModel(nn.Module):
             return Output(unknown, unknown, zero, silent_BT, thought.trace, logits_BTV)
 
         targets_BT = targets_BT.masked_fill(~valid_BT, IGNORE_INDEX)
+        self._check_vocabulary(targets_BT)
         scored_BT = targets_BT != IGNORE_INDEX
         scored = scored_BT.sum().clamp(min=1)
         nll_BT = F.cross_entropy(
@@ -222,12 +224,20 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{len(tokens_B)} tokens: the decoding state was started for {state.batch} sequences")
         if state.position >= self.config.context:
             raise ValueError(f"the model's context of {self.config.context} tokens is full")
+        self._check_vocabulary(tokens_B)
         state.cache.make_room(state.position + 1)
         state.counts.tokens += state.batch
         hidden_Bd, steps_B = self.decode_think(tokens_B, state)
         logits_BV = self.decode_speak(hidden_Bd, state)
         state.position += 1
         return logits_BV, steps_B
+
+    def _check_vocabulary(self, tokens: Tensor) -> None:
+        """Refuse tokens that the model does not have, on CPUs; elsewhere that would cost a trip to the device, and the
+        kernels assert it."""
+        size = self.config.vocab_size
+        if tokens.device.type == "cpu" and tokens.numel() and int(tokens.max()) >= size:
+            raise ValueError(f"token {int(tokens.max())}: the model's vocab_size is {size}, less than the tokenizer's")
 
     def rope_at(self, position: int) -> Rope:
         """Rotary angles of one position, for rows that all stand there."""
@@ -252,6 +262,22 @@ class LanguageModel(nn.Module):
             groups[_group_of(name)] += _true_numel(parameter)
         assert sum(groups.values()) == sum(map(_true_numel, self.parameters()))
         return groups
+
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that decoding sets aside for each token of a sequence, however early it halts.
+
+        One state would take a row in every layer; where a state is written to several regions, to read each in one
+        stride, this counts the copies (decoding.py).
+        """
+        row = 2 * self.cache_row_width() * compute_dtype(self.embedding.weight).itemsize
+        return row * self.cache_layers() * sum(self.cache_widths())
+
+    def state_bytes_per_token(self, counts: PassCounts) -> float:
+        """Bytes of keys and values that the states counted while decoding leave behind, each kept once, per token:
+        what the method needs, as `realised` is in FLOPs."""
+        row = 2 * self.cache_row_width() * compute_dtype(self.embedding.weight).itemsize
+        layers = self.layers_per_pass(len(counts.rows))
+        return row * sum(n * depth for n, depth in zip(counts.rows, layers, strict=True)) / max(counts.tokens, 1)
 
     def flops(self, counts: PassCounts) -> Flops:
         """Forward FLOPs of what was counted; training is 3 x this (ledger.py says why)."""

@@ -65,6 +65,9 @@ class ShuffledModel(AdaptiveModel):
         thought.trace.counts = counts + unspoken
         return thought
 
+    def cache_bytes_per_token(self) -> int:
+        return 2 * super().cache_bytes_per_token()  # the scout's and the speaker's
+
     # Decoding: one cache for the scout and one for the run that speaks -----------------------------------------------
 
     def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
