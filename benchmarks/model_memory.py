@@ -1,10 +1,13 @@
-"""Peak memory of a training step: adaptive with activation checkpointing against vanilla without. Aim: at most 1.6 x.
+"""Peak memory of a training step: adaptive with activation checkpointing over vanilla without. Aim: at most 1.6.
 
-    python benchmarks/model_memory.py [--repeats 3]
+    python benchmarks/model_memory.py [--repeats 3] [--sequences 8]
+    python benchmarks/model_memory.py --device cuda --size 410m --length 2048 --dtype bf16
 
-Each arm runs in a process of its own: forward and backward on 8 sequences of 256 tokens at d 256, 6 layers, vocabulary
-4,096. Its figure is the growth of the process's peak resident memory over the state before the first real step (model
-built, kernels warm from a step on 8 tokens), so gradients, activations and logits count and libraries do not.
+Each arm runs in a process of its own: forward and backward at d 256, 6 layers, vocabulary 4,096, on 8 sequences of 256
+tokens, every latent step of l_max 3 taken. Its figure is the peak over one step, above what the process held when the
+model was built and the libraries were warm from a small model's step: gradients, activations and logits. Once more with
+the weights on top, as a machine must hold it; optimizer state is left out. On a CPU it is resident memory; on a GPU it
+is what PyTorch has allocated.
 """
 
 import argparse
@@ -14,65 +17,105 @@ import resource
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from model_speed import BENCH, DTYPES, Setting, machine, spread
 
-from haltscale.model import AdaptiveOptions, Method, MethodOptions, ModelConfig, Shape, VanillaOptions, build_model
+from haltscale.model import SIZES, AdaptiveOptions, Method, MethodOptions, VanillaOptions
 
+ALL_STEPS = AdaptiveOptions(l_max=3, tau=0.0)
 ARMS: dict[str, tuple[Method, MethodOptions, bool]] = {
     "vanilla": (Method.VANILLA, VanillaOptions(), False),
     "vanilla, checkpointing": (Method.VANILLA, VanillaOptions(), True),
-    "adaptive, all steps": (Method.ADAPTIVE, AdaptiveOptions(l_max=3, tau=0.0), False),
-    "adaptive, all steps, checkpointing": (Method.ADAPTIVE, AdaptiveOptions(l_max=3, tau=0.0), True),
+    "adaptive, all steps": (Method.ADAPTIVE, ALL_STEPS, False),
+    "adaptive, all steps, checkpointing": (Method.ADAPTIVE, ALL_STEPS, True),
 }
 
 PROMPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc then hands a freed tensor back at once: resident memory follows what is alive, not the heap's holes."""
 
 
-def peak() -> float:
-    """Peak resident memory of this process, MiB."""
+def now(device: torch.device) -> float:
+    """Memory of this process, MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def peak(device: torch.device) -> float:
+    """Its peak, MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(arm: str) -> dict[str, float]:
-    """Growth of the peak over one step, MiB, and passes per token."""
+def measure(arm: str, setting: Setting) -> dict[str, float]:
+    """Peak of one step over what was there before, MiB; the weights, MiB; passes per token."""
     torch.set_num_threads(1)
     method, options, checkpointing = ARMS[arm]
-    shape = Shape(layers=6, d=256, heads=4, kv_heads=4, ffn=688)
-    model = build_model(
-        ModelConfig(method=method, shape=shape, vocab_size=4096, context=256, options=options), seed=0
-    ).activation_checkpointing_(checkpointing)
-    small, tokens = torch.randint(4096, (1, 8)), torch.randint(4096, (8, 256))
-    model(small, small).loss.backward()
-    before = peak()
+    small = replace(setting, shape=SIZES["0.6m"], vocabulary=256, sequences=1)
+    few = small.tokens()[:, :8]
+    small.model(method, options).activation_checkpointing_(checkpointing)(few, few).loss.backward()
+    model = setting.model(method, options).activation_checkpointing_(checkpointing)
+    tokens = setting.tokens()
+    before = now(setting.device)
     out = model(tokens, tokens)
     out.loss.backward()
-    return {"mib": peak() - before, "passes": out.trace.counts.mean_passes}
+    step = peak(setting.device) - before
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    return {"step": step, "weights": weights, "passes": out.trace.counts.mean_passes}
 
 
 def main() -> None:
-    """All arms, each in fresh processes; medians."""
+    """All arms, each in fresh processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--arm", choices=list(ARMS), help="measure one arm in this process and print JSON")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=list(SIZES), help="a step of the ladder instead of d 256, 6 layers")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     arguments = parser.parse_args()
+    shape = SIZES[arguments.size] if arguments.size else BENCH
+    setting = Setting(
+        shape=shape,
+        vocabulary=50_304 if shape.d >= 768 else 4096,
+        length=arguments.length,
+        sequences=arguments.sequences,
+        dtype=DTYPES[arguments.dtype],
+        device=torch.device(arguments.device),
+        compiled=False,
+        repeats=arguments.repeats,
+    )
     if arguments.arm:
-        print(json.dumps(measure(arguments.arm)))
+        print(json.dumps(measure(arguments.arm, setting)))
         return
-    found = {}
+    print(f"machine: {machine(1, arguments.device)}")
+    print(
+        f"setting: d {shape.d}, {shape.layers} layers, {setting.sequences} x {setting.length} tokens, "
+        f"vocabulary {setting.vocabulary}, {arguments.dtype}"
+    )
+    plain = 0.0
     for arm in ARMS:
         runs = [
             json.loads(
                 subprocess.run(
-                    [sys.executable, __file__, "--arm", arm], check=True, capture_output=True, env=os.environ | PROMPT
+                    [sys.executable, *sys.argv, "--arm", arm], check=True, capture_output=True, env=os.environ | PROMPT
                 ).stdout
             )
             for _ in range(arguments.repeats)
         ]
-        found[arm] = statistics.median(run["mib"] for run in runs)
-        ratio = found[arm] / found["vanilla"]
-        print(f"{arm}: {found[arm]:.0f} MiB, {ratio:.2f} x vanilla, {runs[0]['passes']:.2f} passes")
+        step, weights = [run["step"] for run in runs], runs[0]["weights"]
+        middle = statistics.median(step)
+        plain = plain or middle
+        print(
+            f"{arm}: {spread(step, 0)} MiB = {middle / plain:.2f} x vanilla; with weights {middle + weights:.0f} MiB = "
+            f"{(middle + weights) / (plain + weights):.2f} x vanilla; {runs[0]['passes']:.2f} passes"
+        )
 
 
 if __name__ == "__main__":

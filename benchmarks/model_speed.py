@@ -1,24 +1,37 @@
 """Speed of the models, side by side in one run, as medians of interleaved repeats.
 
-    python benchmarks/model_speed.py [tax] [llama] [decode] [--repeats 9] [--threads 2] [--cpu-time]
+    python benchmarks/model_speed.py [tax] [llama] [decode] [rate] [where] [--repeats 9] [--threads 2] [--cpu-time]
+    python benchmarks/model_speed.py tax llama rate --device cuda --size 410m --length 2048 --dtype bf16 [--compile]
 
-tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly. Aim: 0.85.
-llama   tokens per second of vanilla over transformers' Llama with the same weights, forward and backward. Aim: 1.0.
-decode  time per decoded token, adaptive over vanilla, divided by adaptive's mean passes. Aim: at most 1.15.
+tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly.
+        Aim: at least 0.85 on 2 cores; on a GPU, at 410m and 2,048 tokens in bf16, at least 0.80.
+llama   tokens per second of vanilla over transformers' Llama of the same size, forward and backward.
+        Aim: at least 1.0 on CPU; on a GPU, with --compile, at least 1.2 over transformers uncompiled.
+decode  time per decoded token, adaptive over vanilla, divided by adaptive's mean passes, alone and in a batch whose
+        sequences halt at different depths. Aim: at most 1.15.
+rate    vanilla's realised FLOP/s, forward and backward, over the machine's matrix rate, measured on square matrices in
+        the same type. Aim: on a GPU at 410m at least 0.45.
+where   which operators the time of a training step goes to, for vanilla and adaptive: what limits the tax.
 
-Ratios are taken within each repeat, where both sides saw the same machine, and then their median. d 256, 6 layers,
-4 sequences of 256 tokens (128 when decoding), vocabulary 4,096; the router has random weights, so halting is ragged.
+Ratios are taken within each repeat, where both sides saw the same machine; printed: median, lowest, highest.
+The default is d 256, 6 layers, 4 sequences of 256 tokens (128 when decoding), vocabulary 4,096, float32; the router has
+random weights, so halting is ragged. --size takes a step of the ladder, with the authors' vocabulary from 125m on.
 """
 
 import argparse
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from haltscale.model import (
+    SIZES,
     AdaptiveOptions,
     LanguageModel,
     Method,
@@ -28,46 +41,95 @@ from haltscale.model import (
     VanillaOptions,
     build_model,
 )
+from haltscale.model.backbone import Block
 
-SHAPE = Shape(layers=6, d=256, heads=4, kv_heads=4, ffn=688)
+BENCH = Shape(layers=6, d=256, heads=4, kv_heads=4, ffn=688)
+DECODED = 128
 CLOCK = [time.perf_counter]  # what `timed` reads
-VOCABULARY, LENGTH, SEQUENCES, DECODED = 4096, 256, 4, 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def model_of(method: Method, options: MethodOptions) -> LanguageModel:
-    """A model of the benchmark's size; a router gets random weights."""
-    config = ModelConfig(
-        method=method, shape=SHAPE, vocab_size=VOCABULARY, context=LENGTH, options=options, embedding_scale=True
-    )
-    model = build_model(config, seed=0)
-    stream = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("score.weight"):
-                weight.copy_(torch.randn(weight.shape, generator=stream) * 1.5 / SHAPE.d**0.5)
-    return model
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and how often."""
+
+    shape: Shape
+    vocabulary: int
+    length: int
+    sequences: int
+    dtype: torch.dtype
+    device: torch.device
+    compiled: bool
+    repeats: int
+
+    def tokens(self, sequences: int | None = None) -> torch.Tensor:
+        """A batch of random tokens."""
+        return torch.randint(self.vocabulary, (sequences or self.sequences, self.length), device=self.device)
+
+    def model(self, method: Method, options: MethodOptions) -> LanguageModel:
+        """A model; a router gets random weights."""
+        config = ModelConfig(
+            method=method, shape=self.shape, vocab_size=self.vocabulary, context=self.length, options=options
+        )
+        model = build_model(config, seed=0)
+        stream = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("score.weight"):
+                    weight.copy_(torch.randn(weight.shape, generator=stream) * 1.5 / self.shape.d**0.5)
+        model = model.to(self.device, self.dtype)
+        if self.compiled:
+            for module in model.modules():
+                if isinstance(module, Block):
+                    module.compile()
+        return model
+
+    def vanilla(self) -> LanguageModel:
+        """The plain model."""
+        return self.model(Method.VANILLA, VanillaOptions())
+
+    def ragged(self) -> LanguageModel:
+        """Adaptive with halting at every depth."""
+        return self.model(Method.ADAPTIVE, AdaptiveOptions(tau=0.3))
 
 
-def ragged() -> LanguageModel:
-    """Adaptive with halting at every depth."""
-    return model_of(Method.ADAPTIVE, AdaptiveOptions(tau=0.3))
+def machine(threads: int, device: str) -> str:
+    """What the figures were measured on, in general words."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    capabilities = torch.cpu.get_capabilities()
+    extensions = [name for name in ("avx512", "avx512_bf16", "amx_bf16") if capabilities.get(name)]
+    cpu = f"{names[0] if names else platform.machine()} ({', '.join(extensions) or 'no AVX512'})"
+    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
+    return f"{threads} threads of {cpu}{gpu}, torch {torch.__version__}"
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds, and what the work gave."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = CLOCK[0]()
     result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return CLOCK[0]() - start, result
 
 
-def interleaved(one: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float, float]:
-    """Medians of both measures and of their ratio, one over the other; the first, cold repeat is dropped."""
+def interleaved(one: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float, list[float]]:
+    """Medians of both measures, and all ratios, one over the other; the first, cold repeat is dropped."""
     pairs = [(one(), other()) for _ in range(repeats + 1)][1:]
     return (
         statistics.median(a for a, _ in pairs),
         statistics.median(b for _, b in pairs),
-        statistics.median(a / b for a, b in pairs),
+        [a / b for a, b in pairs],
     )
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median, and lowest to highest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} [{low:.{digits}f} to {high:.{digits}f}, {len(values)} repeats]"
 
 
 def training_step(model: LanguageModel, tokens: torch.Tensor) -> Callable[[], float]:
@@ -86,40 +148,41 @@ def training_step(model: LanguageModel, tokens: torch.Tensor) -> Callable[[], fl
     return step
 
 
-def tax(repeats: int) -> None:
+def tax(setting: Setting) -> None:
     """Adaptivity tax."""
-    tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH))
-    vanilla = model_of(Method.VANILLA, VanillaOptions())
+    tokens = setting.tokens()
+    vanilla = setting.vanilla()
     for name, adaptive in (
-        ("ragged", ragged()),
-        ("all steps", model_of(Method.ADAPTIVE, AdaptiveOptions(tau=0.0, router_bias=8.0))),
+        ("ragged", setting.ragged()),
+        ("all steps", setting.model(Method.ADAPTIVE, AdaptiveOptions(tau=0.0, router_bias=8.0))),
     ):
         trace = adaptive(tokens, tokens).trace
-        a, v, ratio = interleaved(training_step(adaptive, tokens), training_step(vanilla, tokens), repeats)
+        a, v, ratios = interleaved(training_step(adaptive, tokens), training_step(vanilla, tokens), setting.repeats)
         print(
-            f"tax, {name}: adaptive {a:.1f} / vanilla {v:.1f} realised GFLOP/s = {ratio:.3f} "
+            f"tax, {name}: adaptive {a:.1f} / vanilla {v:.1f} realised GFLOP/s = {spread(ratios)} "
             f"at {1 + trace.mean_steps:.2f} passes, steps {trace.histogram()}"
         )
 
 
-def llama(repeats: int) -> None:
+def llama(setting: Setting) -> None:
     """Vanilla against transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vanilla = model_of(Method.VANILLA, VanillaOptions())
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=SHAPE.d,
-            intermediate_size=SHAPE.ffn,
-            num_hidden_layers=SHAPE.layers,
-            num_attention_heads=SHAPE.heads,
-            num_key_value_heads=SHAPE.kv_heads,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=False,
-        )
+    shape = setting.shape
+    vanilla = setting.vanilla()
+    config = LlamaConfig(
+        vocab_size=setting.vocabulary,
+        hidden_size=shape.d,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=setting.length,
+        tie_word_embeddings=False,
     )
-    tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH))
+    theirs: Any = LlamaForCausalLM(config)
+    theirs = theirs.to(setting.device, setting.dtype)
+    tokens = setting.tokens()
 
     def ours_step() -> float:
         def work() -> None:
@@ -135,15 +198,15 @@ def llama(repeats: int) -> None:
 
         return tokens.numel() / timed(work)[0]
 
-    a, b, ratio = interleaved(ours_step, their_step, repeats)
-    print(f"llama: vanilla {a:.0f} / transformers {b:.0f} tokens/s, forward and backward = {ratio:.3f}")
+    a, b, ratios = interleaved(ours_step, their_step, setting.repeats)
+    print(f"llama: vanilla {a:.0f} / transformers {b:.0f} tokens/s, forward and backward = {spread(ratios)}")
 
 
-def decode(repeats: int) -> None:
+def decode(setting: Setting) -> None:
     """Decoding time per token and pass."""
-    vanilla, adaptive = model_of(Method.VANILLA, VanillaOptions()).eval(), ragged().eval()
+    vanilla, adaptive = setting.vanilla().eval(), setting.ragged().eval()
     for batch in (1, 4):
-        tokens = torch.randint(VOCABULARY, (batch, LENGTH))
+        tokens = setting.tokens(batch)
         passes: list[float] = []
 
         def run(model: LanguageModel, tokens: torch.Tensor = tokens, passes: list[float] = passes) -> float:
@@ -158,31 +221,100 @@ def decode(repeats: int) -> None:
                 passes.append(state.counts.mean_passes)
             return seconds / DECODED * 1e3
 
-        a, b, ratio = interleaved(lambda run=run: run(adaptive), lambda run=run: run(vanilla), max(3, repeats // 3))
+        a, b, ratios = interleaved(partial(run, adaptive), partial(run, vanilla), setting.repeats)
         print(
-            f"decode, batch {batch}: adaptive {a:.2f} / vanilla {b:.2f} ms per token = {ratio:.2f} "
-            f"at {passes[-1]:.2f} passes: {ratio / passes[-1]:.3f} x mean passes"
+            f"decode, batch {batch}: adaptive {a:.2f} / vanilla {b:.2f} ms per token at {passes[-1]:.2f} passes, "
+            f"time per pass over vanilla's = {spread([ratio / passes[-1] for ratio in ratios])}"
         )
+
+
+def rate(setting: Setting) -> None:
+    """Vanilla against the machine's matrix rate."""
+    tokens, size = setting.tokens(), 8192 if setting.device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
+
+    def product() -> float:
+        return 2 * size**3 / min(timed(lambda: a @ b)[0] for _ in range(3)) / 1e9
+
+    v, m, ratios = interleaved(training_step(setting.vanilla(), tokens), product, setting.repeats)
+    print(f"rate: vanilla {v:.1f} realised / matrix product of {size} {m:.1f} GFLOP/s = {spread(ratios)}")
+
+
+def where(setting: Setting) -> None:
+    """Shares of a training step's time by kind of operator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    tokens = setting.tokens()
+    kinds = {
+        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv"),
+        "attention": ("aten::_scaled_dot_product",),
+        "copies and gathers": ("aten::copy_", "aten::index", "aten::cat", "aten::gather", "aten::clone"),
+    }
+    cuda = setting.device.type == "cuda"
+    for name, model in (("vanilla", setting.vanilla()), ("adaptive, ragged", setting.ragged())):
+        step = training_step(model, tokens)
+        step()
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
+            for _ in range(setting.repeats):
+                step()
+        shares = dict.fromkeys([*kinds, "the rest"], 0.0)
+        for event in profiled.key_averages():
+            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+            kind = next((k for k, starts in kinds.items() if event.key.startswith(starts)), "the rest")
+            shares[kind] += spent
+        total = sum(shares.values())
+        print(f"where, {name}: " + ", ".join(f"{kind} {100 * spent / total:.0f} %" for kind, spent in shares.items()))
 
 
 def main() -> None:
     """Run the benchmarks that were named, or all."""
-    known: dict[str, Callable[[int], None]] = {"tax": tax, "llama": llama, "decode": decode}
+    known: dict[str, Callable[[Setting], None]] = {
+        "tax": tax,
+        "llama": llama,
+        "decode": decode,
+        "rate": rate,
+        "where": where,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="tax, llama, decode; all if none is named")
+    parser.add_argument("names", nargs="*", help=f"{', '.join(known)}; all if none is named")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds on one thread, for a machine that is busy")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=list(SIZES), help="a step of the ladder instead of d 256, 6 layers")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks with torch.compile")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in known]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    if arguments.length < DECODED:
+        parser.error(f"--length {arguments.length}: at least {DECODED}")
     if arguments.cpu_time:
         CLOCK[0], arguments.threads = time.process_time, 1
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    shape = SIZES[arguments.size] if arguments.size else BENCH
+    setting = Setting(
+        shape=shape,
+        vocabulary=50_304 if shape.d >= 768 else 4096,
+        length=arguments.length,
+        sequences=arguments.sequences,
+        dtype=DTYPES[arguments.dtype],
+        device=torch.device(arguments.device),
+        compiled=arguments.compile,
+        repeats=arguments.repeats,
+    )
+    print(f"machine: {machine(arguments.threads, arguments.device)}")
+    print(
+        f"setting: d {shape.d}, {shape.layers} layers, {setting.sequences} x {setting.length} tokens, "
+        f"vocabulary {setting.vocabulary}, {arguments.dtype}{', compiled' if setting.compiled else ''}"
+        f"{', CPU seconds' if arguments.cpu_time else ''}"
+    )
     for name in arguments.names or known:
-        known[name](arguments.repeats)
+        known[name](setting)
 
 
 if __name__ == "__main__":

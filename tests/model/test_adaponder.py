@@ -97,3 +97,30 @@ def test_a_sequences_penalty_does_not_depend_on_its_batch(tiny: Callable, batch:
     targets = targets.clamp(min=0)
     alone = [float(model(tokens[b : b + 1], targets[b : b + 1]).penalty) for b in range(3)]
     assert float(model(tokens, targets).penalty) == pytest.approx(sum(alone) / 3)
+
+
+def test_one_position_may_go_on_alone(tiny: Callable, batch: Callable) -> None:
+    tokens, targets = batch(2, 8)
+    plain = tiny(Method.ADAPONDER, replace(OPTIONS, l_max=0))
+    model = tiny(Method.ADAPONDER, OPTIONS, spread=6.0)
+    take_weights(plain, model)
+    hidden_Nd = plain.think(tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden_BTd.flatten(0, 1)
+    highest, second = torch.logit(model.latent_loop.gate(hidden_Nd, 0)).sort(descending=True).values[:2].tolist()
+    with torch.no_grad():
+        model.latent_loop.routers[0].score.bias.sub_((highest + second) / 2)
+    out = model(tokens, targets)
+    assert out.trace.counts.rows[1] == 1
+    out.loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_gates_learn_from_the_text_and_from_the_pressure(tiny: Callable, batch: Callable) -> None:
+    """An open gate has a gradient of the cross-entropy; the sparsity loss alone pulls it down."""
+    tokens, targets = batch(2, 8)
+    free = tiny(Method.ADAPONDER, replace(OPTIONS, lam=0.0))
+    bias = free.latent_loop.routers[0].score.bias
+    (learned,) = torch.autograd.grad(free(tokens, targets).loss, bias)
+    assert learned.abs().item() > 0
+    pressed = tiny(Method.ADAPONDER, OPTIONS)
+    (both,) = torch.autograd.grad(pressed(tokens, targets).loss, pressed.latent_loop.routers[0].score.bias)
+    assert both.item() > learned.item()

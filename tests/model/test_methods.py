@@ -240,8 +240,9 @@ def test_the_trace_adds_up(tiny: Callable, batch: Callable, case: str) -> None:
 
 
 @every_case
-def test_padding_changes_nothing(tiny: Callable, batch: Callable, case: str) -> None:
-    model = build(tiny, case)
+@every_layout
+def test_padding_changes_nothing(tiny: Callable, batch: Callable, case: str, layout: str) -> None:
+    model = build(tiny, case, **LAYOUTS[layout])
     tokens, targets = batch(2, 12)
     lengths = torch.tensor([7, 4])
     noise = torch.where(torch.arange(12) < lengths[:, None], tokens, (tokens + 3) % 31)
@@ -253,8 +254,9 @@ def test_padding_changes_nothing(tiny: Callable, batch: Callable, case: str) -> 
 
 
 @every_case
-def test_bfloat16_trains_and_decodes(tiny: Callable, batch: Callable, case: str) -> None:
-    model = build(tiny, case, dtype=torch.float32).bfloat16().train()
+@every_layout
+def test_bfloat16_trains_and_decodes(tiny: Callable, batch: Callable, case: str, layout: str) -> None:
+    model = build(tiny, case, dtype=torch.float32, **LAYOUTS[layout]).bfloat16().train()
     tokens, targets = batch(2, 12)
     out = model(tokens, targets)
     out.loss.backward()

@@ -102,3 +102,14 @@ def test_context_is_a_limit(tiny: Callable, batch: Callable) -> None:
     tokens, _ = batch(1, 65)
     with pytest.raises(ValueError, match="65 tokens: the model's context is 64"):
         tiny(Method.VANILLA, VanillaOptions())(tokens)
+
+
+def test_context_is_a_limit_of_decoding(tiny: Callable) -> None:
+    model = tiny(Method.VANILLA, VanillaOptions(), context=3)
+    state = model.start_decoding(2)
+    for _ in range(3):
+        model.decode_step(torch.tensor([1, 2]), state)
+    with pytest.raises(ValueError, match="the model's context of 3 tokens is full"):
+        model.decode_step(torch.tensor([1, 2]), state)
+    with pytest.raises(ValueError, match="1 tokens: the decoding state was started for 2 sequences"):
+        model.decode_step(torch.tensor([1]), state)
