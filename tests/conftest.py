@@ -23,6 +23,7 @@ from haltscale.platform import cluster  # noqa: E402
 from jobs import TOY_LENGTH, command_line, run  # noqa: E402
 
 os.environ.update(cluster.LOOPBACK_ONLY)
+cluster.use_token_authentication()
 
 
 @pytest.fixture(scope="session")

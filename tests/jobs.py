@@ -14,7 +14,7 @@ from haltscale.platform import cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-TOY_LENGTH = ["--set", "tokens=16384", "--set", "evaluations=1", "--set", "checkpoints=1"]
+TOY_LENGTH = ["--set", "tokens=8192", "--set", "evaluations=1", "--set", "checkpoints=1"]
 
 
 def submit(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) -> subprocess.Popen[str]:

@@ -29,7 +29,7 @@ Study(
     name="toy",
     question="Does it run?",
     corpus=Corpus(name="toy", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=200),
-    base=RunConfig(tokens=49152, context=64, batch_tokens=1024, learning_rate=1e-2),
+    base=RunConfig(tokens=24576, context=64, batch_tokens=512, learning_rate=1e-2),
     sweep=grid(method="vanilla") + grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds!r}),
     execution=ExecutionConfig(evaluations=2, checkpoints=4, log_every_seconds=0.1),
 ).main()
@@ -96,7 +96,7 @@ def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path)
         steps = store.metrics("toy", view.key)["step"].tolist()
         assert steps == sorted(set(steps)), "a resumed run writes no step twice"
         assert steps[-1] == view.record["steps"] == 48
-        assert view.record["tokens"] == 49152
+        assert view.record["tokens"] == 24576
         if view.record["identity"]["method"] == "adaptive":
             halting = view.record["halting"]
             assert halting["well_predicted_mean_steps"] < halting["badly_predicted_mean_steps"], halting
@@ -105,11 +105,6 @@ def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path)
     for view in store.runs("toy"):
         digests.setdefault(view.record["identity"]["seed"], set()).add(view.record["sequence_digest"])
     assert all(len(seen) == 1 for seen in digests.values()), "a resumed run went on at the very next sequence"
-
-    # Once more: nothing.
-    code, output = run(head, "python", script)
-    assert code == 0, output
-    assert "all 3 runs are finished, nothing to train" in output
 
     # One more value: only the new run.
     code, output = run(head, "python", toy(texts, tmp_path, seeds=[0, 1, 2]))
@@ -172,14 +167,14 @@ def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
     }
     for view in views:
         assert promised <= set(view.record)
-        assert view.record["tokens"] == 16384
+        assert view.record["tokens"] == 8192
         assert view.record["versions"]["torch"]
         assert sum(view.record["steps_histogram"]) == pytest.approx(1)
         assert Path(store.path("quickstart", view.key, "model", "model.safetensors")).exists()
         assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("checkpoint_*"))
         evaluations = store.evaluations("quickstart", view.key)
-        assert evaluations["step"].tolist() == [8] == store.probe_steps("quickstart", view.key)
-        probe = store.probe("quickstart", view.key, 8)
+        assert evaluations["step"].tolist() == [4] == store.probe_steps("quickstart", view.key)
+        probe = store.probe("quickstart", view.key, 4)
         assert (probe["exit"].map(sum) - 1).abs().max() < 1e-3
         adaptive = view.record["identity"]["method"] == "adaptive"
         assert (view.record["passes_per_token"] > 1) is adaptive
@@ -191,7 +186,7 @@ def test_every_run_saw_the_same_sequences_in_the_same_order(quickstart: str) -> 
     corpus = PreparedCorpus.open(sotu(vocab_size=4096).cache(256))
     assert corpus is not None
     expected = Progress()
-    for ids in global_batches(seed=0, rows=corpus.rows, batch=8, first_step=0, steps=8):
+    for ids in global_batches(seed=0, rows=corpus.rows, batch=8, first_step=0, steps=4):
         expected.saw(ids)
     assert {record["sequence_digest"] for record in records} == {expected.sequence_digest}
 
@@ -211,7 +206,7 @@ def test_two_workers_see_the_sequences_of_one(head: cluster.Head, texts: Path, t
     records = []
     for workers in (1, 2):
         store = RunStore(tmp_path / f"{workers}-workers")
-        options = ["--store", store.root, "--set", f"workers={workers}", "--set", "tokens=16384"]
+        options = ["--store", store.root, "--set", f"workers={workers}", "--set", "tokens=8192"]
         code, output = run(head, "python", str(script), *options)
         assert code == 0, output
         (view,) = store.runs("toy-two")
