@@ -9,7 +9,8 @@ that easy tokens learn to stop while hard ones are left in peace.
 The public description stops there. What it leaves open is decided here, and nowhere else, as follows [R]:
 
 - The gate scales what it lets through, e <- e + g p W_E, and is cut at tau: g <= tau halts. So the cross-entropy
-  teaches a gate for as long as it is open, and a closing gate feeds back less and less before it shuts.
+  teaches a gate for as long as it is open, and a closing gate feeds back less and less before it shuts. A shut gate has
+  no gradient, so tau is low: with 0.5, gates of a toy drifted shut with no pressure at all; with 0.1 they did not.
 - The MLP is w . silu(W z) + b with W of size d x d, then a sigmoid. It starts open, at sigmoid(router_bias) everywhere.
 - The head reads a token's last executed state alone; nothing is mixed.
 - "The lowest k fraction" is taken in each iteration, in each sequence, among the tokens that were still in: rounded up,
@@ -49,7 +50,7 @@ class AdaponderOptions:
     """k: the share of each iteration's gates, the lowest ones, that the sparsity loss presses on."""
     l_max: int = 3
     """Iterations on top of the first pass. 0 is the plain model."""
-    tau: float = 0.5
+    tau: float = 0.1
     """A token goes on only while its gate is above this."""
     router_bias: float = 2.0
     """Initial bias of the gates: +2 starts them all at 0.88, open."""

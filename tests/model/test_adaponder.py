@@ -11,7 +11,7 @@ import torch
 from haltscale.model import AdaponderOptions, Method, PonderOptions, VanillaOptions
 from haltscale.model.language_model import canonical_name
 
-OPTIONS = AdaponderOptions(lam=0.3, fraction=0.4, router_bias=0.3)
+OPTIONS = AdaponderOptions(lam=0.3, fraction=0.4, tau=0.5, router_bias=0.3)
 
 
 def take_weights(model: Any, other: Any) -> None:

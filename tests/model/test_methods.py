@@ -46,7 +46,7 @@ CASES: dict[str, tuple[Method, Any]] = {
     "ponder, replacing": (Method.PONDER, PonderOptions(steps=2, accumulate=False)),
     "ponder2": (Method.PONDER2, Ponder2Options()),
     "ponder3": (Method.PONDER3, Ponder3Options(lam=0.3, tau=0.25, router_bias=0.5)),
-    "adaponder": (Method.ADAPONDER, AdaponderOptions(lam=0.3, fraction=0.4, router_bias=0.3)),
+    "adaponder": (Method.ADAPONDER, AdaponderOptions(lam=0.3, fraction=0.4, tau=0.5, router_bias=0.3)),
     "mor": (Method.MOR, MorOptions(auxiliary_weight=0.3)),
     "mor, token choice": (Method.MOR, MorOptions(routing=Routing.TOKEN_CHOICE, balance_weight=0.3)),
 }
