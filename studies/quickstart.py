@@ -15,7 +15,7 @@ def study() -> Study:
         name="quickstart",
         question="Does a small model learn where to think, and what do its thoughts cost?",
         corpus=sotu(vocab_size=4096),
-        base=RunConfig(tokens=180_000, context=256, batch_tokens=2048, learning_rate=3e-3),
+        base=RunConfig(tokens=180_000, context=256, batch_tokens=1024, learning_rate=3e-3),
         sweep=grid(method="vanilla", size=SIZES)
         # A short run has few steps to learn when to stop: tau and the router's start are chosen so that it can.
         + grid(method="adaptive", size=SIZES, lam=[0.1, 1.0], l_max=3, tau=0.05, router_bias=1.0),

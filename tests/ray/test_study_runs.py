@@ -173,8 +173,8 @@ def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
         assert Path(store.path("quickstart", view.key, "model", "model.safetensors")).exists()
         assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("checkpoint_*"))
         evaluations = store.evaluations("quickstart", view.key)
-        assert evaluations["step"].tolist() == [4] == store.probe_steps("quickstart", view.key)
-        probe = store.probe("quickstart", view.key, 4)
+        assert evaluations["step"].tolist() == [8] == store.probe_steps("quickstart", view.key)
+        probe = store.probe("quickstart", view.key, 8)
         assert (probe["exit"].map(sum) - 1).abs().max() < 1e-3
         adaptive = view.record["identity"]["method"] == "adaptive"
         assert (view.record["passes_per_token"] > 1) is adaptive
@@ -186,7 +186,7 @@ def test_every_run_saw_the_same_sequences_in_the_same_order(quickstart: str) -> 
     corpus = PreparedCorpus.open(sotu(vocab_size=4096).cache(256))
     assert corpus is not None
     expected = Progress()
-    for ids in global_batches(seed=0, rows=corpus.rows, batch=8, first_step=0, steps=4):
+    for ids in global_batches(seed=0, rows=corpus.rows, batch=4, first_step=0, steps=8):
         expected.saw(ids)
     assert {record["sequence_digest"] for record in records} == {expected.sequence_digest}
 
