@@ -282,7 +282,8 @@ def submit_study(client: JobSubmissionClient, module: str, study: str, arguments
 def running_job(client: JobSubmissionClient, study: str) -> str | None:
     """The submission id of the job that runs this study now, if one does."""
     for job in client.list_jobs():
-        if (job.metadata or {}).get("haltscale_study") == study and not job.status.is_terminal():
+        named = (job.metadata or {}).get("haltscale_study") == study and job.submission_id
+        if named and not job.status.is_terminal():
             return str(job.submission_id)
     return None
 
