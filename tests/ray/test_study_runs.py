@@ -40,6 +40,13 @@ def training_workers() -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process)]
 
 
+def environment_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.environ().values())
+    except psutil.Error:  # it has gone
+        return ""
+
+
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
     """Poll until something has happened, as long as the job that is to make it happen lives."""
     while not condition():
@@ -197,7 +204,7 @@ def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> Non
     assert submitted
     while not all(client.get_job_status(job).is_terminal() for job in submitted):  # a status follows the output
         time.sleep(0.1)
-    assert not [p.pid for p in training_workers() if head.temp_dir in " ".join(p.environ().values())]
+    assert not [process.pid for process in training_workers() if head.temp_dir in environment_of(process)]
 
 
 @pytest.mark.slow
