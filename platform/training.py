@@ -40,14 +40,6 @@ class Engine(Protocol):
     def get_global_grad_norm(self) -> float | None: ...
 
 
-class TrainingBatch(Protocol):
-    """One step's share of one rank."""
-
-    step: int
-    seq_ids: Any
-    tokens: Any
-
-
 @dataclass
 class Progress:
     """How far a run is; saved with every checkpoint, so that a resumed run goes on counting."""
