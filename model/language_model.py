@@ -21,7 +21,7 @@ from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, rope_tab
 from haltscale.model.config import ModelConfig, Shape
 from haltscale.model.decoding import DecodingState, KeyValueCache
 from haltscale.model.halting import HaltingTrace
-from haltscale.model.kernels import at_least_float32
+from haltscale.model.kernels import CrossEntropyFunction
 from haltscale.model.ledger import Flops, PassCounts
 
 IGNORE_INDEX = -100
@@ -184,11 +184,8 @@ class LanguageModel(nn.Module):
         self._check_vocabulary(targets_BT)
         scored_BT = targets_BT != IGNORE_INDEX
         scored = scored_BT.sum().clamp(min=1)
-        nll_BT = F.cross_entropy(
-            at_least_float32(logits_BTV).flatten(0, 1),
-            targets_BT.flatten(),
-            reduction="none",
-            ignore_index=IGNORE_INDEX,
+        nll_BT = cast(
+            Tensor, CrossEntropyFunction.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), IGNORE_INDEX)
         ).view(B, T)
         cross_entropy = nll_BT.sum() / scored
         penalty = self.penalty(thought, targets_BT, nll_BT.detach())

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from haltscale.model import AdaptiveOptions
+from haltscale.model import AdaptiveOptions, kernels
 from haltscale.model.backbone import CausalPlan, ThoughtPlan
 from haltscale.model.kernels import (
     ChunkedAttentionFunction,
+    CrossEntropyFunction,
     MergeFunction,
     RMSNormFunction,
     RotateFunction,
@@ -49,6 +50,41 @@ def test_rms_norm_in_bfloat16_computes_in_float32() -> None:
     rough = RMSNormFunction.apply(x.bfloat16(), w.bfloat16(), 1e-5)
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), exact, rtol=2**-7, atol=1e-6)
+
+
+def plain_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=-100)
+
+
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.tensor([3, -100, 0, 7, 7])
+    for rows in (1, 2, 5):
+        monkeypatch.setattr(kernels, "_rows", lambda _, rows=rows: rows)
+        agree(
+            lambda logits: CrossEntropyFunction.apply(logits, target, -100),
+            lambda logits: plain_cross_entropy(logits, target),
+            torch.randn(5, 8) * 3,
+        )
+
+
+def test_cross_entropy_survives_extreme_logits() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-3e38, 0.0, 3e38]], requires_grad=True)
+    loss = CrossEntropyFunction.apply(logits, torch.tensor([1, 2]), -100)
+    assert loss.tolist() == [2e4, 0.0]
+    loss.sum().backward()
+    assert logits.grad is not None and logits.grad.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_cross_entropy_in_bfloat16_computes_in_float32() -> None:
+    logits, target = (torch.randn(300, 512) * 4).bfloat16(), torch.randint(512, (300,))
+    a, b = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    loss, exact = CrossEntropyFunction.apply(a, target, -100), plain_cross_entropy(b, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact)
+    loss.mean().backward()
+    exact.mean().backward()
+    assert a.grad is not None and b.grad is not None and a.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(a.grad.float(), b.grad, rtol=2**-7, atol=1e-9)
 
 
 def test_swiglu() -> None:
