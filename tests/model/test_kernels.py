@@ -72,7 +72,8 @@ def test_cross_entropy_survives_extreme_logits() -> None:
     loss = CrossEntropyFunction.apply(logits, torch.tensor([1, 2]), -100)
     assert loss.tolist() == [2e4, 0.0]
     loss.sum().backward()
-    assert logits.grad is not None and logits.grad.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_cross_entropy_in_bfloat16_computes_in_float32() -> None:
@@ -83,7 +84,9 @@ def test_cross_entropy_in_bfloat16_computes_in_float32() -> None:
     torch.testing.assert_close(loss, exact)
     loss.mean().backward()
     exact.mean().backward()
-    assert a.grad is not None and b.grad is not None and a.grad.dtype == torch.bfloat16
+    assert a.grad is not None
+    assert b.grad is not None
+    assert a.grad.dtype == torch.bfloat16
     torch.testing.assert_close(a.grad.float(), b.grad, rtol=2**-7, atol=1e-9)
 
 
