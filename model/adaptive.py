@@ -157,8 +157,9 @@ class AdaptiveModel(LanguageModel):
         target_N = targets_BT.flatten().clamp(min=0)
         B, T = targets_BT.shape
         probability_NK = thought.states[0].reach_N.new_zeros(B * T, self.options.l_max)
+        gradless = thought.trace.counts.gradless = PassCounts()
         for k, (state, following) in enumerate(zip(thought.states, thought.states[1:], strict=False)):
-            thought.trace.counts.head_rows += len(following.row_N)
+            gradless.head_rows += len(following.row_N)
             place_N = torch.searchsorted(state.row_N, following.row_N)  # rows are ascending in every pass
             logits_NV = at_least_float32(self.logits(state.z_Nd[place_N]))
             nll_N = F.cross_entropy(logits_NV, target_N[following.row_N], reduction="none")

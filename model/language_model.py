@@ -279,17 +279,24 @@ class LanguageModel(nn.Module):
     def flops(self, counts: PassCounts) -> Flops:
         """Forward FLOPs of what was counted; training is 3 x this (ledger.py says why)."""
         config = self.config
-        extra_realised, extra_executed = self.extra_flops(counts)
         layers = self.layers_per_pass(len(counts.rows))
         realised = ledger.passes_flops(config.shape, counts.rows, counts.keys, layers)
-        executed = ledger.passes_flops(config.shape, counts.executed_rows, counts.executed_keys, layers)
+        head = ledger.head_flops(config.shape, config.vocab_size, counts.tokens)
         parameters = sum(self.parameter_groups_count().values())
         passes = sum(rows * depth / config.shape.layers for rows, depth in zip(counts.rows, layers, strict=True))
+        gradless = self._executed_flops(counts.gradless) if counts.gradless else 0.0
         return Flops(
-            realised=realised + extra_realised + ledger.head_flops(config.shape, config.vocab_size, counts.tokens),
-            executed=executed + extra_executed + ledger.head_flops(config.shape, config.vocab_size, counts.head_rows),
+            realised=realised + self.extra_flops(counts)[0] + head,
+            executed=self._executed_flops(counts) + gradless,
             paper=ledger.paper_inference_flops(parameters, 1, passes),
+            executed_gradless=gradless,
         )
+
+    def _executed_flops(self, counts: PassCounts) -> float:
+        layers = self.layers_per_pass(len(counts.executed_rows))
+        executed = ledger.passes_flops(self.config.shape, counts.executed_rows, counts.executed_keys, layers)
+        head = ledger.head_flops(self.config.shape, self.config.vocab_size, counts.head_rows)
+        return executed + self.extra_flops(counts)[1] + head
 
 
 def _true_numel(parameter: nn.Parameter) -> int:

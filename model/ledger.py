@@ -17,7 +17,7 @@ the gradient of the input, one for that of the weight; for attention, one for ea
 under activation checkpointing adds up to one more forward, which is execution, not method, and is not in here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import zip_longest
 
 from haltscale.model.config import Shape
@@ -42,6 +42,8 @@ class PassCounts:
     """Real (not padded) positions."""
     head_rows: int = 0
     """Rows that went through the LM head."""
+    gradless: "PassCounts | None" = None
+    """What was executed without a gradient on top of the rest, so that no backward pass follows; nothing realised."""
 
     def __add__(self, other: "PassCounts") -> "PassCounts":
         def add(mine: list[int], theirs: list[int]) -> list[int]:
@@ -54,7 +56,14 @@ class PassCounts:
             executed_keys=add(self.executed_keys, other.executed_keys),
             tokens=self.tokens + other.tokens,
             head_rows=self.head_rows + other.head_rows,
+            gradless=self.gradless + other.gradless
+            if self.gradless and other.gradless
+            else self.gradless or other.gradless,
         )
+
+    def executed_only(self) -> "PassCounts":
+        """These counts with nothing realised: work that the hardware did and the method does not ask for."""
+        return replace(self, rows=[0] * len(self.rows), keys=[0] * len(self.keys), tokens=0)
 
     def record(self, *, rows: int, keys: int, executed_rows: int, executed_keys: int) -> None:
         """Append one pass."""
@@ -76,19 +85,22 @@ class Flops:
     realised: float = 0.0
     executed: float = 0.0
     paper: float = 0.0
+    executed_gradless: float = 0.0
+    """The part of `executed` that no backward pass follows."""
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.realised + other.realised, self.executed + other.executed, self.paper + other.paper)
+        return Flops(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, factor: float) -> "Flops":
-        return Flops(self.realised * factor, self.executed * factor, self.paper * factor)
+        return Flops(*(mine * factor for mine in astuple(self)))
 
     __rmul__ = __mul__
 
     @property
     def training(self) -> "Flops":
         """Forward and backward, given that self is the forward."""
-        return self * TRAINING_TO_FORWARD
+        once = self.executed_gradless
+        return replace(self * TRAINING_TO_FORWARD, executed=TRAINING_TO_FORWARD * (self.executed - once) + once)
 
 
 def layer_row_flops(shape: Shape) -> float:

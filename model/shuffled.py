@@ -9,7 +9,7 @@ The router's own run comes first, without gradient, as a scout; it is in `execut
 the compute to match is that of the run that speaks. The router is trained as ever, by the mixture of the second run.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,10 +59,7 @@ class ShuffledModel(AdaptiveModel):
         meant_BT = scout.trace.steps_BT.long()
         dealt_BT = torch.cat((meant_BT[:, : self.shift], meant_BT[:, : -self.shift]), dim=1)[:, : meant_BT.shape[1]]
         thought: Thought = self.latent_loop(x_Nd, valid_BT, dealt_BT)
-        counts = thought.trace.counts
-        counted = scout.trace.counts
-        unspoken = replace(counted, rows=[0] * len(counted.rows), keys=[0] * len(counted.keys), tokens=0)
-        thought.trace.counts = counts + unspoken
+        thought.trace.counts.gradless = scout.trace.counts.executed_only()
         return thought
 
     def cache_bytes_per_token(self) -> int:
@@ -82,5 +79,5 @@ class ShuffledModel(AdaptiveModel):
         before = scout.counts
         scout.counts = PassCounts()
         hidden_Bd, dealt_B, _ = self.latent_loop.decode(x_Bd, rope, state, forced)
-        state.counts += replace(before, rows=[0] * len(before.rows), keys=[0] * len(before.keys), tokens=0)
+        state.counts += before.executed_only()
         return hidden_Bd, dealt_B
