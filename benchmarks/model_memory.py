@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from model_speed import BENCH, DTYPES, Setting, machine, spread
+from setting import Setting, add_arguments, setting_from, spread
 
 from haltscale.model import SIZES, AdaptiveOptions, Method, MethodOptions, VanillaOptions
 
@@ -72,40 +72,20 @@ def measure(arm: str, setting: Setting) -> dict[str, float]:
 def main() -> None:
     """All arms, each in fresh processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--arm", choices=list(ARMS), help="measure one arm in this process and print JSON")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--size", choices=list(SIZES), help="a step of the ladder instead of d 256, 6 layers")
-    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    add_arguments(parser, sequences=8, repeats=3)
     arguments = parser.parse_args()
-    shape = SIZES[arguments.size] if arguments.size else BENCH
-    setting = Setting(
-        shape=shape,
-        vocabulary=50_304 if shape.d >= 768 else 4096,
-        length=arguments.length,
-        sequences=arguments.sequences,
-        dtype=DTYPES[arguments.dtype],
-        device=torch.device(arguments.device),
-        compiled=False,
-        repeats=arguments.repeats,
-    )
+    setting = setting_from(arguments, threads=1)
     if arguments.arm:
         print(json.dumps(measure(arguments.arm, setting)))
         return
-    print(f"machine: {machine(1, arguments.device)}")
-    print(
-        f"setting: d {shape.d}, {shape.layers} layers, {setting.sequences} x {setting.length} tokens, "
-        f"vocabulary {setting.vocabulary}, {arguments.dtype}"
-    )
     plain = 0.0
     for arm in ARMS:
         runs = [
             json.loads(
                 subprocess.run(
                     [sys.executable, *sys.argv, "--arm", arm], check=True, capture_output=True, env=os.environ | PROMPT
-                ).stdout
+                ).stdout.splitlines()[-1]
             )
             for _ in range(arguments.repeats)
         ]

@@ -19,90 +19,19 @@ random weights, so halting is ragged. --size takes a step of the ladder, with th
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from setting import Setting, add_arguments, setting_from, spread
 
-from haltscale.model import (
-    SIZES,
-    AdaptiveOptions,
-    LanguageModel,
-    Method,
-    MethodOptions,
-    ModelConfig,
-    Shape,
-    VanillaOptions,
-    build_model,
-)
-from haltscale.model.backbone import Block
+from haltscale.model import AdaptiveOptions, LanguageModel, Method
 
-BENCH = Shape(layers=6, d=256, heads=4, kv_heads=4, ffn=688)
 DECODED = 128
 CLOCK = [time.perf_counter]  # what `timed` reads
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured, and how often."""
-
-    shape: Shape
-    vocabulary: int
-    length: int
-    sequences: int
-    dtype: torch.dtype
-    device: torch.device
-    compiled: bool
-    repeats: int
-
-    def tokens(self, sequences: int | None = None) -> torch.Tensor:
-        """A batch of random tokens."""
-        return torch.randint(self.vocabulary, (sequences or self.sequences, self.length), device=self.device)
-
-    def model(self, method: Method, options: MethodOptions) -> LanguageModel:
-        """A model; a router gets random weights."""
-        config = ModelConfig(
-            method=method, shape=self.shape, vocab_size=self.vocabulary, context=self.length, options=options
-        )
-        model = build_model(config, seed=0)
-        stream = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name.endswith("score.weight"):
-                    weight.copy_(torch.randn(weight.shape, generator=stream) * 1.5 / self.shape.d**0.5)
-        model = model.to(self.device, self.dtype)
-        if self.compiled:
-            for module in model.modules():
-                if isinstance(module, Block):
-                    module.compile()
-        return model
-
-    def vanilla(self) -> LanguageModel:
-        """The plain model."""
-        return self.model(Method.VANILLA, VanillaOptions())
-
-    def ragged(self) -> LanguageModel:
-        """Adaptive with halting at every depth."""
-        return self.model(Method.ADAPTIVE, AdaptiveOptions(tau=0.3))
-
-
-def machine(threads: int, device: str) -> str:
-    """What the figures were measured on, in general words."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    capabilities = torch.cpu.get_capabilities()
-    extensions = [name for name in ("avx512", "avx512_bf16", "amx_bf16") if capabilities.get(name)]
-    cpu = f"{names[0] if names else platform.machine()} ({', '.join(extensions) or 'no AVX512'})"
-    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    return f"{threads} threads of {cpu}{gpu}, torch {torch.__version__}"
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -124,12 +53,6 @@ def interleaved(one: Callable[[], float], other: Callable[[], float], repeats: i
         statistics.median(b for _, b in pairs),
         [a / b for a, b in pairs],
     )
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Median, and lowest to highest."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} [{low:.{digits}f} to {high:.{digits}f}, {len(values)} repeats]"
 
 
 def training_step(model: LanguageModel, tokens: torch.Tensor) -> Callable[[], float]:
@@ -277,14 +200,9 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"{', '.join(known)}; all if none is named")
-    parser.add_argument("--repeats", type=int, default=9)
+    add_arguments(parser, sequences=4, repeats=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds on one thread, for a machine that is busy")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--size", choices=list(SIZES), help="a step of the ladder instead of d 256, 6 layers")
-    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true", help="compile our blocks with torch.compile")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in known]
@@ -296,23 +214,7 @@ def main() -> None:
         CLOCK[0], arguments.threads = time.process_time, 1
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    shape = SIZES[arguments.size] if arguments.size else BENCH
-    setting = Setting(
-        shape=shape,
-        vocabulary=50_304 if shape.d >= 768 else 4096,
-        length=arguments.length,
-        sequences=arguments.sequences,
-        dtype=DTYPES[arguments.dtype],
-        device=torch.device(arguments.device),
-        compiled=arguments.compile,
-        repeats=arguments.repeats,
-    )
-    print(f"machine: {machine(arguments.threads, arguments.device)}")
-    print(
-        f"setting: d {shape.d}, {shape.layers} layers, {setting.sequences} x {setting.length} tokens, "
-        f"vocabulary {setting.vocabulary}, {arguments.dtype}{', compiled' if setting.compiled else ''}"
-        f"{', CPU seconds' if arguments.cpu_time else ''}"
-    )
+    setting = setting_from(arguments, threads=arguments.threads)
     for name in arguments.names or known:
         known[name](setting)
 

@@ -1,0 +1,119 @@
+"""What the model benchmarks measure: a shape, a batch, a machine; and how a figure is printed."""
+
+import argparse
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from haltscale.model import (
+    SIZES,
+    AdaptiveOptions,
+    LanguageModel,
+    Method,
+    MethodOptions,
+    ModelConfig,
+    Shape,
+    VanillaOptions,
+    build_model,
+)
+from haltscale.model.backbone import Block
+
+BENCH = Shape(layers=6, d=256, heads=4, kv_heads=4, ffn=688)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and how often."""
+
+    shape: Shape
+    vocabulary: int
+    length: int
+    sequences: int
+    dtype: torch.dtype
+    device: torch.device
+    compiled: bool
+    repeats: int
+
+    def tokens(self, sequences: int | None = None) -> torch.Tensor:
+        """A batch of random tokens."""
+        return torch.randint(self.vocabulary, (sequences or self.sequences, self.length), device=self.device)
+
+    def model(self, method: Method, options: MethodOptions) -> LanguageModel:
+        """A model; a router gets random weights."""
+        config = ModelConfig(
+            method=method, shape=self.shape, vocab_size=self.vocabulary, context=self.length, options=options
+        )
+        model = build_model(config, seed=0)
+        stream = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("score.weight"):
+                    weight.copy_(torch.randn(weight.shape, generator=stream) * 1.5 / self.shape.d**0.5)
+        model = model.to(self.device, self.dtype)
+        if self.compiled:
+            for module in model.modules():
+                if isinstance(module, Block):
+                    module.compile()
+        return model
+
+    def vanilla(self) -> LanguageModel:
+        """The plain model."""
+        return self.model(Method.VANILLA, VanillaOptions())
+
+    def ragged(self) -> LanguageModel:
+        """Adaptive with halting at every depth."""
+        return self.model(Method.ADAPTIVE, AdaptiveOptions(tau=0.3))
+
+
+def machine(threads: int, device: str) -> str:
+    """What the figures were measured on, in general words."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    capabilities = torch.cpu.get_capabilities()
+    extensions = [name for name in ("avx512", "avx512_bf16", "amx_bf16") if capabilities.get(name)]
+    cpu = f"{names[0] if names else platform.machine()} ({', '.join(extensions) or 'no AVX512'})"
+    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
+    return f"{threads} threads of {cpu}{gpu}, torch {torch.__version__}"
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median, and lowest to highest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} [{low:.{digits}f} to {high:.{digits}f}, {len(values)} repeats]"
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, sequences: int, repeats: int) -> None:
+    """The arguments that describe a setting."""
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=list(SIZES), help="a step of the ladder instead of d 256, 6 layers")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=sequences)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+
+
+def setting_from(arguments: argparse.Namespace, *, threads: int) -> Setting:
+    """The setting that the arguments describe; prints it and the machine."""
+    shape = SIZES[arguments.size] if arguments.size else BENCH
+    setting = Setting(
+        shape=shape,
+        vocabulary=50_304 if shape.d >= 768 else 4096,
+        length=arguments.length,
+        sequences=arguments.sequences,
+        dtype=DTYPES[arguments.dtype],
+        device=torch.device(arguments.device),
+        compiled=getattr(arguments, "compile", False),
+        repeats=arguments.repeats,
+    )
+    print(f"machine: {machine(threads, arguments.device)}")
+    print(
+        f"setting: d {shape.d}, {shape.layers} layers, {setting.sequences} x {setting.length} tokens, "
+        f"vocabulary {setting.vocabulary}, {arguments.dtype}{', compiled' if setting.compiled else ''}"
+        f"{', CPU seconds' if getattr(arguments, 'cpu_time', False) else ''}"
+    )
+    return setting
