@@ -41,7 +41,8 @@ browser: # the page tests need a Chromium; without one, and without the right to
 	|| echo "no Chromium found: the browser tests will be skipped (install it with your package manager)"
 
 test: $(VENV)/.installed-dev browser ## install what is missing and run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not (slow or gpu or ray or browser)'
+	$(BIN)/python -m pytest -m '(ray or browser) and not (slow or gpu)'
 
 test-slow: $(VENV)/.installed-dev browser ## run the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
