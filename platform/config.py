@@ -1,13 +1,14 @@
-"""What a run is (identity) and how it is executed; both frozen, both checked before anything starts."""
+"""What a run is: its identity, frozen, and checked before anything starts. How it is executed: `execution.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from haltscale.model import METHODS, SIZES, Method, MethodOptions, ModelConfig, VanillaOptions
 from haltscale.platform.identity import SEMANTICS_VERSION, encodable, run_key
@@ -19,7 +20,22 @@ class Precision(StrEnum):
     AUTO = "auto"
     """bf16 where the machine multiplies matrices faster in it (GPUs; CPUs with AVX512-BF16 or AMX), else fp32."""
     BF16 = "bf16"
+    FP16 = "fp16"
+    """With dynamic loss scaling: a step whose gradient overflows is counted, and leaves the weights as they are."""
     FP32 = "fp32"
+
+
+class Schedule(StrEnum):
+    """The learning rate after the warm-up, as a function of the share of the budget (tokens or FLOPs) that is spent."""
+
+    COSINE = "cosine"
+    """Half a cosine from the peak to ``final_learning_rate_fraction`` of it."""
+    LINEAR = "linear"
+    """A straight line between the same ends."""
+    WSD = "wsd"
+    """Warm-up, stable, decay: the peak, then a straight line over the last ``decay_fraction`` of the budget."""
+    CONSTANT = "constant"
+    """The peak to the end."""
 
 
 class ConfigError(ValueError):
@@ -46,17 +62,26 @@ class RunConfig:
     options: MethodOptions = field(default_factory=VanillaOptions)
     """The method's own options (lam, beta, l_max, tau, ...)."""
     tokens: int = 1_000_000
-    """Training budget in tokens; rounded down to whole steps."""
+    """Training budget in tokens; rounded down to whole steps. Without meaning where ``flops`` is given."""
+    flops: float | None = None
+    """Training budget in realised FLOPs, instead of tokens: the run ends with the step that spends the last of it, and
+    its record says by how much that was too many."""
     context: int = 256
     """Sequence length in tokens."""
     batch_tokens: int = 4096
     """Tokens per optimizer step, over all workers; a multiple of ``context``."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
+    schedule: Schedule = Schedule.COSINE
+    """Of the learning rate after the warm-up; tied to the same quantity as the budget."""
     warmup_fraction: float = 0.05
-    """Share of the steps over which the learning rate rises linearly."""
+    """Share of the budget over which the learning rate rises linearly."""
+    warmup_tokens: int | None = None
+    """The same in tokens, instead: then WSD runs of several budgets share their stable phase."""
+    decay_fraction: float = 0.2
+    """Share of the budget over which WSD decays, at its end."""
     final_learning_rate_fraction: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Where the schedule ends, as a share of the peak."""
     weight_decay: float = 0.1
     """AdamW's, on matrices only."""
     adam_beta1: float = 0.9
@@ -72,9 +97,9 @@ class RunConfig:
         return self.batch_tokens // self.context
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return self.tokens // self.batch_tokens
+    def steps(self) -> int | None:
+        """Optimizer steps; None where the budget is in FLOPs, since what a step costs depends on the halting."""
+        return self.tokens // self.batch_tokens if self.flops is None else None
 
     @property
     def label(self) -> str:
@@ -118,6 +143,7 @@ class RunConfig:
         ranges = {
             "learning_rate": (0.0, 10.0),
             "warmup_fraction": (-1e-12, 1.0),
+            "decay_fraction": (-1e-12, 1.0),
             "final_learning_rate_fraction": (-1e-12, 1.0),
             "weight_decay": (-1e-12, 10.0),
             "adam_beta1": (0.0, 0.99999),
@@ -128,8 +154,13 @@ class RunConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not low < value <= high:
                 found.append(f"{name} is {value!r}, needs a number above {max(low, 0):g} and up to {high:g}")
-        if self.precision not in list(Precision):
-            found.append(f"precision {self.precision!r} is none of {', '.join(Precision)}")
+        for name, members in (("precision", Precision), ("schedule", Schedule)):
+            if getattr(self, name) not in list(members):
+                found.append(f"{name} {getattr(self, name)!r} is none of {', '.join(members)}")
+        if self.flops is not None and not (is_number(self.flops) and 0 < self.flops < math.inf):
+            found.append(f"flops is {self.flops!r}, needs a number above 0, or None for a budget in tokens")
+        if self.warmup_tokens is not None and not (isinstance(self.warmup_tokens, int) and self.warmup_tokens >= 0):
+            found.append(f"warmup_tokens is {self.warmup_tokens!r}, needs a whole number from 0 on, or None")
         if not isinstance(self.seed, int) or self.seed < 0:
             found.append(f"seed is {self.seed!r}, needs a whole number from 0 on")
         return found
@@ -137,7 +168,7 @@ class RunConfig:
     def identity(self, corpus_name: str, corpus_fingerprint: str) -> dict[str, Any]:
         """What makes the run's key, JSON-able: every field, the corpus, and the version of what the code computes."""
         return {
-            **encodable(self, "run"),
+            **encodable(self if self.flops is None else replace(self, tokens=0), "run"),
             "corpus": corpus_name,
             "corpus_fingerprint": corpus_fingerprint,
             "semantics": SEMANTICS_VERSION,
@@ -151,68 +182,15 @@ class RunConfig:
     def from_identity(cls, identity: Mapping[str, Any]) -> RunConfig:
         """The inverse of :meth:`identity`, for a run read back from the store."""
         method = Method(identity["method"])
-        values = {f.name: identity[f.name] for f in fields(cls) if f.name not in ("method", "options", "precision")}
-        options = _with_options(METHODS[method].options, identity["options"])
-        return cls(method=method, options=options, precision=Precision(identity["precision"]), **values)
+        unread = {"method", "options"} | ({"tokens"} if identity["flops"] is not None else set())
+        values = {f.name: identity[f.name] for f in fields(cls) if f.name not in unread}
+        options = typed(METHODS[method].options, identity["options"])
+        run: RunConfig = typed(cls, {**values, "method": method, "options": options})
+        return run
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExecutionConfig:
-    """How a run is executed: nothing here changes its result, so nothing here is in its key."""
-
-    workers: int = 1
-    """Training processes per run."""
-    cpus_per_worker: int = 1
-    """CPU threads of each worker; a quarter of one CPU stays with the data tasks."""
-    gpus_per_worker: float = 0
-    """GPUs of each worker (0 or 1)."""
-    micro_batch_sequences: int = 16
-    """Sequences of one forward pass per worker; the rest of its share of a batch is accumulated."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage, 0 to 3."""
-    evaluations: int = 5
-    """Evaluations per run, spread evenly; the last is at the end."""
-    checkpoints: int = 2
-    """Checkpoints per run, spread evenly; the last is at the end."""
-    log_every_seconds: float = 2.0
-    """How often a run writes metrics and its heartbeat."""
-    max_failures: int = 1
-    """How often a failed run is started again (from its last checkpoint) before it is recorded as failed."""
-
-    def problems(self, runs: list[RunConfig], cluster: Mapping[str, float] | None = None) -> list[str]:
-        """Everything wrong, given the runs and what the cluster has (``CPU``, ``GPU``)."""
-        found = []
-        for name in ("workers", "cpus_per_worker", "micro_batch_sequences", "evaluations", "checkpoints"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)!r}, needs a whole number from 1 on")
-        for name, low in (("gpus_per_worker", 0), ("log_every_seconds", 0), ("max_failures", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < low:
-                found.append(f"{name} is {value!r}, needs a number from {low} on")
-        if self.zero_stage not in (0, 1, 2, 3):
-            found.append(f"zero_stage is {self.zero_stage!r}, needs 0, 1, 2 or 3")
-        if found:
-            return found
-        for batch in sorted({run.batch_sequences for run in runs}):
-            if batch % self.workers:
-                found.append(f"a batch of {batch} sequences cannot be shared by {self.workers} workers evenly")
-        if cluster is not None:
-            for resource, each in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)):
-                needed, there = self.workers * each, cluster.get(resource, 0)
-                if needed > there:
-                    found.append(
-                        f"{self.workers} workers x {each:g} {resource} need {needed:g} {resource}s,"
-                        f" the cluster has {there:g}: lower workers or {resource.lower()}s_per_worker"
-                    )
-        return found
-
-    def accumulation(self, batch_sequences: int) -> tuple[int, int]:
-        """(sequences per forward pass, forward passes per step) of each worker."""
-        share = batch_sequences // self.workers
-        micro = min(self.micro_batch_sequences, share)
-        while share % micro:
-            micro -= 1
-        return micro, share // micro
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def apply_point(base: RunConfig, point: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
@@ -246,16 +224,30 @@ def apply_point(base: RunConfig, point: Mapping[str, Any]) -> tuple[RunConfig, l
             found.append(f"{method} has no {name!r}{hint}")
     if found:
         return base, found
-    return replace(base, method=method, options=_with_options(option_type, options), **values), []
+    return replace(base, method=method, options=typed(option_type, options), **as_members(type(base), values)), []
 
 
-def _with_options(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A method's options; a string that names a member of an enum becomes that member: models compare with ``is``."""
-    typed = dict(values)
+def typed(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass from values that may have been read from JSON; see :func:`as_members`."""
+    return kind(**as_members(kind, values))
+
+
+def as_members(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with every string that names a member of its field's enum as that member: code compares with ``is``.
+
+    A list becomes a tuple, so that a frozen dataclass stays hashable.
+    """
+    members = dict(values)
     for name, hint in get_type_hints(kind).items():
-        if isinstance(hint, type) and issubclass(hint, StrEnum) and typed.get(name) in list(hint):
-            typed[name] = hint(typed[name])
-    return kind(**typed)
+        enum = next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and issubclass(t, StrEnum)), None)
+        if name not in members:
+            continue
+        value = members[name]
+        if isinstance(value, list | tuple):
+            members[name] = tuple(enum(v) if enum and v in list(enum) else v for v in value)
+        elif enum and value in list(enum):
+            members[name] = enum(value)
+    return members
 
 
 def _names(kind: Any) -> list[str]:

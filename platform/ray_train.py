@@ -6,11 +6,9 @@ Ray. A run goes on from its last checkpoint by itself: after a worker's death, a
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +16,23 @@ from typing import Any
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
-from safetensors.torch import save_file
 
-from haltscale.model import LanguageModel, build_model
-from haltscale.platform import evaluation, provenance
-from haltscale.platform.config import ExecutionConfig, RunConfig
+from haltscale.model import build_model
+from haltscale.platform.config import RunConfig
 from haltscale.platform.corpus import PreparedCorpus
-from haltscale.platform.engine import build_engine, full_weights, load_checkpoint, resolve_precision, save_checkpoint
-from haltscale.platform.ray_data import RESERVED_CPUS, stream
+from haltscale.platform.engine import build_engine, full_weights, load_checkpoint, save_checkpoint
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.finishing import evaluate_run, finish
+from haltscale.platform.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.schedule import share
 from haltscale.platform.store import RunStore
 from haltscale.platform.training import Hooks, Progress, TrainingDivergedError, train
 
 log = logging.getLogger(__name__)
+
+STEPS_PER_STREAM = 4096
+"""Steps that are planned ahead at a time where the number of steps is open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
     Raises:
         ray.train.TrainingFailedError: the workers failed more often than ``max_failures`` allows.
     """
-    execution = ExecutionConfig(**spec.execution)
+    execution = ExecutionConfig.from_dict(spec.execution)
     resources = {"CPU": execution.cpus_per_worker - RESERVED_CPUS / execution.workers}
     if execution.gpus_per_worker:
         resources["GPU"] = execution.gpus_per_worker
@@ -89,7 +91,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     spec = RunSpec(**config)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig(**spec.execution)
+    run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
     torch.set_num_threads(execution.cpus_per_worker)
     corpus = PreparedCorpus.open(Path(spec.corpus_folder))
     if corpus is None:
@@ -103,7 +105,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             progress = load_checkpoint(engine, Path(folder))
     recorder = RunRecorder(RunStore(spec.store), spec.study, spec.key, steps=run.steps, enabled=rank == 0)
-    recorder.begin(progress.step)
+    recorder.begin(progress.step, share(run, progress.spent))
 
     def save(progress: Progress) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,111 +115,30 @@ def train_worker(config: Mapping[str, Any]) -> None:
     def evaluate(progress: Progress) -> None:
         evaluate_run(engine.module, corpus, run, progress, recorder)
 
-    batches = stream(
-        corpus.folder,
-        seed=run.seed,
-        rows=corpus.rows,
-        batch=run.batch_sequences,
-        first_step=progress.step,
-        steps=run.steps,
-        rank=rank,
-        world=world,
-    )
+    def batches() -> Iterator[Batch]:
+        first = progress.step
+        while run.steps is None or first < run.steps:  # how many steps a budget in FLOPs buys is not known yet
+            last = first + STEPS_PER_STREAM if run.steps is None else run.steps
+            yield from stream(
+                corpus.folder,
+                seed=run.seed,
+                rows=corpus.rows,
+                batch=run.batch_sequences,
+                first_step=first,
+                steps=last,
+                rank=rank,
+                world=world,
+            )
+            first = last
+
+    def log(row: dict[str, Any], progress: Progress) -> None:
+        recorder.log(row, share(run, progress.spent))
+
+    hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate)
     try:
-        train(
-            engine,
-            batches,
-            run,
-            progress,
-            Hooks(log=lambda row, _: recorder.log(row), checkpoint=save, evaluate=evaluate),
-            micro_batches=accumulation,
-            world=world,
-            evaluations=execution.evaluations,
-            checkpoints=execution.checkpoints,
-            log_every_seconds=execution.log_every_seconds,
-        )
+        train(engine, batches(), run, progress, hooks, execution=execution, world=world)
     except TrainingDivergedError as diverged:
         recorder.fail(str(diverged))  # trying again would diverge again
         return
-    finish(engine, corpus, run, progress, recorder, spec)
-
-
-def evaluate_run(
-    model: LanguageModel, corpus: PreparedCorpus, run: RunConfig, progress: Progress, recorder: RunRecorder
-) -> tuple[dict[str, Any], evaluation.TokenEvents]:
-    """Read the held-out documents and the probe text, and write both down."""
-    documents, probe = corpus.validation(), corpus.probe()
-    events = evaluation.read_documents(model, documents, context=run.context)
-    row = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "split": "validation",
-        **evaluation.summarise(events, text_bytes=sum(document.bytes for document in documents)),
-        "flops_realised": progress.flops_realised,
-        "flops_executed": progress.flops_executed,
-        "flops_paper": progress.flops_paper,
-        "time": time.time(),
-    }
-    recorder.evaluation(row)
-    probed = evaluation.read_documents(model, [probe], context=run.context)
-    recorder.probe(progress.step, evaluation.probe_table(probed, probe))
-    return row, events
-
-
-def finish(
-    engine: Any,
-    corpus: PreparedCorpus,
-    run: RunConfig,
-    progress: Progress,
-    recorder: RunRecorder,
-    spec: RunSpec,
-) -> None:
-    """Evaluate, export the weights, and write the record, last."""
-    row, events = evaluate_run(engine.module, corpus, run, progress, recorder)
-    weights = full_weights(engine)
-    if ray.train.get_context().get_world_rank() == 0:
-        _export(spec, engine.module, weights, corpus)
-    per_token = events.flops * (1 / len(events.nll))
-    groups = engine.module.parameter_groups_count()
-    recorder.finish(
-        {
-            "label": spec.label,
-            "study": spec.study,
-            "key": spec.key,
-            "identity": spec.identity,
-            "tokens": progress.tokens,
-            "steps": progress.step,
-            "parameters": groups,
-            "parameters_total": sum(groups.values()),
-            **{name: row[name] for name in ("loss", "loss_standard_error", "perplexity", "bits_per_byte")},
-            **{name: row[name] for name in ("mean_steps", "expected_steps", "steps_histogram", "tokens_evaluated")},
-            "passes_per_token": progress.pass_rows / progress.tokens,
-            "flops_realised": progress.flops_realised,
-            "flops_executed": progress.flops_executed,
-            "flops_paper": progress.flops_paper,
-            "inference_flops_per_token": asdict(per_token),
-            "halting": evaluation.halting_by_difficulty(events),
-            "sequence_digest": progress.sequence_digest,
-            "wall_seconds": progress.seconds,
-            "tokens_per_second": progress.tokens / progress.seconds,
-            "precision": resolve_precision(run.precision),
-            "execution": spec.execution,
-            "versions": provenance.versions(),
-            "git_commit": provenance.git_commit(),
-            "machine": provenance.machine(),
-            "finished_at": time.time(),
-        }
-    )
-
-
-def _export(spec: RunSpec, model: LanguageModel, weights: dict[str, torch.Tensor], corpus: PreparedCorpus) -> None:
-    """The finished model: weights that cannot execute anything, the config, the tokenizer."""
-    store = RunStore(spec.store)
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(weights, Path(folder) / "model.safetensors")
-        (Path(folder) / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
-        (Path(folder) / "tokenizer.json").write_text((corpus.folder / "tokenizer.json").read_text())
-        for file in Path(folder).iterdir():
-            target = store.path(spec.study, spec.key, "model", file.name)
-            store.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            store.fs.put_file(str(file), target)
+    described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}
+    finish(engine.module, full_weights(engine), corpus, run, progress, recorder, described)

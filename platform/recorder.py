@@ -14,39 +14,49 @@ from haltscale.platform.store import RunState, RunStore
 class RunRecorder:
     """The writing side of a run's folder. On ranks above 0 it is silent, so that callers need not ask."""
 
-    def __init__(self, store: RunStore, study: str, key: str, *, steps: int, enabled: bool = True) -> None:
+    def __init__(self, store: RunStore, study: str, key: str, *, steps: int | None, enabled: bool = True) -> None:
+        """
+        Args:
+            steps: of the whole run; None where its budget is in FLOPs.
+            enabled: false on ranks above 0.
+        """
         self.store, self.study, self.key = store, study, key
-        self._steps, self._enabled = steps, enabled
-        self._began: tuple[float, int] | None = None
+        self._steps, self.enabled = steps, enabled
+        self._began: tuple[float, float] | None = None
 
     def _path(self, name: str) -> str:
         return self.store.path(self.study, self.key, name)
 
-    def begin(self, step: int) -> None:
-        """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped."""
-        if not self._enabled:
+    def begin(self, step: int, share: float) -> None:
+        """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped.
+
+        Args:
+            share: of the budget that is spent.
+        """
+        if not self.enabled:
             return
         self.store.truncate_lines(self._path("metrics.jsonl"), after_step=step)
         # The evaluation of this very step may have been cut off: the loop makes it again.
         self.store.truncate_lines(self._path("evaluations.jsonl"), after_step=step - 1)
-        self._began = (time.time(), step)
-        self._status(RunState.RUNNING, step=step)
+        self._began = (time.time(), share)
+        self._status(RunState.RUNNING, step=step, share=share)
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """A row of training metrics, and the heartbeat."""
-        if not self._enabled:
+    def log(self, row: Mapping[str, Any], share: float) -> None:
+        """A row of training metrics, and the heartbeat; ``share`` of the budget is spent."""
+        if not self.enabled:
             return
         self.store.append_lines(self._path("metrics.jsonl"), [row])
-        self._status(RunState.RUNNING, step=row["step"], loss=row["cross_entropy"], mean_steps=row["mean_steps"])
+        told = {"loss": row["cross_entropy"], "mean_steps": row["mean_steps"]}
+        self._status(RunState.RUNNING, step=row["step"], share=share, **told)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """A row of held-out evaluation."""
-        if self._enabled:
+        if self.enabled:
             self.store.append_lines(self._path("evaluations.jsonl"), [row])
 
     def probe(self, step: int, table: pd.DataFrame) -> None:
         """The probe text's events at a step."""
-        if not self._enabled:
+        if not self.enabled:
             return
         path = self.store.probe_path(self.study, self.key, step)
         self.store.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -57,21 +67,22 @@ class RunRecorder:
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """The result; the last thing that a run writes."""
-        if self._enabled:
-            self._status(RunState.FINISHED, step=self._steps)
+        if self.enabled:
+            self._status(RunState.FINISHED, step=record["steps"], share=1.0)
             self.store.write_json(self._path("record.json"), record)
 
     def fail(self, error: str) -> None:
         """The run ended without a result."""
-        if self._enabled:
+        if self.enabled:
             status = {**self.store.read_json(self._path("status.json")), "state": RunState.FAILED, "error": error}
             status.pop("schema", None)
             self.store.write_json(self._path("status.json"), {**status, "seconds_left": None, "heartbeat": time.time()})
 
-    def _status(self, state: RunState, *, step: int, **more: Any) -> None:
+    def _status(self, state: RunState, *, step: int, share: float, **more: Any) -> None:
         left = None
-        if self._began and step > self._began[1]:
+        if self._began and share > self._began[1]:
             began, first = self._began
-            left = (time.time() - began) / (step - first) * (self._steps - step)
-        status = {"state": state, "step": step, "steps": self._steps, "seconds_left": left, "heartbeat": time.time()}
+            left = (time.time() - began) / (share - first) * (1 - share)
+        steps = self._steps if self._steps is not None else round(step / share) if share else None  # an estimate then
+        status = {"state": state, "step": step, "steps": steps, "seconds_left": left, "heartbeat": time.time()}
         self.store.write_json(self._path("status.json"), {**status, "error": None, **more})

@@ -20,8 +20,9 @@ import pandas as pd
 from haltscale.model import METHODS, SIZES, paper_training_flops
 from haltscale.platform import report
 from haltscale.platform.cluster import ClusterError
-from haltscale.platform.config import ConfigError, ExecutionConfig, RunConfig, apply_point
+from haltscale.platform.config import ConfigError, RunConfig, apply_point, as_members
 from haltscale.platform.corpus import Corpus
+from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.store import RunState, RunStore, StoreError
 from haltscale.platform.sweep import Sweep
 
@@ -73,7 +74,10 @@ class Study:
         return runs
 
     def planned_flops(self, run: RunConfig) -> float:
-        """Upper estimate of a run's training FLOPs (paper's convention at full depth), for order and time left."""
+        """Upper estimate of a run's training FLOPs (its budget, or the paper's convention at full depth), for order and
+        time left."""
+        if run.flops is not None:
+            return run.flops
         parameters = SIZES[run.size].parameters(self.corpus.vocab_size)
         return paper_training_flops(parameters, run.tokens, METHODS[run.method].max_passes(run.options))
 
@@ -118,7 +122,7 @@ class Study:
                     "key": key,
                     "state": str(store.run(self.name, key).state),
                     "parameters": SIZES[run.size].parameters(self.corpus.vocab_size),
-                    "tokens": run.steps * run.batch_tokens,
+                    "tokens": None if run.steps is None else run.steps * run.batch_tokens,
                     "planned_flops": self.planned_flops(run),
                 }
             )
@@ -214,7 +218,7 @@ class Study:
             except ValueError:
                 value = text
             if name in {f.name for f in fields(execution)}:
-                execution = replace(execution, **{name: value})
+                execution = replace(execution, **as_members(ExecutionConfig, {name: value}))
                 continue
             base, found = apply_point(base, {name: value})
             problems += [f"--set {assignment}: {problem}" for problem in found]

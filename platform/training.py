@@ -19,6 +19,8 @@ import torch
 
 from haltscale.model import Flops, LanguageModel, PassCounts
 from haltscale.platform.config import RunConfig
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.schedule import Spent, evenly, is_over, learning_rate, reached
 
 EXPLODED_LOSS = 50.0
 """Nats per token; a uniform guess over 50k tokens is 10.8, so a loss above this is lost."""
@@ -53,6 +55,8 @@ class Progress:
     flops_paper: float = 0.0
     pass_rows: int = 0
     """Positions times passes, for the mean passes per token."""
+    flops_before_step: float = 0.0
+    """``flops_realised`` as it was before the last step."""
     sequence_digest: str = ""
     """Running digest of the sequence ids that were trained on: equal digests mean the same data in the same order."""
 
@@ -64,28 +68,32 @@ class Progress:
     def spend(self, step: StepTotals, tokens: int) -> None:
         """Add one step's work, of all ranks together."""
         self.tokens += tokens
+        self.flops_before_step = self.flops_realised
         self.flops_realised += step.flops.realised
         self.flops_executed += step.flops.executed
         self.flops_paper += step.flops.paper
         self.pass_rows += step.pass_rows
 
+    @property
+    def spent(self) -> Spent:
+        """What the run has spent so far."""
+        return Spent(step=self.step, tokens=self.tokens, flops=self.flops_realised)
+
+    @property
+    def before_last(self) -> Spent:
+        """What it had spent before its last step."""
+        tokens = self.tokens - self.tokens // self.step if self.step else 0  # all steps are of one size
+        return Spent(step=self.step - 1, tokens=tokens, flops=self.flops_before_step)
+
+    def expected(self, run: RunConfig, model: LanguageModel) -> Spent:
+        """What it will have spent after the next step: as much more as the last one took, or, before the first, what
+        one pass over its tokens takes by the paper's convention."""
+        last = self.flops_realised - self.flops_before_step
+        flops = last or 6.0 * sum(model.parameter_groups_count().values()) * run.batch_tokens
+        return Spent(step=self.step + 1, tokens=self.tokens + run.batch_tokens, flops=self.flops_realised + flops)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def learning_rate(run: RunConfig, step: int) -> float:
-    """The schedule as a pure function: linear warm-up, then a cosine to ``final_learning_rate_fraction`` of the peak.
-
-    Args:
-        step: the step about to be taken, from 0.
-    """
-    warmup = max(1, round(run.warmup_fraction * run.steps))
-    if step < warmup:
-        return run.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, run.steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    final = run.final_learning_rate_fraction
-    return run.learning_rate * (final + (1 - final) * cosine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +106,6 @@ class Hooks:
     evaluate: Callable[[Progress], None]
 
 
-def milestones(steps: int, count: int) -> set[int]:
-    """``count`` step numbers spread evenly over a run, the last of them at its end."""
-    return {round(steps * index / count) for index in range(1, count + 1)} - {0}
-
-
 def train(
     engine: Engine,
     batches: Iterator[Any],
@@ -110,43 +113,42 @@ def train(
     progress: Progress,
     hooks: Hooks,
     *,
-    micro_batches: int,
+    execution: ExecutionConfig,
     world: int,
-    evaluations: int,
-    checkpoints: int,
-    log_every_seconds: float,
 ) -> Progress:
     """Train to the end of the run's budget.
 
     Args:
-        engine: wraps the model; accumulates over ``micro_batches`` calls.
+        engine: wraps the model; accumulates over as many calls as ``execution`` says.
         batches: this rank's batches from step ``progress.step`` on (``step``, ``seq_ids``, ``tokens``).
         progress: where to begin; updated in place.
-        micro_batches: forward passes per step.
+        execution: micro-batches, and how often what is logged, saved and evaluated. A checkpoint comes before the
+            evaluation of the same step; the evaluation at the end is left to the caller, who has more to do then.
         world: ranks that share the run.
-        evaluations: how many, spread evenly; the one at the end is left to the caller, who has more to do then.
-        checkpoints: how many, spread evenly; a checkpoint comes before the evaluation of the same step.
-        log_every_seconds: how often a row of metrics is written; the last step always is.
 
     Raises:
         TrainingDivergedError: the loss is not finite or above ``EXPLODED_LOSS``.
         ValueError: a batch is not the one that is due.
     """
     device = next(engine.module.parameters()).device
-    checkpoint_at = milestones(run.steps, checkpoints)
-    evaluate_at = milestones(run.steps, evaluations) - {run.steps}  # the one at the end is the caller's
+    _, micro_batches = execution.accumulation(run.batch_sequences)
     window = MetricsWindow(progress)
-    if progress.step in evaluate_at:  # resumed from the checkpoint before this evaluation
-        hooks.evaluate(progress)
+
+    def is_due(count: int) -> bool:
+        return reached(run, progress.before_last, progress.spent, evenly(count))
+
+    if progress.step and is_due(execution.evaluations) and not is_over(run, progress.spent):
+        hooks.evaluate(progress)  # resumed from the checkpoint before this evaluation
     engine.module.train()
-    while progress.step < run.steps:
+    while not is_over(run, progress.spent):
         began = time.perf_counter()
         batch = next(batches, None)
         if batch is None or batch.step != progress.step:
             raise ValueError(f"the data stream delivered step {batch and batch.step}, step {progress.step} is due")
-        rate = learning_rate(run, progress.step)
+        rate = learning_rate(run, progress.spent, progress.expected(run, engine.module))
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
+        torch.manual_seed(step_seed(run.seed, progress.step))
         tokens = torch.as_tensor(np.ascontiguousarray(batch.tokens), device=device)
         counts, outputs = PassCounts(), []
         for piece in tokens.chunk(micro_batches):
@@ -163,15 +165,21 @@ def train(
         norm = engine.get_global_grad_norm()
         step.check_finite(progress.step, norm)  # the same on every rank, so that all of them stop at once
         window.add(step)
-        milestone = progress.step in evaluate_at or progress.step in checkpoint_at
-        if progress.step == run.steps or milestone or window.age >= log_every_seconds:
+        over = is_over(run, progress.spent)
+        save, evaluate = is_due(execution.checkpoints) or over, is_due(execution.evaluations) and not over
+        if over or save or evaluate or window.age >= execution.log_every_seconds:
             hooks.log(window.close(progress, rate, norm), progress)
-        if progress.step in checkpoint_at:
+        if save:
             hooks.checkpoint(progress)
-        if progress.step in evaluate_at:
+        if evaluate:
             hooks.evaluate(progress)
             engine.module.train()
     return progress
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Of what a model draws in one step (PonderLM-2: its passes): the same on all ranks, and after a resumption."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/step/{step}".encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)

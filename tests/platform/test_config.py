@@ -1,14 +1,16 @@
 """Configurations are refused before anything starts, with everything that is wrong at once."""
 
+import json
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from haltscale.model import AdaptiveOptions, Method, VanillaOptions
-from haltscale.platform.config import ConfigError, ExecutionConfig, RunConfig, apply_point
+from haltscale.platform.config import ConfigError, RunConfig, Schedule, apply_point
+from haltscale.platform.execution import ExecutionConfig, Offload, Sink
 
 GOOD = RunConfig(size="0.6m", tokens=1024, context=16, batch_tokens=64)
 ADAPTIVE = replace(GOOD, method=Method.ADAPTIVE, options=AdaptiveOptions())
@@ -45,6 +47,12 @@ def test_a_sound_run_has_no_problems(run):
         ({"clip": 0.0}, ["clip"]),
         ({"clip": math.inf}, ["clip"]),
         ({"precision": "fp8"}, ["precision", "fp8", "bf16"]),
+        ({"schedule": "step"}, ["schedule", "'step'", "cosine", "wsd"]),
+        ({"decay_fraction": 1.1}, ["decay_fraction"]),
+        ({"warmup_tokens": -1}, ["warmup_tokens"]),
+        ({"flops": 0}, ["flops", "0"]),
+        ({"flops": math.nan}, ["flops", "nan"]),
+        ({"flops": math.inf}, ["flops", "inf"]),
         ({"seed": -1}, ["seed"]),
         ({"seed": 0.5}, ["seed"]),
     ],
@@ -90,6 +98,23 @@ def test_what_passes_the_check_has_a_key(data):
     run = replace(GOOD, **changes)
     if not run.problems():
         assert run.key("corpus", "f00")
+
+
+def test_a_budget_in_flops_leaves_the_tokens_out_of_the_key():
+    run = replace(GOOD, flops=1e9)
+    assert run.steps is None
+    assert run.problems() == []
+    assert run.key("corpus", "f00") == replace(run, tokens=77).key("corpus", "f00")
+    assert len({each.key("corpus", "f00") for each in (run, GOOD, replace(run, flops=2e9))}) == 3
+    back = RunConfig.from_identity(json.loads(json.dumps(run.identity("corpus", "f00"))))
+    assert back.key("corpus", "f00") == run.key("corpus", "f00")
+    assert back.problems() == []
+
+
+def test_a_word_becomes_a_member_of_the_runs_enums():
+    run, problems = apply_point(GOOD, {"schedule": "wsd", "precision": "fp32"})
+    assert problems == []
+    assert run.schedule is Schedule.WSD
 
 
 def test_steps_are_whole():
@@ -174,6 +199,34 @@ def test_counts_are_whole_and_positive(name, value):
 def test_execution_problems_come_together():
     found = ExecutionConfig(workers=0, zero_stage=4, evaluations=0).problems([GOOD])
     assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"offload_optimizer": "tape"}, ["offload_optimizer 'tape'", "cpu"]),
+        ({"offload_optimizer": Offload.CPU, "zero_stage": 0}, ["offload_optimizer", "zero_stage", "not 0"]),
+        ({"offload_parameters": Offload.CPU, "zero_stage": 2}, ["offload_parameters", "zero_stage 3"]),
+        ({"offload_optimizer": Offload.NVME, "zero_stage": 3}, ["nvme_path"]),
+        ({"offload_optimizer": Offload.NVME, "zero_stage": 1, "nvme_path": "/x"}, ["nvme", "zero_stage 3"]),
+        ({"milestones": (0.5, 1.5)}, ["milestones has 1.5"]),
+        ({"sinks": ("paper",)}, ["sinks names 'paper'", "tensorboard"]),
+        ({"on_collapse": "ignore"}, ["on_collapse 'ignore'", "continue"]),
+        ({"collapse_steps": 0}, ["collapse_steps"]),
+        ({"keep_last": 0}, ["keep_last"]),
+    ],
+)
+def test_wrong_execution_is_named_with_what_is_allowed(changes, words):
+    problem = only(ExecutionConfig(**changes).problems([GOOD]))
+    for word in words:
+        assert word in problem
+
+
+def test_execution_survives_json():
+    execution = ExecutionConfig(offload_optimizer=Offload.CPU, milestones=(0.5, 1), sinks=(Sink.TENSORBOARD,))
+    back = ExecutionConfig.from_dict(json.loads(json.dumps(asdict(execution))))
+    assert back == execution
+    assert back.offload_optimizer is Offload.CPU
 
 
 def test_a_run_that_the_cluster_cannot_hold_is_refused():

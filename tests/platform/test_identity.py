@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltscale.model import METHODS, SIZES, Method
-from haltscale.platform.config import ExecutionConfig, Precision, RunConfig
+from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import canonical_json, digest, encodable
 
 BASE = RunConfig(method=Method.ADAPTIVE, options=METHODS[Method.ADAPTIVE].options())
@@ -34,7 +35,7 @@ def another(value: Any) -> Any:
         return not value
     if isinstance(value, StrEnum):
         return next(member for member in type(value) if member != value)
-    return value + 1
+    return 1 if value is None else value + 1
 
 
 def key(run: RunConfig, corpus: str = "corpus", fingerprint: str = "f00") -> str:

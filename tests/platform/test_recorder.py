@@ -39,17 +39,17 @@ def table():
 def test_the_life_of_a_run(any_store):
     assert any_store.run("study", "key").state is RunState.PLANNED
     run = recorder(any_store)
-    run.begin(0)
+    run.begin(0, 0)
     assert any_store.run("study", "key").state is RunState.RUNNING
     for step in (1, 2):
-        run.log({"step": step, **ROW})
+        run.log({"step": step, **ROW}, step / 20)
     run.evaluation({"step": 2, "loss": 4.1})
     run.probe(2, table())
     view = any_store.run("study", "key")
     assert view.state is RunState.RUNNING
     assert (view.status["step"], view.status["steps"]) == (2, 10)
     assert (view.status["loss"], view.status["mean_steps"]) == (4.0, 1.5)
-    run.finish({"loss": 4.0})
+    run.finish({"loss": 4.0, "steps": 10})
     view = any_store.run("study", "key")
     assert view.state is RunState.FINISHED
     assert view.record["loss"] == 4.0
@@ -62,18 +62,18 @@ def test_the_life_of_a_run(any_store):
 
 def test_a_run_that_goes_on_writes_its_rows_once(any_store):
     first = recorder(any_store)
-    first.begin(0)
+    first.begin(0, 0)
     for step in range(1, 7):
-        first.log({"step": step, **ROW})
+        first.log({"step": step, **ROW}, step / 20)
         first.evaluation({"step": step, "loss": step})
         first.probe(step, table())
     second = recorder(any_store)  # its checkpoint was taken at step 4
-    second.begin(4)
+    second.begin(4, 0.2)
     assert any_store.metrics("study", "key")["step"].tolist() == [1, 2, 3, 4]
     # The evaluation of the checkpoint's own step may have been cut off, and is made again.
     assert any_store.evaluations("study", "key")["step"].tolist() == [1, 2, 3]
     for step in range(5, 9):
-        second.log({"step": step, **ROW})
+        second.log({"step": step, **ROW}, step / 20)
         second.probe(step, table())
     assert any_store.metrics("study", "key")["step"].tolist() == list(range(1, 9))
     assert any_store.probe_steps("study", "key") == list(range(1, 9))
@@ -81,15 +81,15 @@ def test_a_run_that_goes_on_writes_its_rows_once(any_store):
 
 def test_a_failure_keeps_how_far_the_run_was(any_store):
     run = recorder(any_store)
-    run.begin(0)
-    run.log({"step": 3, **ROW})
+    run.begin(0, 0)
+    run.log({"step": 3, **ROW}, 3 / 20)
     recorder(any_store, steps=0).fail("RuntimeError: a worker died")  # told by another process
     view = any_store.run("study", "key")
     assert view.state is RunState.FAILED
     assert view.status["error"] == "RuntimeError: a worker died"
     assert (view.status["step"], view.status["steps"]) == (3, 10)
     assert view.status["seconds_left"] is None
-    recorder(any_store).begin(3)
+    recorder(any_store).begin(3, 0.15)
     view = any_store.run("study", "key")
     assert view.state is RunState.RUNNING
     assert view.status["error"] is None
@@ -105,25 +105,25 @@ def test_a_run_that_never_began_can_fail(any_store):
 def test_time_left_counts_from_where_this_attempt_began(store, monkeypatch):
     clock = Clock(monkeypatch)
     run = recorder(store, steps=20)
-    run.begin(4)
+    run.begin(4, 0.2)
     assert store.run("study", "key").status["seconds_left"] is None
     clock.now += 12.0
-    run.log({"step": 8, **ROW})  # 4 steps in 12 s, 12 to go
+    run.log({"step": 8, **ROW}, 8 / 20)  # 4 steps in 12 s, 12 to go
     status = store.run("study", "key", now=clock.now).status
     assert status["seconds_left"] == pytest.approx(36.0)
     assert status["heartbeat"] == 1012.0
-    run.finish({"loss": 1.0})
+    run.finish({"loss": 1.0, "steps": 20})
     assert store.run("study", "key").status["seconds_left"] == 0.0
 
 
 def test_other_ranks_are_silent(store):
     run = recorder(store, enabled=False)
-    run.begin(0)
-    run.log({"step": 1, **ROW})
+    run.begin(0, 0)
+    run.log({"step": 1, **ROW}, 1 / 20)
     run.evaluation({"step": 1})
     run.probe(1, table())
     run.fail("x")
-    run.finish({"loss": 1.0})
+    run.finish({"loss": 1.0, "steps": 20})
     assert not store.fs.exists(store.path("study", "key"))
 
 
@@ -133,8 +133,8 @@ def test_the_record_is_written_last(store, monkeypatch):
     write = store.write_json
     monkeypatch.setattr(store, "write_json", lambda path, document: (written.append(path), write(path, document)))
     run = recorder(store)
-    run.begin(0)
-    run.finish({"loss": 1.0})
+    run.begin(0, 0)
+    run.finish({"loss": 1.0, "steps": 20})
     assert written[-1].endswith("record.json")
     assert [path for path in written if path.endswith("record.json")] == written[-1:]
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from haltscale.model import METHODS, AdaptiveOptions, Method, VanillaOptions, build_model
-from haltscale.platform.config import ConfigError, ExecutionConfig
+from haltscale.platform.config import ConfigError
+from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweep import Sweep, grid
 

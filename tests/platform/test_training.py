@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions, build_model
 from haltscale.platform.config import Precision, RunConfig
@@ -23,13 +21,13 @@ from haltscale.platform.engine import (
     resolve_precision,
     save_checkpoint,
 )
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.schedule import Spent, learning_rate
 from haltscale.platform.training import (
     Hooks,
     Progress,
     StepTotals,
     TrainingDivergedError,
-    learning_rate,
-    milestones,
     train,
 )
 
@@ -103,8 +101,9 @@ def go(
 ) -> tuple[Progress, Listener]:
     """Train with every step logged."""
     listener = changes.pop("listener", None) or Listener()
-    settings: dict[str, Any] = {"micro_batches": 1, "evaluations": 1, "checkpoints": 1, "log_every_seconds": 0.0}
-    progress = train(engine, stream, run, progress or Progress(), listener.hooks(), world=1, **(settings | changes))
+    settings = {"micro_batch_sequences": run.batch_sequences, "evaluations": 1, "checkpoints": 1}
+    execution = ExecutionConfig(**{"log_every_seconds": 0.0} | settings | changes)
+    progress = train(engine, stream, run, progress or Progress(), listener.hooks(), execution=execution, world=1)
     return progress, listener
 
 
@@ -116,47 +115,6 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # ---- pure parts -----------------------------------------------------------------------------------------------------
-
-schedules = st.builds(
-    lambda steps, warmup, final: replace(
-        RUN, tokens=steps * RUN.batch_tokens, warmup_fraction=warmup, final_learning_rate_fraction=final
-    ),
-    st.integers(1, 300),
-    st.floats(0, 1),
-    st.floats(0, 1),
-)
-
-
-@given(schedules)
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(run):
-    rates = [learning_rate(run, step) for step in range(run.steps)]
-    warmup = max(1, round(run.warmup_fraction * run.steps))
-    end = run.final_learning_rate_fraction * run.learning_rate
-    assert all(rate > 0 or end == 0 for rate in rates)
-    assert max(rates) == pytest.approx(run.learning_rate)
-    assert rates[warmup - 1] == pytest.approx(run.learning_rate)
-    assert all(after >= before for before, after in itertools.pairwise(rates[:warmup]))
-    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(rates[warmup - 1 :]))
-    assert all(rate >= end * (1 - 1e-9) for rate in rates[warmup:])
-    assert learning_rate(run, run.steps) == pytest.approx(end if run.steps > warmup else run.learning_rate)
-
-
-def test_the_learning_rate_by_hand():
-    run = replace(RUN, tokens=20 * RUN.batch_tokens, warmup_fraction=0.2, learning_rate=1.0)
-    assert [learning_rate(run, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert learning_rate(run, 4) == 1.0
-    assert learning_rate(run, 12) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(run, 8) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
-
-
-@given(steps=st.integers(1, 1000), count=st.integers(1, 50))
-def test_milestones_are_spread_and_end_at_the_end(steps, count):
-    found = sorted(milestones(steps, count))
-    assert found[-1] == steps
-    assert found[0] > 0
-    assert len(found) == count if count <= steps else len(found) <= steps
-    gaps = [after - before for before, after in itertools.pairwise([0, *found])]
-    assert max(gaps) - min(gaps) <= 1 or count > steps
 
 
 def test_a_precision_that_is_named_is_taken():
@@ -251,7 +209,7 @@ def test_the_ledger_is_the_sum_over_the_steps(zero_stage, vocabulary):
     engine = engine_of(run, zero_stage=zero_stage, accumulation=2, vocabulary=vocabulary)
     seen: list[PassCounts] = []
     engine.module.register_forward_hook(lambda _, __, output: seen.append(output.trace.counts))
-    progress, listener = go(engine, run, batches(run), micro_batches=2)
+    progress, listener = go(engine, run, batches(run), micro_batch_sequences=BATCH // 2)
     assert len(seen) == 6
     model = build_model(run.model_config(vocabulary), seed=run.seed)
     flops = [model.flops(counts).training for counts in seen]
@@ -307,7 +265,8 @@ def test_the_schedule_reaches_the_optimizer():
 
     engine.optimizer.step = watched
     _, listener = go(engine, RUN, batches(RUN))
-    assert used == [learning_rate(RUN, step) for step in range(STEPS)]
+    points = [Spent(step=step, tokens=step * RUN.batch_tokens, flops=0.0) for step in range(STEPS + 1)]
+    assert used == [learning_rate(RUN, before, after) for before, after in itertools.pairwise(points)]
     assert [row["learning_rate"] for row in listener.rows] == used
 
 
@@ -352,7 +311,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 def test_accumulation_does_not_change_the_result(method):
     run = RUNS[method]
     _, once = go(engine_of(run, zero_stage=1), run, batches(run))
-    _, pieces = go(engine_of(run, zero_stage=1, accumulation=4), run, batches(run), micro_batches=4)
+    _, pieces = go(engine_of(run, zero_stage=1, accumulation=4), run, batches(run), micro_batch_sequences=BATCH // 4)
     for name in ("loss", "cross_entropy", "grad_norm"):
         one, other = ([row[name] for row in rows] for rows in (once.rows, pieces.rows))
         assert one == pytest.approx(other, rel=2e-4), name

@@ -1,0 +1,171 @@
+"""How a run is executed: nothing here changes its result beyond rounding, so nothing here is in its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from haltscale.platform.config import RunConfig, is_number, typed
+
+
+class Offload(StrEnum):
+    """Where ZeRO keeps what a step does not need at the moment."""
+
+    NONE = "none"
+    CPU = "cpu"
+    NVME = "nvme"
+    """Files under ``nvme_path``; ZeRO stage 3 only."""
+
+
+class Optimizer(StrEnum):
+    """Which implementation of AdamW takes the steps; all compute the same update, in another order of rounding."""
+
+    FUSED = "fused"
+    """PyTorch's fused kernel."""
+    TORCH = "torch"
+    """PyTorch's plain loop."""
+
+
+class OnTrouble(StrEnum):
+    """What happens to a run whose loss explodes or whose router collapses; either is recorded."""
+
+    STOP = "stop"
+    """The run ends as failed; the sweep goes on."""
+    CONTINUE = "continue"
+    """The run goes on, and its record says what happened."""
+
+
+class Sink(StrEnum):
+    """Where metrics go beside the run store."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How a run is executed; see the module."""
+
+    workers: int = 1
+    """Training processes per run."""
+    cpus_per_worker: int = 1
+    """CPU threads of each worker; a quarter of one CPU stays with the data tasks."""
+    gpus_per_worker: float = 0
+    """GPUs of each worker (0 or 1)."""
+    micro_batch_sequences: int = 16
+    """Sequences of one forward pass per worker; the rest of its share of a batch is accumulated."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    offload_optimizer: Offload = Offload.NONE
+    """Where the optimizer's state lives between steps; from ZeRO stage 1 on."""
+    offload_parameters: Offload = Offload.NONE
+    """Where parameters live between their uses; ZeRO stage 3 only."""
+    nvme_path: str = ""
+    """A folder on a fast local disk of every node, for ``Offload.NVME``."""
+    optimizer: Optimizer = Optimizer.FUSED
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping its inside: less memory, more time."""
+    compile: bool = False
+    """Compile the blocks with ``torch.compile``: minutes at the start, fewer and larger kernels afterwards."""
+    deterministic: bool = False
+    """Refuse kernels whose result differs from call to call, at some cost of speed. CPUs need it not."""
+    evaluations: int = 5
+    """Evaluations per run, spread evenly over its budget; the last is at the end."""
+    checkpoints: int = 2
+    """Checkpoints per run, spread evenly over its budget; the last is at the end."""
+    keep_last: int = 2
+    """Checkpoints that are kept: the newest ones."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest held-out loss too."""
+    milestones: tuple[float, ...] = ()
+    """Shares of the budget (above 0, up to 1) at which another checkpoint is taken, and kept for good."""
+    log_every_seconds: float = 2.0
+    """How often a run writes metrics and its heartbeat."""
+    sinks: tuple[Sink, ...] = ()
+    """Where metrics go beside the store; each needs its extra (``pip install haltscale[tensorboard]``)."""
+    max_failures: int = 1
+    """How often a failed run is started again (from its last checkpoint) before it is recorded as failed."""
+    on_divergence: OnTrouble = OnTrouble.STOP
+    """What to do about a loss that explodes. One that is not finite always stops the run: nothing is left to train."""
+    on_collapse: OnTrouble = OnTrouble.CONTINUE
+    """What to do about a router that sends every token to 0 steps, or every token to l_max, for ``collapse_steps``."""
+    collapse_steps: int = 500
+    """Optimizer steps in a row after which a router counts as collapsed."""
+
+    def problems(self, runs: list[RunConfig], cluster: Mapping[str, float] | None = None) -> list[str]:
+        """Everything wrong, given the runs and what the cluster has (``CPU``, ``GPU``)."""
+        found = []
+        counts = ("workers", "cpus_per_worker", "micro_batch_sequences", "evaluations", "checkpoints", "keep_last")
+        for name in (*counts, "collapse_steps"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                found.append(f"{name} is {getattr(self, name)!r}, needs a whole number from 1 on")
+        for name, low in (("gpus_per_worker", 0), ("log_every_seconds", 0), ("max_failures", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < low:
+                found.append(f"{name} is {value!r}, needs a number from {low} on")
+        if self.zero_stage not in (0, 1, 2, 3):
+            found.append(f"zero_stage is {self.zero_stage!r}, needs 0, 1, 2 or 3")
+        found += self._choice_problems()
+        if found:
+            return found
+        for batch in sorted({run.batch_sequences for run in runs}):
+            if batch % self.workers:
+                found.append(f"a batch of {batch} sequences cannot be shared by {self.workers} workers evenly")
+        if cluster is not None:
+            for resource, each in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)):
+                needed, there = self.workers * each, cluster.get(resource, 0)
+                if needed > there:
+                    found.append(
+                        f"{self.workers} workers x {each:g} {resource} need {needed:g} {resource}s,"
+                        f" the cluster has {there:g}: lower workers or {resource.lower()}s_per_worker"
+                    )
+        return found
+
+    def _choice_problems(self) -> list[str]:
+        found = []
+        for name, members in EXECUTION_CHOICES.items():
+            if getattr(self, name) not in list(members):
+                found.append(f"{name} {getattr(self, name)!r} is none of {', '.join(members)}")
+        for sink in self.sinks:
+            if sink not in list(Sink):
+                found.append(f"sinks names {sink!r}, which is none of {', '.join(Sink)}")
+        for share in self.milestones:
+            if not is_number(share) or not 0 < share <= 1:
+                found.append(f"milestones has {share!r}, needs shares of the budget above 0 and up to 1")
+        if found or self.zero_stage not in (0, 1, 2, 3):
+            return found
+        if self.offload_optimizer is not Offload.NONE and self.zero_stage == 0:
+            found.append(f"offload_optimizer {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+        if self.offload_parameters is not Offload.NONE and self.zero_stage != 3:
+            found.append(f"offload_parameters {self.offload_parameters} needs zero_stage 3, not {self.zero_stage}")
+        if Offload.NVME in (self.offload_optimizer, self.offload_parameters):
+            if self.zero_stage in (1, 2):
+                found.append(f"offload to {Offload.NVME} needs zero_stage 3, not {self.zero_stage}")
+            if not self.nvme_path:
+                found.append("offload to nvme needs nvme_path, a folder on a fast local disk of every node")
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExecutionConfig:
+        """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
+        execution: ExecutionConfig = typed(cls, values)
+        return execution
+
+    def accumulation(self, batch_sequences: int) -> tuple[int, int]:
+        """(sequences per forward pass, forward passes per step) of each worker."""
+        share = batch_sequences // self.workers
+        micro = min(self.micro_batch_sequences, share)
+        while share % micro:
+            micro -= 1
+        return micro, share // micro
+
+
+EXECUTION_CHOICES: dict[str, type[StrEnum]] = {
+    "offload_optimizer": Offload,
+    "offload_parameters": Offload,
+    "optimizer": Optimizer,
+    "on_divergence": OnTrouble,
+    "on_collapse": OnTrouble,
+}
