@@ -30,6 +30,9 @@ PRINTED = {
     "tokens_per_second": "tokens/s",
 }
 
+RECURRENT = ("attention", "mlp", "norms")
+"""Groups of parameters that a latent step uses again; the rest (embedding, head, router) is used once per token."""
+
 
 def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.DataFrame:
     """One row per run: its label, state and, where it is finished, its figures (units as in the record).
@@ -43,6 +46,8 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
         record = view.record
         identity = record.get("identity") or view.spec.get("identity", {})
         halting = record.get("halting", {})
+        groups = record.get("parameters", {})
+        recurrent = sum(groups.get(name, 0) for name in RECURRENT) if groups else None
         rows.append(
             {
                 "run": view.label,
@@ -52,7 +57,10 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
                 "size": identity.get("size"),
                 "seed": identity.get("seed"),
                 **identity.get("options", {}),
+                "role": view.spec.get("role", "result"),
                 "parameters": record.get("parameters_total"),
+                "parameters_recurrent": recurrent,
+                "parameters_once": sum(groups.values()) - recurrent if groups else None,
                 **{name: record.get(name) for name in ("tokens", "loss", "loss_standard_error", "perplexity")},
                 **{name: record.get(name) for name in ("bits_per_byte", "mean_steps", "expected_steps")},
                 "easy_steps": halting.get("well_predicted_mean_steps"),

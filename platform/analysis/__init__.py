@@ -1,0 +1,48 @@
+"""Analysis of finished runs: pure functions over the results frame. Neither Ray nor Streamlit.
+
+from haltscale.platform.analysis import fit_power_law
+from haltscale.platform.report import results
+
+frame = results(RunStore(), "my-study")
+law = fit_power_law(frame[frame["method"] == "adaptive"], "flops_realised")
+"""
+
+from haltscale.platform.analysis.compare import Multiplier, equivalent
+from haltscale.platform.analysis.estimates import Estimate, Refusal
+from haltscale.platform.analysis.frontier import IsoFlop, disagreement, isoflop, optimal_exponent, pareto
+from haltscale.platform.analysis.laws import (
+    HeldOut,
+    LawFit,
+    RecurrenceFit,
+    fit_power_law,
+    fit_recurrence,
+    fit_surface,
+    leave_one_budget_out,
+)
+from haltscale.platform.analysis.runs import Selection, usable
+from haltscale.platform.analysis.sweeps import SeedNoise, importance, seed_noise, slices
+
+__all__ = [
+    "Estimate",
+    "HeldOut",
+    "IsoFlop",
+    "LawFit",
+    "Multiplier",
+    "RecurrenceFit",
+    "Refusal",
+    "SeedNoise",
+    "Selection",
+    "disagreement",
+    "equivalent",
+    "fit_power_law",
+    "fit_recurrence",
+    "fit_surface",
+    "importance",
+    "isoflop",
+    "leave_one_budget_out",
+    "optimal_exponent",
+    "pareto",
+    "seed_noise",
+    "slices",
+    "usable",
+]

@@ -1,0 +1,88 @@
+"""What one method is worth in another's compute or parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from haltscale.platform.analysis.estimates import Estimate, Floats, Refusal, estimate, interval
+from haltscale.platform.analysis.laws import LawFit
+from haltscale.platform.analysis.runs import column
+
+POINTS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multiplier:
+    """How much of its input a reference needs for a method's loss, as a multiple of what the method needs.
+
+    Above 1 the method is the cheaper one: 1.5 says that the reference must spend half as much again.
+    """
+
+    x: str
+    """The input: a kind of FLOPs, or ``parameters``."""
+    table: pd.DataFrame
+    """``x`` (the method's input), ``loss`` (nats/token), ``multiplier``, ``low``, ``high``, over the losses that runs
+    of both methods reach: no extrapolation."""
+    mean: Estimate
+    """Geometric mean over the table."""
+
+
+def equivalent(method: LawFit, reference: LawFit) -> Multiplier | Refusal:
+    """The multiplier between two laws of the same single input, where both were measured.
+
+    Args:
+        method: such as ``fit_power_law(adaptive, "flops_realised")``.
+        reference: such as ``fit_power_law(vanilla, "flops_realised")``.
+    """
+    if method.form.inputs != reference.form.inputs or method.form.terms != 1:
+        raise ValueError(f"laws of {method.form.inputs} and {reference.form.inputs} cannot be compared: fit both alike")
+    low_loss, high_loss = _shared(method, reference)
+    if not low_loss < high_loss:
+        first, second = column(method.runs, "loss"), column(reference.runs, "loss")
+        return Refusal(
+            reason=f"no loss is reached by both: {first.min():.3g} to {first.max():.3g} nats/token against"
+            f" {second.min():.3g} to {second.max():.3g}"
+        )
+    losses = np.linspace(high_loss, low_loss, POINTS)
+    value = _inputs_at(reference.theta[None], reference, losses) - _inputs_at(method.theta[None], method, losses)
+    # The two bootstraps are independent; shuffling one keeps equal seeds from pairing equal draws.
+    order = np.random.default_rng(1).permutation(len(reference.replicates))
+    count = min(len(method.replicates), len(reference.replicates))
+    replicates = _inputs_at(reference.replicates[order[:count]], reference, losses) - _inputs_at(
+        method.replicates[:count], method, losses
+    )
+    # Where neither resampled law reaches a loss there is nothing to compare: that resample speaks for both ends.
+    replicates = np.where(np.isnan(replicates), value, replicates)
+    low, high = interval(np.exp(replicates))
+    table = pd.DataFrame(
+        {
+            "x": np.exp(_inputs_at(method.theta[None], method, losses)[0]),
+            "loss": losses,
+            "multiplier": np.exp(value[0]),
+            "low": low,
+            "high": high,
+        }
+    )
+    table = table[np.isfinite(table["x"]) & np.isfinite(table["multiplier"])].reset_index(drop=True)
+    if table.empty:
+        return Refusal(reason="the fitted laws meet at no loss that both methods' runs reach")
+    kept = np.isfinite(value[0])
+    mean = estimate(float(np.exp(value[0][kept].mean())), np.exp(replicates[:, kept].mean(axis=1)))
+    return Multiplier(x=method.form.inputs[0], table=table, mean=mean)
+
+
+def _shared(method: LawFit, reference: LawFit) -> tuple[float, float]:
+    """The losses that both laws have inside what was measured."""
+    ends = [law.predict(law.form.at({law.form.inputs[0]: np.array(law.domain)})) for law in (method, reference)]
+    return max(float(end.min()) for end in ends), min(float(end.max()) for end in ends)
+
+
+def _inputs_at(theta: Floats, law: LawFit, losses: Floats) -> Floats:
+    """``(R, n)`` logarithm of the input at which a law of one input has a loss; infinite at or below E."""
+    above = losses[None] - np.exp(theta[:, :1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = law.form.centres[0] + (theta[:, 1:2] - np.log(above)) / theta[:, 2:3]
+    return np.where(above > 0, logs, np.inf)
