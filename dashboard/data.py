@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from haltscale.platform.report import RECURRENT
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
 DEMO_TOKENS = 20e6
@@ -56,6 +57,10 @@ class StudyView:
 
     name: str
     question: str = ""
+    note: str = ""
+    """What the study's authors say its figures can and cannot show."""
+    planned_at: float = math.nan
+    """Seconds since 1970."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
     runs: pd.DataFrame
     """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS` and ``steps_histogram``."""
@@ -73,7 +78,7 @@ class StudyView:
         return bool(pd.notna(tokens) and tokens < DEMO_TOKENS)
 
 
-TEXT = ("key", "label", "state", "method", "size", "series", "note", "git_commit")
+TEXT = ("key", "label", "state", "method", "size", "series", "note", "role", "git_commit")
 OPTIONS = ("lam", "beta", "l_max", "tau")
 SHARED = (
     *("loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
@@ -83,9 +88,22 @@ SHARED = (
 NUMBERS = (
     *OPTIONS,
     *SHARED,
-    *("seed", "tokens", "tokens_done", "parameters", "passes", "wall_seconds"),
-    *("tokens_per_second", "step", "steps", "seconds_left", "well_steps", "badly_steps", "rank"),
+    *("seed", "tokens", "tokens_done", "parameters", "parameters_once", "parameters_recurrent", "passes"),
+    *("wall_seconds", "inference_flops_realised", "inference_flops_executed", "inference_flops_paper", "heartbeat"),
+    *(
+        "tokens_per_second",
+        "step",
+        "steps",
+        "seconds_left",
+        "well_steps",
+        "badly_steps",
+        "rank",
+        "shade",
+        "finished_at",
+    ),
 )
+FACETS = ("method", "size", "lam", "beta", "l_max", "seed")
+"""What the runs can be filtered by."""
 
 
 # ---- one value at a time -------------------------------------------------------------------------
@@ -201,7 +219,10 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         row[name] = number(record.get(name)) if record else number(last.get(name))
     if math.isnan(row["perplexity"]) and row["loss"] < 700:
         row["perplexity"] = math.exp(row["loss"])
-    halting = mapping(record.get("halting"))
+    halting, groups = mapping(record.get("halting")), mapping(record.get("parameters"))
+    recurrent = sum(number(groups.get(name)) for name in RECURRENT) if groups else math.nan
+    inference = mapping(record.get("inference_flops_per_token"))
+    row |= {f"inference_flops_{kind}": number(inference.get(kind)) for kind in FlopsKind}
     speed = trained["tokens_per_second"].tail(20).median() if "tokens_per_second" in trained else math.nan
     row |= {
         "key": view.key,
@@ -211,11 +232,14 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "size": words(identity.get("size")) or "?",
         "series": "",
         "note": "",
+        "role": words(view.spec.get("role")) or "result",
         "git_commit": words(record.get("git_commit")),
         "seed": number(identity.get("seed")),
         "tokens": number(identity.get("tokens")),
         "tokens_done": number(record.get("tokens") if record else last.get("tokens")),
         "parameters": number(record.get("parameters_total")),
+        "parameters_once": number(record.get("parameters_total")) - recurrent,
+        "parameters_recurrent": recurrent,
         "passes": number(record.get("passes_per_token")),
         "wall_seconds": number(record.get("wall_seconds")),
         "tokens_per_second": number(record.get("tokens_per_second")) if record else number(speed),
@@ -223,6 +247,9 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "steps": number(record.get("steps") if record else status.get("steps")),
         "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
         "rank": 0.0,
+        "shade": 0.0,
+        "heartbeat": number(status.get("heartbeat")),
+        "finished_at": number(record.get("finished_at")),
         "well_steps": number(halting.get("well_predicted_mean_steps")),
         "badly_steps": number(halting.get("badly_predicted_mean_steps")),
         "steps_histogram": fractions(record.get("steps_histogram") if record else last.get("steps_histogram")),
@@ -278,34 +305,53 @@ def empty_runs() -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
 
 
-def load_study(store: RunStore, name: str) -> StudyView:
-    """Read a study and all its runs. A study or run that cannot be read shows up in ``problems``."""
+Memo = dict[tuple[str, str], tuple[RunView, dict[str, Any]]]
+"""Rows of finished runs that were made before, with the documents that they were made of."""
+
+
+def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyView:
+    """Read a study and all its runs. A study or run that cannot be read shows up in ``problems``.
+
+    Args:
+        memo: rows of finished runs are taken from here while their documents stay the same, and put here.
+    """
     try:
         document = store.study(name)
         planned = document.get("runs")
         views = _views(store, name, [str(key) for key in planned] if isinstance(planned, list) else [])
     except UNREADABLE as error:
         return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
-    rows = [
-        # A record says it all: the telemetry of finished runs is read only by the pages that draw it.
-        run_row(view, _NONE, _NONE)
-        if view.record
-        else run_row(view, evaluations(store, name, view.key), metrics(store, name, view.key))
-        for view in views
-    ]
+    rows = [_row(store, view, {} if memo is None else memo) for view in views]
     frame = pd.DataFrame(rows) if rows else empty_runs()
     frame["label"] = _unique(frame)
     frame["series"] = series_names(frame)
     # A series keeps its dash and marker whatever the filters leave of the others.
     frame["rank"] = pd.factorize(frame["series"])[0].astype(float)
+    frame["shade"] = frame.groupby("method")["rank"].transform(
+        lambda ranks: (ranks.rank(method="dense") - 1) / max(ranks.nunique() - 1, 1)
+    )
     problems = tuple(Problem(where=view.key, what=view.problem) for view in views if view.problem)
     return StudyView(
         name=name,
         question=words(document.get("question")),
+        note=words(document.get("note")),
+        planned_at=number(document.get("planned_at")),
         corpus=mapping(document.get("corpus")),
         runs=frame,
         problems=problems,
     )
+
+
+def _row(store: RunStore, view: RunView, memo: Memo) -> dict[str, Any]:
+    if not view.record:
+        return run_row(view, evaluations(store, view.study, view.key), metrics(store, view.study, view.key))
+    # A record says it all: the telemetry of finished runs is read only by the pages that draw it.
+    known = memo.get((view.study, view.key))
+    if known and known[0].record is view.record and known[0].spec is view.spec and known[0].problem == view.problem:
+        return known[1]
+    row = run_row(view, _NONE, _NONE)
+    memo[view.study, view.key] = (view, row)
+    return row
 
 
 _NONE = pd.DataFrame()
@@ -341,27 +387,32 @@ def series_names(runs: pd.DataFrame) -> list[str]:
 
 
 def facets(runs: pd.DataFrame) -> dict[str, list[str]]:
-    """What the runs can be filtered by: methods, sizes (smallest first) and lam, as text."""
+    """The values of each of :data:`FACETS`, as text: methods in the study's order, the rest ascending."""
     known = runs[runs["method"] != "unknown"]
-    return {
+    found = {
         "method": list(dict.fromkeys(known["method"])),
         "size": sorted(set(known["size"]), key=lambda size: (size_order(size), size)),
-        "lam": [f"{lam:g}" for lam in sorted(known["lam"].dropna().unique())],
     }
+    return found | {name: [f"{value:g}" for value in sorted(known[name].dropna().unique())] for name in FACETS[2:]}
 
 
-def select(
-    view: StudyView, *, method: Sequence[str] = (), size: Sequence[str] = (), lam: Sequence[str] = ()
-) -> StudyView:
-    """The runs that pass the filters; an empty filter lets all pass. Runs without a lam pass the filter on lam."""
+def select(view: StudyView, **chosen: Sequence[str]) -> StudyView:
+    """The runs that pass the filters (any of :data:`FACETS`); an empty filter lets all pass.
+
+    Runs without an option (vanilla has no lam) pass the filter on it.
+    """
     runs = view.runs
-    if method:
-        runs = runs[runs["method"].isin(method)]
-    if size:
-        runs = runs[runs["size"].isin(size)]
-    if lam:
-        runs = runs[runs["lam"].isna() | runs["lam"].map("{:g}".format).isin(lam)]
+    for name, values in chosen.items():
+        if values and name in ("method", "size"):
+            runs = runs[runs[name].isin(values)]
+        elif values:
+            runs = runs[runs[name].isna() | runs[name].map("{:g}".format).isin(values)]
     return replace(view, runs=runs.reset_index(drop=True))
+
+
+def analysed(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs as the analysis wants them (the columns of :func:`haltscale.platform.report.results`)."""
+    return runs.assign(tokens=runs["tokens_done"], passes_per_token=runs["passes"])
 
 
 def plotted(runs: pd.DataFrame, kind: FlopsKind) -> pd.DataFrame:

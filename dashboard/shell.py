@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 from haltscale.dashboard import data, style
 from haltscale.dashboard.data import StudyView
-from haltscale.platform.store import RunStore, default_root
+from haltscale.dashboard.shelf import store
 
 ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""
@@ -30,58 +29,18 @@ SUBMIT_RAY = (  # `haltscale up` tells the address
 )
 
 
-# ---- the store, read through Streamlit's cache ---------------------------------------------------
-
-
-@st.cache_data(max_entries=4_000, show_spinner=False)
-def _json(root: str, path: str, stamp: str) -> dict[str, Any]:
-    return RunStore(root).read_json(path)
-
-
-# Bounded by size: a run being trained leaves a longer version behind every few seconds.
-@st.cache_data(max_size="256MB", show_spinner=False)
-def _lines(root: str, path: str, stamp: str) -> list[dict[str, Any]]:
-    return [row for row in RunStore(root).read_lines(path) if isinstance(row, dict)]
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def _probe(root: str, study: str, key: str, step: int, stamp: str) -> pd.DataFrame:
-    return data.probe(RunStore(root), study, key, step)
-
-
-class CachedStore(RunStore):
-    """A run store that reads a file again only when it has changed.
-
-    The stamp is taken before the read: a file that changes in between is read once more, never too seldom.
-    """
-
-    def stamp(self, path: str) -> str:
-        """What changes when the file does: inode, time and size locally, the object's tag elsewhere; "" when absent."""
-        try:
-            info = self.fs.info(path)
-        except OSError:
-            return ""
-        return "/".join(str(info.get(name)) for name in ("ino", "mtime", "LastModified", "ETag", "size"))
-
-    def read_json(self, path: str) -> dict[str, Any]:
-        stamp = self.stamp(path)
-        return _json(self.root, path, stamp) if stamp else {}
-
-    def read_lines(self, path: str) -> list[dict[str, Any]]:
-        stamp = self.stamp(path)
-        return _lines(self.root, path, stamp) if stamp else []
-
-    def events(self, study: str, key: str, step: int) -> pd.DataFrame:
-        """The probe's events, checked; see :func:`haltscale.dashboard.data.probe`."""
-        return _probe(self.root, study, key, step, self.stamp(self.probe_path(study, key, step)))
-
-
-def store() -> CachedStore:
-    """The store that the dashboard was started with."""
-    return CachedStore(default_root())
-
-
 # ---- the sidebar ---------------------------------------------------------------------------------
+
+
+FILTERS = {
+    "method": "Methods",
+    "size": "Sizes",
+    "lam": "λ, the price of a latent step",
+    "beta": "β, how far a right answer halts",
+    "l_max": "l_max, most latent steps",
+    "seed": "Seeds",
+}
+"""By facet; the labels of the sidebar."""
 
 
 def sidebar() -> bool:
@@ -94,7 +53,7 @@ def sidebar() -> bool:
             view = _load()
             st.session_state["just-read"] = view  # the page is drawn in the same run: it need not read it all again
             options = data.facets(view.runs)
-            for name, label in (("method", "Methods"), ("size", "Sizes"), ("lam", "λ, the price of a latent step")):
+            for name, label in FILTERS.items():
                 if len(options[name]) > MOST_PILLS:
                     st.multiselect(label, options[name], key=name, bind="query-params", placeholder="All")
                 elif len(options[name]) > 1:
@@ -106,19 +65,18 @@ def sidebar() -> bool:
                         bind="query-params",
                         help="Choose none to see all.",
                     )
-        st.caption("Run store")
+        st.caption("Run store, read only")
         st.code(short(shelf.root), language=None, wrap_lines=True)
     return bool(names)
 
 
 def _load() -> StudyView:
     """The chosen study, unfiltered."""
-    return data.load_study(store(), str(st.session_state["study"]))
+    return store().view(str(st.session_state["study"]))
 
 
 def _filtered(view: StudyView) -> StudyView:
-    chosen = {name: st.session_state.get(name) or () for name in ("method", "size", "lam")}
-    return data.select(view, **chosen)
+    return data.select(view, **{name: st.session_state.get(name) or () for name in data.FACETS})
 
 
 # ---- live ----------------------------------------------------------------------------------------

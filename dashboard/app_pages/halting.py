@@ -5,6 +5,7 @@ import streamlit as st
 
 from haltscale.dashboard import data, figures, shell
 from haltscale.dashboard.data import StudyView
+from haltscale.dashboard.shelf import store
 
 TITLE = "Halting"
 ICON = ":material/hourglass_top:"
@@ -55,7 +56,7 @@ def over_training(view: StudyView, counted: pd.DataFrame) -> None:
         key="halting-run",
         bind="query-params",
     )
-    shelf = shell.store()
+    shelf = store()
     rows, source = data.evaluations(shelf, view.name, key), "validation tokens at each evaluation"
     if len(rows) < 2:
         rows, source = data.metrics(shelf, view.name, key), "training tokens at each logged step"

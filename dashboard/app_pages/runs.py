@@ -7,6 +7,7 @@ import streamlit as st
 
 from haltscale.dashboard import data, figures, shell, style
 from haltscale.dashboard.data import StudyView, size_order
+from haltscale.dashboard.shelf import store
 
 TITLE = "Runs"
 ICON = ":material/monitoring:"
@@ -77,7 +78,7 @@ def curves(view: StudyView) -> None:
         placeholder="Those of the size being trained, else of the largest",
     )
     chosen = chosen or suggested(view.runs, begun)
-    shelf = shell.store()
+    shelf = store()
     found = {key: data.metrics(shelf, view.name, key) for key in chosen}
     silent = [labels[key] for key, rows in found.items() if rows.empty]
     found = {key: rows for key, rows in found.items() if not rows.empty}

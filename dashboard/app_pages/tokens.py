@@ -5,6 +5,7 @@ import streamlit as st
 
 from haltscale.dashboard import data, figures, shell, tokens
 from haltscale.dashboard.data import StudyView
+from haltscale.dashboard.shelf import store
 from haltscale.platform.store import StoreError
 
 TITLE = "Tokens"
@@ -15,7 +16,7 @@ LATEST = "latest"
 
 def body(view: StudyView) -> None:
     shell.heading(view, "Token by token")
-    shelf = shell.store()
+    shelf = store()
     steps = {key: data.probe_steps(shelf, view.name, key) for key in view.runs["key"]}
     keys = [key for key, found in steps.items() if found]
     if not keys:

@@ -186,6 +186,9 @@ def test_filters_keep_what_has_no_lam_and_an_empty_filter_keeps_all(author):
         "method": ["vanilla", "adaptive"],
         "size": ["0.6m", "1.8m", "4.2m"],
         "lam": ["0.1", "1"],
+        "beta": ["1"],
+        "l_max": ["3"],
+        "seed": ["0"],
     }
     assert len(data.select(view).runs) == 9
     chosen = data.select(view, lam=["0.1"], size=["4.2m"]).runs

@@ -1,0 +1,146 @@
+"""The run store as the dashboard reads it: each file again only when it has changed, and of a growing one the new part.
+
+What was read is kept for the whole server, not per reader. The store is only ever read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from haltscale.dashboard import data
+from haltscale.platform.store import RunStore, StoreError, default_root
+
+MOST_DOCUMENTS = 20_000
+MOST_LINES = 2_000
+"""Metrics and evaluations kept; the longest unused go first."""
+
+
+@dataclass
+class Kept:
+    """What has been read, by path."""
+
+    documents: OrderedDict[str, tuple[str, dict[str, Any] | StoreError]] = field(default_factory=OrderedDict)
+    lines: OrderedDict[str, tuple[str, int, list[dict[str, Any]]]] = field(default_factory=OrderedDict)
+    """Stamp, bytes read, rows."""
+    rows: data.Memo = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _kept(root: str) -> Kept:
+    return Kept()
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _probe(root: str, study: str, key: str, step: int, stamp: str) -> pd.DataFrame:
+    return data.probe(RunStore(root), study, key, step)
+
+
+class Shelf(RunStore):
+    """A run store that remembers.
+
+    A stamp is taken before the read: a file that changes in between is read once more, never too seldom.
+    """
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        super().__init__(root)
+        self._local = "file" in self.fs.protocol
+        self._kept = _kept(self.root)
+
+    def stamp(self, path: str) -> str:
+        """What changes when the file does: inode, time and size locally, the object's tag elsewhere; "" when absent."""
+        try:
+            if self._local:
+                found = os.stat(path)
+                return f"{found.st_ino}/{found.st_mtime_ns}/{found.st_size}"
+            info = self.fs.info(path)
+        except OSError:
+            return ""
+        return "/".join(str(info.get(name)) for name in ("LastModified", "ETag", "mtime", "size"))
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        stamp = self.stamp(path)
+        if not stamp:
+            return {}
+        with self._kept.lock:
+            known = self._kept.documents.get(path)
+        if known is None or known[0] != stamp:
+            try:
+                known = (stamp, super().read_json(path))
+            except StoreError as error:
+                known = (stamp, error)
+            with self._kept.lock:
+                _keep(self._kept.documents, path, known, MOST_DOCUMENTS)
+        if isinstance(known[1], StoreError):
+            raise known[1]
+        return known[1]
+
+    def read_lines(self, path: str) -> list[dict[str, Any]]:
+        stamp = self.stamp(path)
+        if not stamp:
+            return []
+        with self._kept.lock:
+            known = self._kept.lines.get(path)
+        if known is not None and known[0] == stamp:
+            return known[2]
+        if self._local:
+            inode = stamp.split("/")[0]
+            grown = known is not None and known[0].split("/")[0] == inode
+            start, rows = (known[1], known[2]) if known is not None and grown else (0, [])
+            read, new = _tail(path, start)
+            if read < start:  # cut short in place: nothing that was read still holds
+                rows, (read, new) = [], _tail(path, 0)
+            known = (stamp, read, [*rows, *new])
+        else:
+            known = (stamp, 0, [row for row in super().read_lines(path) if isinstance(row, dict)])
+        with self._kept.lock:
+            _keep(self._kept.lines, path, known, MOST_LINES)
+        return known[2]
+
+    def view(self, study: str) -> data.StudyView:
+        """A study with all its runs."""
+        return data.load_study(self, study, self._kept.rows)
+
+    def events(self, study: str, key: str, step: int) -> pd.DataFrame:
+        """The probe's events, checked; see :func:`haltscale.dashboard.data.probe`."""
+        return _probe(self.root, study, key, step, self.stamp(self.probe_path(study, key, step)))
+
+
+def _keep(kept: OrderedDict[str, Any], path: str, value: Any, most: int) -> None:
+    kept[path] = value
+    kept.move_to_end(path)
+    while len(kept) > most:
+        kept.popitem(last=False)
+
+
+def _tail(path: str, start: int) -> tuple[int, list[dict[str, Any]]]:
+    """The whole lines of a file from a byte on, and the byte after the last of them."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < start:
+            return 0, []
+        file.seek(start)
+        content = file.read()
+    end = content.rfind(b"\n") + 1
+    rows = []
+    for line in content[:end].split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return start + end, rows
+
+
+def store() -> Shelf:
+    """The store that the dashboard was started with."""
+    return Shelf(default_root())
