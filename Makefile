@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STUDY_ARGS ?=
+GROUPS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help study dashboard test test-slow check typed browser down clean
+.PHONY: help study dashboard test test-slow bench check typed browser down clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +47,9 @@ test: $(VENV)/.installed-dev browser ## install what is missing and run the test
 
 test-slow: $(VENV)/.installed-dev browser ## run the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+bench: $(VENV)/.installed-dev ## measure everything and write benchmarks/RESULTS.md (GROUPS="models data" for some)
+	$(BIN)/python benchmarks/run.py $(GROUPS)
 
 # Type checker and import linter read the rooms under their import name.
 typed:

@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from setting import Setting, add_arguments, setting_from, spread
+from figures import Figure, show
+from setting import Setting, add_arguments, setting_from
 
 from haltscale.model import SIZES, AdaptiveOptions, Method, MethodOptions, VanillaOptions
 
@@ -92,9 +93,13 @@ def main() -> None:
         step, weights = [run["step"] for run in runs], runs[0]["weights"]
         middle = statistics.median(step)
         plain = plain or middle
-        print(
-            f"{arm}: {spread(step, 0)} MiB = {middle / plain:.2f} x vanilla; with weights {middle + weights:.0f} MiB = "
-            f"{(middle + weights) / (plain + weights):.2f} x vanilla; {runs[0]['passes']:.2f} passes"
+        show(
+            Figure(
+                name=f"memory of a step over vanilla's: {arm}",
+                values=[one / plain for one in step],
+                at_most=1.6 if arm == list(ARMS)[-1] else None,
+                detail=f"{middle:.0f} MiB, with weights {middle + weights:.0f} MiB; {runs[0]['passes']:.2f} passes",
+            )
         )
 
 

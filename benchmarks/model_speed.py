@@ -1,6 +1,6 @@
 """Speed of the models, side by side in one run, as medians of interleaved repeats.
 
-    python benchmarks/model_speed.py [tax] [llama] [decode] [rate] [where] [--repeats 9] [--threads 2] [--cpu-time]
+    python benchmarks/model_speed.py [tax llama decode rate methods where] [--repeats 9] [--threads 2] [--cpu-time]
     python benchmarks/model_speed.py tax llama rate --device cuda --size 410m --length 2048 --dtype bf16 [--compile]
 
 tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly.
@@ -11,6 +11,8 @@ decode  time per decoded token, adaptive over vanilla, divided by adaptive's mea
         sequences halt at different depths. Aim: at most 1.15.
 rate    vanilla's realised FLOP/s, forward and backward, over the machine's matrix rate, measured on square matrices in
         the same type. Aim: on a GPU at 410m at least 0.45.
+methods a training step of every method over vanilla's, at the options' defaults, and adaptive's over PonderLM-2's at
+        equal latent steps (one of every token): the reason for masking in parallel.
 where   which operators the time of a training step goes to, for vanilla and adaptive: what limits the tax.
 
 Ratios are taken within each repeat, where both sides saw the same machine; printed: median, lowest, highest.
@@ -19,16 +21,16 @@ random weights, so halting is ragged. --size takes a step of the ladder, with th
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from setting import Setting, add_arguments, setting_from, spread
+from figures import Figure, interleaved, show
+from setting import Setting, add_arguments, setting_from
 
-from haltscale.model import AdaptiveOptions, LanguageModel, Method
+from haltscale.model import METHODS, AdaptiveOptions, LanguageModel, Method
 
 DECODED = 128
 CLOCK = [time.perf_counter]  # what `timed` reads
@@ -43,16 +45,6 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return CLOCK[0]() - start, result
-
-
-def interleaved(one: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float, list[float]]:
-    """Medians of both measures, and all ratios, one over the other; the first, cold repeat is dropped."""
-    pairs = [(one(), other()) for _ in range(repeats + 1)][1:]
-    return (
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        [a / b for a, b in pairs],
-    )
 
 
 def training_step(model: LanguageModel, tokens: torch.Tensor) -> Callable[[], float]:
@@ -81,9 +73,13 @@ def tax(setting: Setting) -> None:
     ):
         trace = adaptive(tokens, tokens).trace
         a, v, ratios = interleaved(training_step(adaptive, tokens), training_step(vanilla, tokens), setting.repeats)
-        print(
-            f"tax, {name}: adaptive {a:.1f} / vanilla {v:.1f} realised GFLOP/s = {spread(ratios)} "
-            f"at {1 + trace.mean_steps:.2f} passes, steps {trace.histogram()}"
+        show(
+            Figure(
+                name=f"tax, {name}",
+                values=ratios,
+                at_least=0.80 if setting.device.type == "cuda" else 0.85,
+                detail=f"adaptive {a:.1f} / vanilla {v:.1f} realised GFLOP/s at {1 + trace.mean_steps:.2f} passes",
+            )
         )
 
 
@@ -122,7 +118,14 @@ def llama(setting: Setting) -> None:
         return tokens.numel() / timed(work)[0]
 
     a, b, ratios = interleaved(ours_step, their_step, setting.repeats)
-    print(f"llama: vanilla {a:.0f} / transformers {b:.0f} tokens/s, forward and backward = {spread(ratios)}")
+    show(
+        Figure(
+            name="vanilla over transformers' Llama",
+            values=ratios,
+            at_least=1.2 if setting.compiled else 1.0,
+            detail=f"{a:.0f} / {b:.0f} tokens/s, forward and backward",
+        )
+    )
 
 
 def decode(setting: Setting) -> None:
@@ -145,9 +148,13 @@ def decode(setting: Setting) -> None:
             return seconds / DECODED * 1e3
 
         a, b, ratios = interleaved(partial(run, adaptive), partial(run, vanilla), setting.repeats)
-        print(
-            f"decode, batch {batch}: adaptive {a:.2f} / vanilla {b:.2f} ms per token at {passes[-1]:.2f} passes, "
-            f"time per pass over vanilla's = {spread([ratio / passes[-1] for ratio in ratios])}"
+        show(
+            Figure(
+                name=f"decode, batch {batch}, time per pass over vanilla's",
+                values=[ratio / passes[-1] for ratio in ratios],
+                at_most=1.15,
+                detail=f"adaptive {a:.2f} / vanilla {b:.2f} ms per token at {passes[-1]:.2f} passes",
+            )
         )
 
 
@@ -160,7 +167,54 @@ def rate(setting: Setting) -> None:
         return 2 * size**3 / min(timed(lambda: a @ b)[0] for _ in range(3)) / 1e9
 
     v, m, ratios = interleaved(training_step(setting.vanilla(), tokens), product, setting.repeats)
-    print(f"rate: vanilla {v:.1f} realised / matrix product of {size} {m:.1f} GFLOP/s = {spread(ratios)}")
+    show(
+        Figure(
+            name="vanilla over the machine's matrix rate",
+            values=ratios,
+            at_least=0.45 if setting.device.type == "cuda" else None,
+            detail=f"{v:.1f} realised / matrix product of {size} {m:.1f} GFLOP/s",
+        )
+    )
+
+
+def methods(setting: Setting) -> None:
+    """Every method's training step over vanilla's, per token, and adaptive's over PonderLM-2's at equal steps."""
+    tokens = setting.tokens()
+    vanilla = setting.vanilla()
+
+    def seconds(model: LanguageModel) -> Callable[[], float]:
+        def step() -> float:
+            def work() -> None:
+                model(tokens, tokens).loss.backward()
+                model.zero_grad()
+
+            return timed(work)[0]
+
+        return step
+
+    for method, entry in METHODS.items():
+        if method is Method.VANILLA or entry.model.shape_problems(setting.shape):
+            continue
+        model = setting.model(method, entry.options())
+        passes = model(tokens, tokens).trace.counts.mean_passes
+        a, b, ratios = interleaved(seconds(model), seconds(vanilla), setting.repeats)
+        show(
+            Figure(
+                name=f"training step, {method} over vanilla",
+                values=ratios,
+                detail=f"{a * 1e3:.0f} / {b * 1e3:.0f} ms at {passes:.2f} passes",
+            )
+        )
+    ponder2 = setting.model(Method.PONDER2, METHODS[Method.PONDER2].options())
+    adaptive = setting.model(Method.ADAPTIVE, AdaptiveOptions(l_max=1, tau=0.0))
+    a, b, ratios = interleaved(seconds(adaptive), seconds(ponder2), setting.repeats)
+    show(
+        Figure(
+            name="training step, adaptive over ponder2 at equal latent steps",
+            values=ratios,
+            detail=f"{a * 1e3:.0f} / {b * 1e3:.0f} ms, one latent step of every token",
+        )
+    )
 
 
 def where(setting: Setting) -> None:
@@ -196,6 +250,7 @@ def main() -> None:
         "llama": llama,
         "decode": decode,
         "rate": rate,
+        "methods": methods,
         "where": where,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

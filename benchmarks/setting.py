@@ -1,12 +1,10 @@
-"""What the model benchmarks measure: a shape, a batch, a machine; and how a figure is printed."""
+"""What the model benchmarks measure: a shape, a batch, a device."""
 
 import argparse
-import platform
-import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from figures import machine
 
 from haltscale.model import (
     SIZES,
@@ -67,24 +65,6 @@ class Setting:
     def ragged(self) -> LanguageModel:
         """Adaptive with halting at every depth."""
         return self.model(Method.ADAPTIVE, AdaptiveOptions(tau=0.3))
-
-
-def machine(threads: int, device: str) -> str:
-    """What the figures were measured on, in general words."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    capabilities = torch.cpu.get_capabilities()
-    extensions = [name for name in ("avx512", "avx512_bf16", "amx_bf16") if capabilities.get(name)]
-    cpu = f"{names[0] if names else platform.machine()} ({', '.join(extensions) or 'no AVX512'})"
-    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    return f"{threads} threads of {cpu}{gpu}, torch {torch.__version__}"
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Median, and lowest to highest."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} [{low:.{digits}f} to {high:.{digits}f}, {len(values)} repeats]"
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, sequences: int, repeats: int) -> None:
