@@ -189,7 +189,7 @@ class AdaptiveModel(LanguageModel):
         realised = executed = 0.0
         if self.latent_loop.routers:
             per_row = self.latent_loop.routers[0].flops()  # type: ignore[operator]
-            routed = slice(0, self.options.l_max)
+            routed = slice(0, self.latent_loop.rules.l_max)
             realised, executed = per_row * sum(counts.rows[routed]), per_row * sum(counts.executed_rows[routed])
         per_head_row = 2.0 * self.config.shape.d * self.config.vocab_size
         if self.options.mixture is Mixture.PROBABILITY:

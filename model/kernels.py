@@ -87,7 +87,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         scored_N = target_N != ignored
         target_N1 = target_N.masked_fill(~scored_N, 0)[:, None]
         ctx.save_for_backward(logits_NV, target_N1, scored_N)
-        step = _rows(logits_NV)
+        step = cache_sized_rows(logits_NV)
         parts = zip(logits_NV.split(step), target_N1.split(step), strict=True)
         chosen = [at_least_float32(part_MV).log_softmax(1).gather(1, target_M1) for part_MV, target_M1 in parts]
         return torch.cat(chosen).squeeze(1).neg_().masked_fill_(~scored_N, 0.0)
@@ -98,7 +98,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         logits_NV, target_N1, scored_N = ctx.saved_tensors
         grad_N1 = (grad_N * scored_N)[:, None]
         grad_NV = torch.empty_like(logits_NV)
-        step = _rows(logits_NV)
+        step = cache_sized_rows(logits_NV)
         every = (logits_NV, target_N1, grad_N1, grad_NV)
         for part_MV, target_M1, grad_M1, grad_MV in zip(*(x.split(step) for x in every), strict=True):
             excess_MV = at_least_float32(part_MV).softmax(1)
@@ -107,7 +107,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         return grad_NV, None, None
 
 
-def _rows(logits_NV: Tensor) -> int:
+def cache_sized_rows(logits_NV: Tensor) -> int:
     """Rows to treat at once: 1 MiB of float32 on a CPU, whose cache it should fit; 256 MiB elsewhere."""
     numbers = 1 << (18 if logits_NV.device.type == "cpu" else 26)
     return max(1, numbers // max(1, logits_NV.shape[1]))

@@ -8,7 +8,7 @@ the head read at each position (`think`)? The rest is here.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -158,6 +158,8 @@ class LanguageModel(nn.Module):
         *,
         lengths_B: Tensor | None = None,
         return_logits: bool = False,
+        think: Callable[[Tensor, Tensor], Thought] | None = None,
+        observe: Callable[[Thought, Tensor], None] | None = None,
     ) -> Output:
         """Loss, per-token losses and halting trace of a batch.
 
@@ -165,6 +167,8 @@ class LanguageModel(nn.Module):
         lengths_B: real tokens of each row; what follows is padding, which never thinks, is never counted, is never
         scored, and changes nothing. The loss is the mean over scored tokens; training only: without targets nothing
         looks at the truth.
+        think: instead of the method's own (probing.py). observe: called with the thought and the logits, inside the
+        forward pass, where ZeRO-3 gathers whatever weights it may still need.
         """
         B, T = tokens_BT.shape
         if self.config.context < T:
@@ -172,8 +176,10 @@ class LanguageModel(nn.Module):
         position_T = torch.arange(T, device=tokens_BT.device)
         valid_BT = (position_T < lengths_B[:, None]) if lengths_B is not None else position_T.expand(B, T) >= 0
         self._check_vocabulary(tokens_BT)
-        thought = self.think(tokens_BT, valid_BT)
+        thought = (think or self.think)(tokens_BT, valid_BT)
         logits_BTV = self.speak(thought)
+        if observe is not None:
+            observe(thought, logits_BTV)
         if targets_BT is None:
             unknown = torch.full((), math.nan, device=tokens_BT.device)
             silent_BT = torch.zeros(B, T, device=tokens_BT.device)

@@ -14,34 +14,33 @@ import torch
 from safetensors.torch import save_file
 
 from haltscale.model import LanguageModel
-from haltscale.platform import evaluation, provenance
+from haltscale.platform import provenance
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpus import PreparedCorpus
 from haltscale.platform.engine import resolve_precision
+from haltscale.platform.reading import SplitResult, read_split
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training import Progress
 
 
 def evaluate_run(
     model: LanguageModel, corpus: PreparedCorpus, run: RunConfig, progress: Progress, recorder: RunRecorder
-) -> tuple[dict[str, Any], evaluation.TokenEvents]:
+) -> SplitResult:
     """Read the held-out documents and the probe text, and write both down."""
-    documents, probe = corpus.validation(), corpus.probe()
-    events = evaluation.read_documents(model, documents, context=run.context)
-    row = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "split": "validation",
-        **evaluation.summarise(events, text_bytes=sum(document.bytes for document in documents)),
-        "flops_realised": progress.flops_realised,
-        "flops_executed": progress.flops_executed,
-        "flops_paper": progress.flops_paper,
-        "time": time.time(),
-    }
-    recorder.evaluation(row)
-    probed = evaluation.read_documents(model, [probe], context=run.context)
-    recorder.probe(progress.step, evaluation.probe_table(probed, probe))
-    return row, events
+    result = read_split(model, corpus, context=run.context, step=progress.step, recorder=recorder)
+    recorder.evaluation(
+        {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "split": "validation",
+            **result.row,
+            "flops_realised": progress.flops_realised,
+            "flops_executed": progress.flops_executed,
+            "flops_paper": progress.flops_paper,
+            "time": time.time(),
+        }
+    )
+    return result
 
 
 def finish(
@@ -59,9 +58,10 @@ def finish(
         weights: the model's, whole (:func:`haltscale.platform.engine.full_weights`).
         described: the run's label, study, key, identity and execution.
     """
-    row, events = evaluate_run(model, corpus, run, progress, recorder)
+    result = evaluate_run(model, corpus, run, progress, recorder)
+    row = result.row
     export(model, weights, corpus, recorder)
-    per_token = events.flops * (1 / len(events.nll))
+    per_token = result.flops * (1 / row["tokens_evaluated"])
     groups = model.parameter_groups_count()
     recorder.finish(
         {
@@ -78,7 +78,7 @@ def finish(
             "flops_paper": progress.flops_paper,
             "flops_overshoot": None if run.flops is None else progress.flops_realised - run.flops,
             "inference_flops_per_token": asdict(per_token),
-            "halting": evaluation.halting_by_difficulty(events),
+            "halting": result.summary["difficulty"],
             "sequence_digest": progress.sequence_digest,
             "wall_seconds": progress.seconds,
             "tokens_per_second": progress.tokens / progress.seconds,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -56,14 +58,20 @@ class RunRecorder:
 
     def probe(self, step: int, table: pd.DataFrame) -> None:
         """The probe text's events at a step."""
-        if not self.enabled:
-            return
-        path = self.store.probe_path(self.study, self.key, step)
-        self.store.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        partial = f"{path}.partial"
-        with self.store.fs.open(partial, "wb") as file:
-            table.to_parquet(file, compression="zstd", index=False)
-        self.store.fs.mv(partial, path)
+        if self.enabled:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "probe.parquet"
+                table.to_parquet(file, compression="zstd", index=False)
+                self.store.put_file(file, self.store.probe_path(self.study, self.key, step))
+
+    def telemetry(self, step: int, folder: Path, summary: Mapping[str, Any]) -> None:
+        """The validation split's ``events.parquet`` and ``cube.parquet`` of a folder, and their summary, which comes
+        last: where it stands, the others do."""
+        if self.enabled:
+            for name in ("events", "cube"):
+                target = self.store.halting_path(self.study, self.key, name, step)
+                self.store.put_file(folder / f"{name}.parquet", target)
+            self.store.write_json(self.store.halting_path(self.study, self.key, "summary", step), summary)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """The result; the last thing that a run writes."""

@@ -7,7 +7,10 @@
             status.json            how it is going: state, step, time left, heartbeat, error
             metrics.jsonl          one line per logged training step
             evaluations.jsonl      one line per evaluation on held-out documents
-            halting/probe-<step>.parquet   per-token events on the probe text, one file per evaluation
+            halting/probe-<step>.parquet   every token of the probe text, one file per evaluation
+            halting/events-<step>.parquet  every token of the validation split (telemetry.py names the columns)
+            halting/cube-<step>.parquet    those tokens counted by steps, surprisal, position, frequency and look
+            halting/summary-<step>.json    what they say about halting; written after the other two
             checkpoints/           training checkpoints (DeepSpeed's shards, managed by Ray Train)
             model/                 the finished model: model.safetensors, config.json, tokenizer.json
             record.json            the result; written last and atomically. A run without it is unfinished.
@@ -250,24 +253,70 @@ class RunStore:
         """Held-out evaluations: one row per evaluated step."""
         return pd.DataFrame(self.read_lines(self.path(study, key, "evaluations.jsonl")))
 
-    def probe_steps(self, study: str, key: str) -> list[int]:
-        """Training steps at which the probe text was read, ascending."""
+    def put_file(self, file: Path, path: str) -> None:
+        """Copy a local file into the store, so that a reader sees the whole of it or nothing."""
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        partial = f"{path}.partial"
+        self.fs.put_file(str(file), partial)
+        self.fs.mv(partial, path)
+
+    def _halting_steps(self, study: str, key: str, name: str) -> list[int]:
         folder = self.path(study, key, "halting")
         if not self.fs.isdir(folder):
             return []
         names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(folder, detail=False)]
-        return sorted(int(m.group(1)) for name in names if (m := re.fullmatch(r"probe-(\d+)\.parquet", name)))
+        return sorted(int(m.group(1)) for file in names if (m := re.fullmatch(rf"{name}-(\d+)\.(parquet|json)", file)))
+
+    def probe_steps(self, study: str, key: str) -> list[int]:
+        """Training steps at which the probe text was read, ascending."""
+        return self._halting_steps(study, key, "probe")
+
+    def halting_steps(self, study: str, key: str) -> list[int]:
+        """Training steps with events, cube and summary of the validation split, ascending."""
+        return self._halting_steps(study, key, "summary")
+
+    def halting_path(self, study: str, key: str, name: str, step: int) -> str:
+        """Path of the ``events``, ``cube``, ``summary`` or ``probe`` of a training step; DuckDB reads the tables."""
+        ending = "json" if name == "summary" else "parquet"
+        return self.path(study, key, "halting", f"{name}-{step:08d}.{ending}")
 
     def probe_path(self, study: str, key: str, step: int) -> str:
         """Path of the probe's events at a training step."""
-        return self.path(study, key, "halting", f"probe-{step:08d}.parquet")
+        return self.halting_path(study, key, "probe", step)
 
     def probe(self, study: str, key: str, step: int) -> pd.DataFrame:
         """Per-token events on the probe text: one row per emitted token, in reading order.
 
         Columns: ``position``; ``token_id``; ``text`` (what the token adds to the text); ``steps`` (latent steps
         executed before it was emitted); ``expected_steps`` (under the exit masses); ``reach`` and ``exit``
-        (lists of l_max+1 masses); ``nll`` (nats, of this token given what stands before it).
+        (lists of l_max+1 masses); ``nll`` (nats, of this token given what stands before it); ``entropy`` (nats, of
+        the distribution over this token) and ``confidence`` (the greatest probability in it); ``correct`` (whether the
+        token had that probability); ``frequency`` (0 the most frequent tokens to 9 the rarest); ``token_class``;
+        ``nll_by_step`` and ``entropy_by_step`` (lists over the executed steps: had the position stopped after each;
+        the last is the token's own; null for methods without a latent chain).
         """
-        with self.fs.open(self.probe_path(study, key, step), "rb") as file:
-            return pd.read_parquet(file)
+        return self._table(self.probe_path(study, key, step))
+
+    def halting_events(self, study: str, key: str, step: int, columns: list[str] | None = None) -> pd.DataFrame:
+        """Every token of the validation split, in reading order; ``telemetry.EVENT_COLUMNS`` says what the columns are.
+
+        Args:
+            columns: to read; all by default. A long split's file is better asked by DuckDB, at :meth:`halting_path`.
+        """
+        return self._table(self.halting_path(study, key, "events", step), columns)
+
+    def halting_cube(self, study: str, key: str, step: int) -> pd.DataFrame:
+        """The validation split's tokens counted by cell: ``steps``, ``surprisal`` (decile, 0 the best predicted),
+        ``position_from`` (first place in the context window of the bin: 0, 1, 2, 4, ...), ``frequency``,
+        ``token_class``; ``tokens``; and ``<measure>_sum``, ``<measure>_sum2`` (sum of squares) of nll, entropy,
+        expected_steps, router_entropy, confidence and correct, so that means and their errors follow for any
+        roll-up."""
+        return self._table(self.halting_path(study, key, "cube", step))
+
+    def halting_summary(self, study: str, key: str, step: int) -> dict[str, Any]:
+        """What the cube and the events say (see ``halting_summary.summarise_halting``); ``{}`` where there is none."""
+        return self.read_json(self.halting_path(study, key, "summary", step))
+
+    def _table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame:
+        with self.fs.open(path, "rb") as file:
+            return pd.read_parquet(file, columns=columns)

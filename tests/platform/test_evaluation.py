@@ -11,15 +11,11 @@ import torch
 
 from haltscale.model import METHODS, AdaptiveOptions, Flops, Method, ModelConfig, PassCounts, Shape, build_model
 from haltscale.platform.corpus import HeldOutDocument
-from haltscale.platform.evaluation import (
-    TokenEvents,
-    halting_by_difficulty,
-    probe_table,
-    read_documents,
-    summarise,
-)
+from haltscale.platform.evaluation import Tally, TokenEvents, read_documents, read_events
+from haltscale.platform.reading import probe_table
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.store import RunStore
+from haltscale.platform.token_kinds import TokenClass, TokenKinds
 
 VOCABULARY, CONTEXT = 40, 8
 
@@ -95,21 +91,74 @@ def test_reading_leaves_no_gradient_and_scores_in_evaluation_mode():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_places_of_tokens():
+    events = read_documents(model_of(), DOCUMENTS, context=CONTEXT, batch_rows=2)
+    expected = [(d, t, token) for d, held in enumerate(DOCUMENTS) for t, token in enumerate(held.tokens[1:].tolist())]
+    found = zip(events.document.tolist(), events.position.tolist(), events.token_id.tolist(), strict=True)
+    assert list(found) == expected
+
+
+def test_reading_after_every_step_does_not_depend_on_the_batches():
+    model = model_of()
+    one, many = (read_documents(model, DOCUMENTS, context=CONTEXT, batch_rows=n, by_step=0.4) for n in (1, 16))
+    assert one.sampled.tolist() == many.sampled.tolist()
+    assert 0.3 < len(one.sampled) / len(one.nll) < 0.5
+    np.testing.assert_allclose(one.nll_by_step, many.nll_by_step, rtol=1e-4, atol=1e-5)
+    own = one.nll_by_step[np.arange(len(one.sampled)), one.steps[one.sampled]]
+    np.testing.assert_allclose(own, one.nll[one.sampled])
+
+
+def test_documents_may_be_a_stream():
+    """A generator is read as it comes: at most one batch of documents is taken ahead."""
+    taken = []
+
+    def stream():
+        for held_out in DOCUMENTS:
+            taken.append(held_out.name)
+            yield held_out
+
+    first = next(read_events(model_of(), stream(), context=CONTEXT, batch_rows=2))
+    assert len(first.nll) == 16
+    assert taken == [DOCUMENTS[0].name]
+
+
 def events_of(nll, steps, exits) -> TokenEvents:
     exits = np.array(exits, dtype=np.float32)
+    n = len(nll)
+    nothing = np.zeros((0, exits.shape[1]), dtype=np.float32)
     return TokenEvents(
+        document=np.zeros(n, dtype=np.int64),
+        position=np.arange(n),
+        token_id=np.zeros(n, dtype=np.int64),
         nll=np.array(nll, dtype=np.float32),
+        entropy=np.zeros(n, dtype=np.float32),
+        confidence=np.ones(n, dtype=np.float32),
+        correct=np.ones(n, dtype=bool),
         steps=np.array(steps, dtype=np.uint8),
-        reach=np.ones_like(exits),
         exit=exits,
+        sampled=np.zeros(0, dtype=np.int64),
+        nll_by_step=nothing,
+        entropy_by_step=nothing,
         flops=Flops(),
     )
 
 
-def test_the_summary_by_hand():
-    events = events_of([1, 2, 3, 6], [0, 1, 1, 2], [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5]])
+def summarise(*parts: TokenEvents, text_bytes: int):
+    tally = Tally()
+    for part in parts:
+        tally.add(part)
+    return tally.row(text_bytes=text_bytes)
+
+
+@pytest.mark.parametrize("cut", [4, 1, 3])
+def test_the_summary_by_hand(cut):
+    nll, steps = [1, 2, 3, 6], [0, 1, 1, 2]
+    exits = [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5]]
+    events = events_of(nll, steps, exits)
     assert events.expected_steps.tolist() == [0.0, 0.5, 1.0, 1.5]
-    row = summarise(events, text_bytes=10)
+    assert events.reach.tolist() == [[1, 0, 0], [1, 0.5, 0], [1, 1, 0], [1, 1, 0.5]]
+    parts = [events_of(nll[a:b], steps[a:b], exits[a:b]) for a, b in ((0, cut), (cut, 4)) if a < b]
+    row = summarise(*parts, text_bytes=10)
     assert row == {
         "loss": pytest.approx(3.0),
         "loss_standard_error": pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3) / 2),
@@ -136,24 +185,20 @@ def test_uniform_guessing_has_the_bits_of_its_alphabet():
     assert summarise(events, text_bytes=50)["bits_per_byte"] == pytest.approx(8)
 
 
-def test_halting_of_the_easiest_and_hardest_quarter_by_hand():
-    events = events_of(
-        [8, 1, 5, 4, 2, 6, 7, 3], [3, 0, 1, 1, 1, 1, 2, 1], [[1 - n / 10, n / 10] for n in (8, 1, 5, 4, 2, 6, 7, 3)]
-    )
-    row = halting_by_difficulty(events)
-    assert row["well_predicted_mean_steps"] == pytest.approx(0.5)  # nll 1 and 2
-    assert row["badly_predicted_mean_steps"] == pytest.approx(2.5)  # nll 7 and 8
-    assert row["well_predicted_expected_steps"] == pytest.approx(0.15)
-    assert row["badly_predicted_expected_steps"] == pytest.approx(0.75)
-    assert (row["well_predicted_nll_below"], row["badly_predicted_nll_above"]) == (2.75, 6.25)
+def test_a_text_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="no tokens"):
+        Tally().row(text_bytes=1)
 
 
 def test_the_probe_table_is_what_the_store_promises(tmp_path):
     """Its columns are those that ``RunStore.probe`` documents, and a reader gets them back."""
     promised = re.findall(r"``(\w+)``", inspect.getdoc(RunStore.probe) or "")
     probe = replace(DOCUMENTS[0], pieces=[f"piece {n}" for n in range(19)])
-    events = read_documents(model_of(), [probe], context=CONTEXT)
-    table = probe_table(events, probe)
+    events = read_documents(model_of(), [probe], context=CONTEXT, by_step=1.0)
+    kinds = TokenKinds(
+        frequency=np.arange(VOCABULARY, dtype=np.uint8) % 10, look=np.arange(VOCABULARY, dtype=np.int8) % 6
+    )
+    table = probe_table(events, probe, kinds)
     assert sorted(table.columns) == sorted(promised)
     assert table["token_id"].tolist() == probe.tokens[1:].tolist()
     store = RunStore(tmp_path)
@@ -167,3 +212,7 @@ def test_the_probe_table_is_what_the_store_promises(tmp_path):
     np.testing.assert_array_equal(np.stack(read["exit"].to_numpy()), events.exit)
     np.testing.assert_allclose(read["nll"], events.nll)
     np.testing.assert_allclose(read["expected_steps"], events.exit @ np.arange(3), rtol=1e-5, atol=1e-6)
+    assert read["frequency"].tolist() == [token % 10 for token in probe.tokens[1:]]
+    assert read["token_class"].tolist() == [list(TokenClass)[token % 6] for token in probe.tokens[1:]]
+    assert [len(cell) - 1 for cell in read["nll_by_step"]] == events.steps.tolist()
+    np.testing.assert_allclose([cell[-1] for cell in read["nll_by_step"]], events.nll)

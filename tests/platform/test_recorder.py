@@ -145,11 +145,12 @@ def test_a_probe_is_replaced_whole(store, monkeypatch):
     run.probe(1, table().iloc[:1])
     assert len(store.probe("study", "key", 1)) == 1
 
-    def disk_full(self, file, **_):
-        file.write(b"half")
+    def disk_full(source, target):
+        with store.fs.open(target, "wb") as file:
+            file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(pd.DataFrame, "to_parquet", disk_full)
+    monkeypatch.setattr(store.fs, "put_file", disk_full)
     with pytest.raises(OSError, match="disk full"):
         run.probe(1, table())
     assert len(store.probe("study", "key", 1)) == 1
