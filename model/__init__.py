@@ -9,6 +9,7 @@ halting.py         from gates to exit masses; HaltingTrace
 ledger.py          counted passes, and FLOPs of three kinds
 decoding.py        keys and values from token to token
 probing.py         what each step was worth, and the same weights under other halting
+generation.py      several prompts continued together
 latent_loop.py     the latent chain, and repeated.py, plain repeated passes: what the methods are made of
 vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, adaponder, mor   the methods, one file each
 """

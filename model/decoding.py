@@ -25,15 +25,23 @@ class KeyValueCache:
     """Keys and values of all layers for a batch of sequences that advance together, one token at a time."""
 
     def __init__(
-        self, batch: int, row: int, widths: Sequence[int], *, layers: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        row: int,
+        widths: Sequence[int],
+        *,
+        layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int = FIRST_CAPACITY,
     ):
         """
         row: numbers in a key of all heads. widths: for each region, the most states that one token can leave in it.
-        layers: how many keep states.
+        layers: how many keep states. capacity: tokens to make room for at once.
         """
         self.batch = batch
         self.widths = list(widths)
-        self.capacity = FIRST_CAPACITY  # tokens
+        self.capacity = capacity  # tokens
         self.held = [[0] * batch for _ in widths]  # states of each region and sequence
         self._row = row
         self.memories: list[Memory] = [

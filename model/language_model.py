@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from haltscale.model import ledger
 from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, rope_table
 from haltscale.model.config import ModelConfig, Shape
-from haltscale.model.decoding import DecodingState, KeyValueCache
+from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCache
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import CrossEntropyFunction
 from haltscale.model.ledger import Flops, PassCounts
@@ -204,8 +204,11 @@ class LanguageModel(nn.Module):
             logits_BTV=logits_BTV if return_logits else None,
         )
 
-    def start_decoding(self, batch_size: int) -> DecodingState:
-        """An empty state for `batch_size` sequences that will be read or written together, token by token."""
+    def start_decoding(self, batch_size: int, *, capacity: int = FIRST_CAPACITY) -> DecodingState:
+        """An empty state for `batch_size` sequences that will be read or written together, token by token.
+
+        capacity: tokens to set memory aside for at once; it grows when they are exceeded.
+        """
         weight = self.embedding.weight
         cache = KeyValueCache(
             batch_size,
@@ -214,6 +217,7 @@ class LanguageModel(nn.Module):
             layers=self.cache_layers(),
             dtype=compute_dtype(weight),
             device=weight.device,
+            capacity=capacity,
         )
         return DecodingState(batch=batch_size, cache=cache)
 

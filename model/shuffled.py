@@ -69,7 +69,7 @@ class ShuffledModel(AdaptiveModel):
 
     def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         if state.extra is None:
-            state.extra = (super().start_decoding(state.batch), [])
+            state.extra = (super().start_decoding(state.batch, capacity=state.cache.capacity), [])
         scout, meant = state.extra
         x_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
         scout.cache.make_room(state.position + 1)

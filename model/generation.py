@@ -1,0 +1,183 @@
+"""Generation: several prompts continued together, token by token, each as if it were alone.
+
+Sequences are aligned at their first token. One whose prompt is shorter writes while the others still read theirs, so
+that nothing is padded and no position is shifted. Each sequence draws from a random stream of its own.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from haltscale.model.config import in_range
+from haltscale.model.kernels import at_least_float32
+from haltscale.model.language_model import LanguageModel
+
+
+class GenerationError(ValueError):
+    """The prompts cannot be continued as asked; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; otherwise logits are divided by it."""
+    top_k: int = 0
+    """Draw among the k most likely tokens only; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the fewest most likely tokens that hold at least this much probability."""
+    seed: int = 0
+    """Of the random streams; sequence i of a call draws from stream (seed, i)."""
+
+    def problems(self) -> list[str]:
+        """All errors."""
+        return [
+            *in_range("temperature", self.temperature, 0.0, 100.0),
+            *in_range("top_k", self.top_k, 0, integer=True),
+            *in_range("top_p", self.top_p, 0.0, 1.0, above=True),
+            *in_range("seed", self.seed, 0, 2**31 - 1, integer=True),
+        ]
+
+
+class Emitted(NamedTuple):
+    """One token, as it is written."""
+
+    sequence: int
+    """Which prompt it continues."""
+    token: int
+    steps: int
+    """Latent steps taken before it."""
+    nll: float
+    """Nats that the model gave it, before temperature and cuts."""
+
+
+@dataclass
+class Cost:
+    """What a generation has cost so far; filled in while it runs."""
+
+    cache_bytes: int = 0
+    """Keys and values set aside."""
+    tokens: int = 0
+    """Tokens read and written, of all sequences."""
+    flops_realised: float = 0.0
+
+
+def cache_bytes(model: LanguageModel, sequences: int, tokens: int) -> int:
+    """Bytes of keys and values for so many sequences of so many tokens."""
+    return model.cache_bytes_per_token() * sequences * tokens
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Collection[int] = (),
+    max_cache_bytes: int | None = None,
+    cost: Cost | None = None,
+) -> Iterator[Emitted]:
+    """Continue prompts; tokens come as they are written, those of one sequence in order.
+
+    Args:
+        new_tokens: at most so many for each prompt.
+        stop_tokens: a sequence ends after writing one of them.
+        max_cache_bytes: refuse rather than set aside more.
+        cost: filled in on the way.
+
+    Raises:
+        GenerationError: before anything is set aside: no prompt or an empty one, unknown tokens, no room in the
+            context or in the cache, unsound sampling.
+    """
+    longest = max(map(len, prompts), default=0)
+    _check(model, prompts, new_tokens, sampling, max_cache_bytes)
+    cost = cost if cost is not None else Cost()
+    cost.cache_bytes = cache_bytes(model, len(prompts), longest + new_tokens)
+    return _run(model, prompts, longest, new_tokens, sampling, frozenset(stop_tokens), cost)
+
+
+def _check(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    sampling: Sampling,
+    max_cache_bytes: int | None,
+) -> None:
+    config = model.config
+    found = [f"sampling.{problem}" for problem in sampling.problems()]
+    found += in_range("new_tokens", new_tokens, 1, integer=True)
+    if not prompts:
+        found.append("there is no prompt")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            found.append(f"prompt {index} is empty: give it at least one token")
+        elif not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            found.append(f"prompt {index} holds tokens outside of 0..{config.vocab_size - 1}")
+        if len(prompt) > config.context:
+            found.append(f"prompt {index} has {len(prompt)} tokens, more than the model's context of {config.context}")
+        elif not found and len(prompt) + new_tokens - 1 > config.context:  # the last token is written, never read
+            room = config.context - len(prompt) + 1
+            found.append(
+                f"prompt {index} has {len(prompt)} tokens, which leaves room for {room} new ones in the model's"
+                f" context of {config.context}: new_tokens is {new_tokens}"
+            )
+    if not found and max_cache_bytes is not None:
+        needed = cache_bytes(model, len(prompts), max(map(len, prompts)) + new_tokens)
+        if needed > max_cache_bytes:
+            found.append(
+                f"keys and values need {needed:,} bytes, {max_cache_bytes:,} are allowed: fewer prompts, fewer tokens"
+            )
+    if found:
+        raise GenerationError("\n".join(found))
+
+
+def _run(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    longest: int,
+    new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: frozenset[int],
+    cost: Cost,
+) -> Iterator[Emitted]:
+    model.eval()
+    device = model.embedding.weight.device
+    state = model.start_decoding(len(prompts), capacity=longest + new_tokens)
+    texts = [list(prompt) for prompt in prompts]
+    writing = dict.fromkeys(range(len(prompts)), new_tokens)  # sequences that are not finished: tokens left to write
+    streams = [torch.Generator().manual_seed((sampling.seed << 20) + index) for index in range(len(prompts))]
+    while writing:
+        place = state.position
+        # A finished sequence reads its last token again and again; nobody looks at what follows.
+        due = [text[min(place, len(text) - 1)] for text in texts]
+        logits_BV, steps_B = model.decode_step(torch.tensor(due, device=device), state)
+        cost.tokens, cost.flops_realised = state.counts.tokens, model.flops(state.counts).realised
+        written = [index for index in writing if place == len(texts[index]) - 1]
+        if not written:
+            continue
+        log_p_NV = at_least_float32(logits_BV[written]).log_softmax(1).cpu()
+        for index, log_p_V in zip(written, log_p_NV, strict=True):
+            token = choose(log_p_V, sampling, streams[index])
+            texts[index].append(token)
+            writing[index] -= 1
+            if token in stop_tokens or not writing[index]:
+                del writing[index]
+            yield Emitted(index, token, int(steps_B[index]), -float(log_p_V[token]))
+
+
+def choose(log_p_V: Tensor, sampling: Sampling, stream: torch.Generator) -> int:
+    """The next token, from log-probabilities."""
+    if sampling.temperature == 0:
+        return int(log_p_V.argmax())
+    p_V = torch.softmax(log_p_V.double() / sampling.temperature, 0)
+    ordered_V, token_V = p_V.sort(descending=True, stable=True)
+    kept = len(ordered_V) if sampling.top_k == 0 else min(sampling.top_k, len(ordered_V))
+    before_V = ordered_V.cumsum(0) - ordered_V  # what more likely tokens hold
+    if sampling.top_k:
+        before_V = before_V / ordered_V[:kept].sum()
+    allowed_V = (before_V < sampling.top_p) & (torch.arange(len(ordered_V)) < kept)
+    return int(token_V[torch.multinomial(ordered_V * allowed_V, 1, generator=stream)])
