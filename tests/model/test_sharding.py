@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from haltscale.model import METHODS, Method, ModelConfig, Shape, build_model
+from haltscale.model import METHODS, AdaptiveOptions, Method, Mixture, ModelConfig, Shape, build_model, probing
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.engine import build_engine
 
@@ -33,3 +33,27 @@ def test_sharded_parameters_give_the_same_losses(method: Method) -> None:
             losses.append(loss.item())
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-4)
     assert losses[1] != pytest.approx(losses[0], rel=1e-4), "the step is meant to change the weights"
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("mixture", list(Mixture))
+def test_sharded_parameters_can_be_read_after_every_step(mixture: Mixture, tie_embeddings: bool) -> None:
+    options = AdaptiveOptions(mixture=mixture, l_max=2)
+    config = ModelConfig(
+        method=Method.ADAPTIVE,
+        shape=Shape(layers=3, d=128, heads=2, kv_heads=2, ffn=344),
+        vocab_size=VOCABULARY,
+        context=16,
+        options=options,
+        tie_embeddings=tie_embeddings,
+    )
+    run = RunConfig(method=Method.ADAPTIVE, options=options, precision=Precision.FP32)
+    tokens = torch.randint(VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(0))
+    lengths, sampled = torch.full((4,), 16), torch.arange(0, 64, 5)
+    found = []
+    for stage in (0, 3):
+        engine = build_engine(build_model(config, seed=0), run, zero_stage=stage, micro_batch=4, accumulation=1)
+        reading = probing.read(engine.module, tokens[:, :-1], tokens[:, 1:], lengths_B=lengths, sampled_S=sampled)
+        found.append(reading.nll_by_step_SK)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found[0].isfinite().any()

@@ -131,7 +131,7 @@ def test_what_is_wrong_with_a_folder(folder, damage):
 def test_a_folder_that_is_none(tmp_path, folder):
     with pytest.raises(ModelFolderError, match="is not a folder"):
         load_model(tmp_path / "nothing")
-    with pytest.raises(ModelFolderError, match="did you mean .*model"):
+    with pytest.raises(ModelFolderError, match=r"did you mean .*model"):
         load_model(folder.parent)
 
 
