@@ -6,13 +6,29 @@ from haltscale.platform.corpus import Corpus, sotu
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
 from haltscale.platform.store import RunStore
 from haltscale.platform.study import Study
-from haltscale.platform.sweep import Sweep, grid
+from haltscale.platform.sweep import (
+    Budget,
+    ControlKind,
+    Sweep,
+    choice,
+    controls,
+    grid,
+    integers,
+    isoflop,
+    ladder,
+    log_uniform,
+    sample,
+    uniform,
+    zip_,
+)
 
 __all__ = [
     "METHODS",
     "SIZES",
     "AdaptiveOptions",
+    "Budget",
     "ConfigError",
+    "ControlKind",
     "Corpus",
     "ExecutionConfig",
     "Method",
@@ -26,6 +42,15 @@ __all__ = [
     "Sink",
     "Study",
     "Sweep",
+    "choice",
+    "controls",
     "grid",
+    "integers",
+    "isoflop",
+    "ladder",
+    "log_uniform",
+    "sample",
     "sotu",
+    "uniform",
+    "zip_",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, get_args, get_type_hints
@@ -193,10 +193,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def apply_point(base: RunConfig, point: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str] = ()) -> tuple[RunConfig, list[str]]:
     """A run from a base and a sweep's point, with what is wrong about the point's names.
 
-    A name is a field of :class:`RunConfig` or an option of the point's method; anything else is an error.
+    A name is a field of :class:`RunConfig` or an option of the point's method; anything else is an error. ``also`` are
+    names that the caller knows besides, to suggest where one is misspelt.
     """
     found: list[str] = []
     method = point.get("method", base.method)
@@ -218,7 +219,7 @@ def apply_point(base: RunConfig, point: Mapping[str, Any]) -> tuple[RunConfig, l
         elif name in option_names:
             options[name] = value
         else:
-            known = [*run_names, *option_names]
+            known = [*run_names, *option_names, *also]
             owners = [str(m) for m, entry in METHODS.items() if name in _names(entry.options)]
             hint = f"; {', '.join(owners)} has it" if owners else _did_you_mean(name, known)
             found.append(f"{method} has no {name!r}{hint}")

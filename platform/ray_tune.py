@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from haltscale.platform import cluster
 
 if TYPE_CHECKING:
-    from haltscale.platform.config import RunConfig
+    from haltscale.platform.expansion import PlannedRun
     from haltscale.platform.study import Study
 
 cluster.prepare_client()  # before Ray is imported: it reads its environment then
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the study, not this stage of it
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer output prints boxes even at verbose=0
 
 import ray  # noqa: E402
@@ -42,7 +43,8 @@ NAMESPACE = "haltscale"
 
 @contextlib.contextmanager
 def connected() -> Iterator[dict[str, float]]:
-    """A connection to a Ray cluster; gives what the cluster has in all (``CPU``, ``GPU``).
+    """A connection to a Ray cluster; gives what the cluster has in all (``CPU``, ``GPU``),
+    and the memory of its largest node (``node_memory``, bytes).
 
     A submitted job joins its own cluster (``RAY_ADDRESS``); other processes join the local head, or start a Ray of
     their own that ends with them.
@@ -54,40 +56,38 @@ def connected() -> Iterator[dict[str, float]]:
         address = os.environ.get("RAY_ADDRESS") or (head.gcs if head else "local")
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     ray_data.quiet_ray_data()
-    yield dict(ray.cluster_resources())
+    memory = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    yield {**ray.cluster_resources(), "node_memory": memory}
 
 
-def run_missing(study: Study, missing: Mapping[str, RunConfig], store: RunStore) -> None:
-    """Train the missing runs, as many at once as the cluster holds, cheapest first.
+def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore) -> None:
+    """Train runs, as many at once as the cluster holds, in their order.
 
     A run that fails is recorded as failed and the others go on.
-
-    Raises:
-        StudyBusyError: another process is running this study on this cluster.
     """
-    with _held(study.name):
-        corpora = {run.context: ray_data.prepare(study.corpus, run.context) for run in missing.values()}
-        counts = next(iter(corpora.values())).counts
-        store.write_json(store.path(study.name, None, "study.json"), study.document(counts))
-        specs = []
-        for key, run in missing.items():
-            spec = ray_train.RunSpec(
-                store=store.root,
-                study=study.name,
-                key=key,
-                label=run.label,
-                identity=run.identity(study.corpus.name, study.corpus.fingerprint),
-                execution=asdict(study.execution),
-                corpus_folder=str(corpora[run.context].folder),
-                planned_flops=study.planned_flops(run),
-            )
-            described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}
-            store.write_json(store.path(study.name, key, "spec.json"), described)
-            store.write_json(store.path(study.name, key, "status.json"), {"state": RunState.PLANNED})  # no old failure
-            specs.append(spec)
-        progress = SweepProgress(store, study.name, {s.key: s.planned_flops for s in specs}, time.monotonic)
-        with _shown(progress):
-            _tune(specs, concurrency=concurrency(ray.cluster_resources(), study))
+    runs = {key: entry.run for key, entry in missing.items() if entry.run}
+    corpora = {run.context: ray_data.prepare(study.corpus, run.context) for run in runs.values()}
+    counts = next(iter(corpora.values())).counts
+    store.write_json(store.path(study.name, None, "study.json"), study.document(counts, store))
+    specs = []
+    for key, run in runs.items():
+        spec = ray_train.RunSpec(
+            store=store.root,
+            study=study.name,
+            key=key,
+            label=missing[key].label,
+            identity=study.identity(run),
+            execution=asdict(study.execution),
+            corpus_folder=str(corpora[run.context].folder),
+            planned_flops=study.flops_bound(run),
+        )
+        described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}
+        store.write_json(store.path(study.name, key, "spec.json"), described)
+        store.write_json(store.path(study.name, key, "status.json"), {"state": RunState.PLANNED})  # no old failure
+        specs.append(spec)
+    progress = SweepProgress(store, study.name, {s.key: s.planned_flops for s in specs}, time.monotonic)
+    with _shown(progress):
+        _tune(specs, concurrency=concurrency(ray.cluster_resources(), study))
 
 
 def concurrency(resources: Mapping[str, float], study: Study) -> int:
@@ -167,7 +167,12 @@ class _Holder:
 
 
 @contextlib.contextmanager
-def _held(study: str) -> Iterator[None]:
+def held(study: str) -> Iterator[None]:
+    """Keep every other process of this cluster from running the study meanwhile.
+
+    Raises:
+        StudyBusyError: another one is running it; the message says which.
+    """
     from haltscale.platform.study import StudyBusyError
 
     name = f"study-{study}"

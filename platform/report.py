@@ -40,7 +40,7 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
     Args:
         keys: the runs and their order; all of the study's by default.
     """
-    views = [store.run(study, key) for key in keys] if keys is not None else list(store.runs(study))
+    views = store.views(study, keys).values() if keys is not None else store.runs(study)
     rows = []
     for view in views:
         record = view.record
@@ -73,8 +73,30 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def show_results(frame: pd.DataFrame, *, title: str, note: str = "") -> None:
-    """Print the results, the study's note, failed runs with their errors, and how to look further."""
+def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:
+    """Print a plan (:meth:`Study.plan`) as a table, or all of it as a JSON list of rows."""
+    if as_json:
+        _print_json(frame)
+        return
+    headings = {"flops_expected": "realised FLOPs", "flops_bound": "at most", "memory_bytes": "memory (bytes)"}
+    shown = frame.drop(columns=[name for name in ("method", "size") if name in frame])
+    shown = shown.drop(
+        columns=[name for name in ("seconds", "flops_expected") if name in frame and frame[name].isna().all()]
+    )
+    show(shown.rename(columns=headings), title=title)
+    counts = ", ".join(f"{count} {state}" for state, count in frame["state"].value_counts().items())
+    _console().print(f"{len(frame)} runs: {counts}", markup=False)
+
+
+def _print_json(frame: pd.DataFrame) -> None:
+    sys.stdout.write(frame.to_json(orient="records", indent=1) + "\n")
+
+
+def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bool = False) -> None:
+    """Print the results, the study's note, failed runs with their errors, and how to look further; or JSON rows."""
+    if as_json:
+        _print_json(frame)
+        return
     columns = {name: heading for name, heading in PRINTED.items() if name in frame}
     if "state" in columns and (frame["state"] == RunState.FINISHED).all():
         columns.pop("state")

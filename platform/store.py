@@ -27,7 +27,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -39,6 +39,9 @@ import pandas as pd
 SCHEMA_VERSION = 1
 STALL_SECONDS = 120.0
 """A run that calls itself running but has not written a heartbeat for this long is shown as stalled."""
+
+PART_BYTES = 1 << 18
+"""On an object store, a JSON-lines file goes on in a new part when its last one is this long."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -54,6 +57,8 @@ class RunState(StrEnum):
     RUNNING = "running"
     STALLED = "stalled"
     FAILED = "failed"
+    STOPPED = "stopped"
+    """Ended early by a tuning study's scheduler; it is not run again."""
     FINISHED = "finished"
 
 
@@ -98,7 +103,13 @@ class RunStore:
         root = str(root or default_root())
         # Workers and jobs run in folders of their own: a local root must not depend on the working directory.
         self.root = root if "://" in root else str(Path(root).expanduser().absolute())
-        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        try:  # other processes write too: a listing is never remembered
+            self.fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
+        except ImportError as error:
+            raise StoreError(f"{self.root}: {error}; for s3:// that is pip install 'haltscale[s3]'") from error
+        except ValueError as error:
+            raise StoreError(f"{self.root} is no folder and no URL that fsspec knows: {error}") from error
+        self._whole_objects = "file" not in self.fs.protocol
 
     # ---- paths ----------------------------------------------------------------------------------------------------
 
@@ -119,7 +130,7 @@ class RunStore:
         Raises:
             StoreError: the store is not on a local filesystem.
         """
-        if "file" not in self.fs.protocol:
+        if self._whole_objects:
             raise StoreError(f"{self.root} is not a local folder")
         return Path(self.path(study, key, *parts))
 
@@ -131,7 +142,7 @@ class RunStore:
 
     def _write_text(self, path: str, text: str) -> None:
         self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        if "file" not in self.fs.protocol:  # object stores put whole objects
+        if self._whole_objects:  # an object store shows an object when all of it has arrived
             self.fs.pipe_file(path, text.encode())
             return
         partial = f"{path}.{uuid.uuid4().hex}.partial"
@@ -142,16 +153,44 @@ class RunStore:
         os.replace(partial, path)
 
     def append_lines(self, path: str, rows: list[Mapping[str, Any]]) -> None:
-        """Append rows to a JSON-lines file."""
-        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        with self.fs.open(path, "ab") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+        """Append rows to a JSON-lines file; one process writes it.
+
+        Object stores cannot append. There the last part is written anew, and when it has grown to ``PART_BYTES`` the
+        next rows go to a new one (``metrics.jsonl``, ``metrics.jsonl.00001``, ...), so that a row costs the same at the
+        end of a run as at its beginning.
+        """
+        added = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+        if not self._whole_objects:
+            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            with self.fs.open(path, "ab") as file:
+                file.write(added)
+            return
+        parts = self._parts(path) or [path]
+        before = self.fs.cat_file(parts[-1]) if self.fs.exists(parts[-1]) else b""
+        if len(before) >= PART_BYTES:
+            parts, before = [*parts, f"{path}.{len(parts):05d}"], b""
+        self.fs.pipe_file(parts[-1], before + added)
 
     def truncate_lines(self, path: str, *, after_step: int) -> None:
         """Drop the rows written after ``after_step``: a resumed run writes them again."""
-        if self.fs.exists(path):
-            rows = [row for row in self.read_lines(path) if row["step"] <= after_step]
-            self._write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for part in reversed(self._parts(path)):  # the last first: a death between two leaves no gap
+            rows = [row for row in _rows(self.fs.cat_file(part)) if row["step"] <= after_step]
+            if rows or part == path:
+                self._write_text(part, "".join(json.dumps(row) + "\n" for row in rows))
+            else:
+                self.fs.rm_file(part)
+
+    def _parts(self, path: str) -> list[str]:
+        """The files of a JSON-lines file that exist, in order; see :meth:`append_lines`."""
+        if not self._whole_objects:
+            return [path] if self.fs.exists(path) else []
+        folder = path.rsplit("/", 1)[0]
+        try:
+            names = [str(entry).rstrip("/") for entry in self.fs.ls(folder, detail=False)]
+        except FileNotFoundError:
+            return []
+        stem = path.lstrip("/")
+        return sorted(name for name in names if re.fullmatch(rf"{re.escape(stem)}(\.\d{{5}})?", name.lstrip("/")))
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -162,32 +201,18 @@ class RunStore:
             StoreError: the document is damaged or of another schema version.
         """
         try:
-            document = json.loads(self.fs.cat_file(path))
+            return _document(path, self.fs.cat_file(path))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise StoreError(f"{path} is damaged ({error}); remove the run's folder to train it again") from error
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA_VERSION:
-            found = document.get("schema") if isinstance(document, dict) else None
-            raise StoreError(
-                f"{path} has schema {found!r}, this version reads {SCHEMA_VERSION}: use another store root"
-                " (HALTSCALE_STORE) or the haltscale that wrote it"
-            )
-        return document
 
     def read_lines(self, path: str) -> list[dict[str, Any]]:
         """Read a JSON-lines file; a last line still being written is left for the next read."""
         try:
-            text = self.fs.cat_file(path).decode("utf-8", errors="replace")
+            if not self._whole_objects:
+                return _rows(self.fs.cat_file(path))
+            return [row for part in self._parts(path) for row in _rows(self.fs.cat_file(part))]
         except FileNotFoundError:
             return []
-        rows = []
-        for line in text.splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
 
     def studies(self) -> list[str]:
         """Names of the studies in the store, sorted."""
@@ -204,42 +229,56 @@ class RunStore:
 
     def run(self, study: str, key: str, *, now: float | None = None) -> RunView:
         """One run; a folder that cannot be read becomes a view with ``problem`` set, never an exception."""
-        documents: dict[str, dict[str, Any]] = {}
-        problem = ""
-        for name in ("spec", "status", "record"):
-            try:
-                documents[name] = self.read_json(self.path(study, key, f"{name}.json"))
-            except (StoreError, OSError) as error:
-                documents[name], problem = {}, str(error)
-        status, record = documents["status"], documents["record"]
-        if record:
-            state = RunState.FINISHED
-        elif status.get("state") == RunState.FAILED:
-            state = RunState.FAILED
-        elif status.get("state") == RunState.RUNNING:
-            heartbeat = status.get("heartbeat")
-            beats = isinstance(heartbeat, int | float) and (now or time.time()) - heartbeat <= STALL_SECONDS
-            state = RunState.RUNNING if beats else RunState.STALLED
-        else:
-            state = RunState.PLANNED
-        return RunView(
-            study=study, key=key, state=state, spec=documents["spec"], status=status, record=record, problem=problem
-        )
+        return self.views(study, [key], now=now)[key]
+
+    def views(self, study: str, keys: Iterable[str], *, now: float | None = None) -> dict[str, RunView]:
+        """Several runs by key, read together: object stores answer many requests at once."""
+        names = ("spec", "status", "record")
+        paths = {(key, name): self.path(study, key, f"{name}.json") for key in keys for name in names}
+        if not paths:
+            return {}
+        # Asked for all at once, and keyed by what each filesystem makes of a path.
+        found: dict[str, Any] = self.fs.cat(list(paths.values()), on_error="return")
+        found = {str(path).lstrip("/"): content for path, content in found.items()}
+        views = {}
+        for key in dict.fromkeys(key for key, _ in paths):
+            documents: dict[str, dict[str, Any]] = {}
+            problem = ""
+            for name in names:
+                path = paths[key, name]
+                content = found.get(path.lstrip("/"), FileNotFoundError())
+                documents[name] = {}
+                if isinstance(content, FileNotFoundError | NotADirectoryError):
+                    continue
+                try:
+                    if isinstance(content, BaseException):
+                        raise StoreError(f"{path} cannot be read: {content}")
+                    documents[name] = _document(path, content)
+                except StoreError as error:
+                    problem = str(error)
+            state = _state(documents["status"], documents["record"], now or time.time())
+            views[key] = RunView(study=study, key=key, state=state, problem=problem, **documents)
+        return views
+
+    def present(self, study: str) -> list[str]:
+        """Keys of all runs that have a folder, sorted, whatever the study's document says."""
+        try:
+            entries = self.fs.ls(self.path(study), detail=True)
+        except FileNotFoundError:
+            return []
+        names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
+        return sorted(name for name in names if _NAME.fullmatch(name))
 
     def run_keys(self, study: str) -> list[str]:
         """Keys of a study's runs, in its order; runs of earlier versions of the study come last."""
         planned = [str(key) for key in self.study(study).get("runs", [])]
-        folder = self.path(study)
-        present = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(folder, detail=True)]
-        earlier = sorted(
-            key for key in set(present) - set(planned) if self.fs.exists(self.path(study, key, "spec.json"))
-        )
-        return [*planned, *earlier]
+        others = sorted(set(self.present(study)) - set(planned))
+        views = self.views(study, others)
+        return [*planned, *(key for key in others if views[key].spec or views[key].problem)]
 
     def runs(self, study: str) -> Iterator[RunView]:
         """The runs of a study, in the order of :meth:`run_keys`."""
-        for key in self.run_keys(study):
-            yield self.run(study, key)
+        yield from self.views(study, self.run_keys(study)).values()
 
     def finished_keys(self, study: str) -> set[str]:
         """Keys of the runs that have a record."""
@@ -320,3 +359,45 @@ class RunStore:
     def _table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame:
         with self.fs.open(path, "rb") as file:
             return pd.read_parquet(file, columns=columns)
+
+
+def _document(path: str, content: bytes) -> dict[str, Any]:
+    """A JSON document of the store.
+
+    Raises:
+        StoreError: it is damaged or of another schema version.
+    """
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}); remove the run's folder to train it again") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA_VERSION:
+        found = document.get("schema") if isinstance(document, dict) else None
+        raise StoreError(
+            f"{path} has schema {found!r}, this version reads {SCHEMA_VERSION}: use another store root"
+            " (HALTSCALE_STORE) or the haltscale that wrote it"
+        )
+    return document
+
+
+def _rows(content: bytes) -> list[dict[str, Any]]:
+    """The rows of JSON lines, without what is no whole line."""
+    rows = []
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _state(status: Mapping[str, Any], record: Mapping[str, Any], now: float) -> RunState:
+    if record:
+        return RunState.FINISHED
+    if status.get("state") in (RunState.FAILED, RunState.STOPPED):
+        return RunState(status["state"])
+    if status.get("state") == RunState.RUNNING:
+        heartbeat = status.get("heartbeat")
+        beats = isinstance(heartbeat, int | float) and now - heartbeat <= STALL_SECONDS
+        return RunState.RUNNING if beats else RunState.STALLED
+    return RunState.PLANNED
