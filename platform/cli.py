@@ -10,23 +10,28 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from haltscale.platform import cluster
 from haltscale.platform.store import RunStore, StoreError
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
     from haltscale.platform.study import Study
 
-EPILOG = """\
-examples:
-  haltscale up                                  start a local Ray head, with token authentication
-  haltscale submit quickstart                   run a study on it, and follow
-  haltscale submit quickstart -- --dry-run      arguments after -- go to the study
-  haltscale status                              every study and run in the store
-  haltscale results quickstart --json           for scripts
-  haltscale dashboard                           look at it in a browser
-"""
+EXAMPLES = {
+    "up": "haltscale up --cpus 8",
+    "down": "haltscale down",
+    "run": "haltscale run quickstart -- --dry-run",
+    "submit": "haltscale submit quickstart -- --set tokens=50000",
+    "status": "haltscale status quickstart --json",
+    "results": "haltscale results quickstart --json",
+    "logs": "haltscale logs quickstart --follow",
+    "cancel": "haltscale cancel quickstart",
+    "dashboard": "haltscale dashboard --port 8501",
+}
+"""One for each verb; ``haltscale VERB --help`` shows it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,26 +39,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="haltscale",
         description="Scaling studies of language models that decide, token by token, how long to think.",
-        epilog=EPILOG,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    up = verbs.add_parser("up", help="start a local Ray head, or find the running one")
+    def verb(name: str, text: str, **more: Any) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, epilog=f"example: {EXAMPLES[name]}", **more)
+
+    up = verb("up", "start a local Ray head, or find the running one")
     up.add_argument("--cpus", type=int, help="CPUs to offer (default: all)")
-    verbs.add_parser("down", help="stop the head that `haltscale up` started; jobs on it end")
-    for verb, text in (("run", "run a study in this process"), ("submit", "run a study as a Ray job, and follow it")):
-        command = verbs.add_parser(verb, help=text)
+    verb("down", "stop the head that `haltscale up` started; jobs on it end")
+    for name, text in (("run", "run a study in this process"), ("submit", "run a study as a Ray job, and follow it")):
+        command = verb(name, text)
         command.add_argument("study", help="a module of haltscale.studies, such as quickstart")
         command.add_argument("arguments", nargs="*", help="for the study; after `--`")
-        if verb == "submit":
+        if name == "submit":
             command.add_argument("--no-follow", action="store_true", help="submit and return at once")
-    for verb, text in (("status", "runs and how far they are"), ("results", "the table of results")):
-        command = verbs.add_parser(verb, help=text)
-        command.add_argument("study", nargs="?" if verb == "status" else None, help="a study in the store")
+            command.add_argument("--json", action="store_true", help="print the job as JSON and return at once")
+    for name, text in (("status", "runs and how far they are"), ("results", "the table of results")):
+        command = verb(name, text)
+        command.add_argument("study", nargs="?" if name == "status" else None, help="a study in the store")
         command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
         command.add_argument("--json", action="store_true", help="machine-readable")
-    verbs.add_parser("dashboard", help="open the dashboard (--store, --port)", add_help=False)
+    logs = verb("logs", "the output of a study's last job")
+    logs.add_argument("study", help="the study's name")
+    logs.add_argument("--follow", action="store_true", help="go on until the job ends, and exit as it does")
+    verb("cancel", "stop the job that runs a study; submit it again to go on").add_argument(
+        "study", help="the study's name"
+    )
+    verb("dashboard", "open the dashboard (--store, --port)", add_help=False)
 
     options, rest = parser.parse_known_args(arguments)
     if rest and options.verb != "dashboard":
@@ -79,7 +94,12 @@ def _dispatch(options: argparse.Namespace) -> None:
         case "run":
             load_study(options.study).main(options.arguments)
         case "submit":
-            sys.exit(submit(options.study, options.arguments, follow=not options.no_follow))
+            follow = not (options.no_follow or options.json)
+            sys.exit(submit(options.study, options.arguments, follow=follow, as_json=options.json))
+        case "logs":
+            sys.exit(logs(options.study, follow=options.follow))
+        case "cancel":
+            cancel(options.study)
         case "status":
             _status(RunStore(options.store), options.study, as_json=options.json)
         case "results":
@@ -107,41 +127,87 @@ def load_study(name: str) -> Study:
     return study
 
 
-def submit(name: str, arguments: Sequence[str], *, follow: bool) -> int:
-    """Submit a study as a Ray job; where it is running already, follow that job instead of starting a second one.
-
-    Returns:
-        The exit code: 0 where the job succeeded or was only submitted.
+def _connected() -> tuple[cluster.Head, JobSubmissionClient]:
+    """The head to talk to, and its job client.
 
     Raises:
         ClusterError: no head is running.
-        UnknownStudyError: there is no such study.
     """
-    study = load_study(name)
     cluster.prepare_client()
     head = cluster.find_head()
     if head is None:
         raise cluster.ClusterError(
             "no Ray head is running: start one with `haltscale up`, or set RAY_API_SERVER_ADDRESS"
         )
-    client = cluster.client(head)
+    return head, cluster.client(head)
+
+
+def submit(name: str, arguments: Sequence[str], *, follow: bool, as_json: bool = False) -> int:
+    """Submit a study as a Ray job; where it is running already, follow that job instead of starting a second one.
+
+    Returns:
+        The exit code: 0 where the job succeeded or was only submitted.
+
+    Raises:
+        ClusterError: no head is running, or the study is running and other arguments are asked for.
+        UnknownStudyError: there is no such study.
+    """
+    study = load_study(name)
+    head, client = _connected()
     job = cluster.running_job(client, study.name)
     if job and arguments:
         raise cluster.ClusterError(
-            f"{study.name} is running as {job}, with other arguments perhaps: wait or stop it first"
+            f"{study.name} is running as {job}, with other arguments perhaps: wait, or `haltscale cancel {study.name}`"
         )
-    if job:
+    running = job is not None
+    job = job or cluster.submit_study(client, name, study.name, arguments)
+    if as_json:
+        print(json.dumps({"study": study.name, "job": job, "address": head.dashboard, "was_running": running}))
+    elif running:
         print(f"{study.name} is running already as {job}; following it")
     else:
-        job = cluster.submit_study(client, name, study.name, arguments)
         print(f"submitted {study.name} as {job} to {head.dashboard}")
     if not follow:
         return 0
     try:
         return cluster.follow(client, job)
     except KeyboardInterrupt:
-        print(f"\n{job} goes on without this terminal. Follow it: haltscale submit {name}; stop it: ray job stop {job}")
+        print(f"\n{job} goes on without this terminal. Follow it: haltscale logs {study.name} --follow")
+        print(f"Stop it: haltscale cancel {study.name}")
         return 130
+
+
+def logs(study: str, *, follow: bool) -> int:
+    """Print the output of a study's last job.
+
+    Returns:
+        The exit code: that of the job where it is followed to its end, else 0.
+
+    Raises:
+        ClusterError: no head is running, or it knows of no such job.
+    """
+    head, client = _connected()
+    job = cluster.latest_job(client, study)
+    if job is None:
+        raise cluster.ClusterError(f"{head.dashboard} has had no job of study {study!r}")
+    if follow:
+        return cluster.follow(client, job)
+    sys.stdout.write(client.get_job_logs(job))
+    return 0
+
+
+def cancel(study: str) -> None:
+    """Stop the job that runs a study.
+
+    Raises:
+        ClusterError: no head is running, or no job of this study is.
+    """
+    head, client = _connected()
+    job = cluster.running_job(client, study)
+    if job is None:
+        raise cluster.ClusterError(f"no job at {head.dashboard} is running study {study!r}")
+    cluster.cancel(client, job)
+    print(f"stopped {job}; `haltscale submit` goes on where it was")
 
 
 def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:

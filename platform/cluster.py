@@ -16,13 +16,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haltscale.platform import provenance
 from haltscale.platform.store import haltscale_home
 
 if TYPE_CHECKING:
@@ -252,40 +254,74 @@ def client(head: Head) -> JobSubmissionClient:
 
 
 def submit_study(client: JobSubmissionClient, module: str, study: str, arguments: Sequence[str] = ()) -> str:
-    """Submit a study of ``haltscale.studies``; the same as ``ray job submit --working-dir . -- python -m ...``.
+    """Submit a study of ``haltscale.studies``, with the code as it stands here: the nodes need Ray and haltscale's
+    requirements, not this version of haltscale.
 
     Returns:
         The submission id.
     """
-    root = Path(__file__).resolve().parents[1]
     # fmt: off
     environment = {
         name: value for name, value in {
-            "HALTSCALE_HOME": str(haltscale_home()),
+            "HALTSCALE_HOME": os.environ.get("HALTSCALE_HOME") or (_is_local(client) and str(haltscale_home())),
             "HALTSCALE_STORE": os.environ.get("HALTSCALE_STORE"),
+            "HALTSCALE_GIT_COMMIT": provenance.git_commit(),  # there, the files have no repository
         }.items() if value
     }
     # fmt: on
-    runtime_env: dict[str, Any] = {"env_vars": environment}
-    if (root / "pyproject.toml").exists():  # a checkout; .gitignore keeps its virtual environment at home
-        runtime_env["working_dir"] = str(root)
-    return str(
-        client.submit_job(
-            entrypoint=shlex.join(["python", "-m", f"haltscale.studies.{module}", *arguments]),
-            submission_id=f"{study}-{time.strftime('%Y%m%d-%H%M%S')}",
-            runtime_env=runtime_env,
-            metadata={"haltscale_study": study},
+    with staged_code() as code:
+        return str(
+            client.submit_job(
+                entrypoint=shlex.join(["python", "-m", f"haltscale.studies.{module}", *arguments]),
+                submission_id=f"{study}-{time.strftime('%Y%m%d-%H%M%S')}",
+                runtime_env={"env_vars": environment, "py_modules": [str(code)]},
+                metadata={"haltscale_study": study},
+            )
         )
-    )
+
+
+def _is_local(client: JobSubmissionClient) -> bool:
+    """Whether the head shares this machine's folders."""
+    return LOOPBACK in str(client.get_address()) or "localhost" in str(client.get_address())
+
+
+@contextlib.contextmanager
+def staged_code() -> Iterator[Path]:
+    """A folder ``haltscale`` with the rooms in it, as Ray's ``py_modules`` wants it, until the block ends.
+
+    A wheel would be installed with all that it requires, torch included; a folder is only put on ``PYTHONPATH``, before
+    whatever is installed there.
+    """
+    rooms = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "haltscale"
+        for room in ("model", "platform", "studies", "dashboard"):
+            shutil.copytree(rooms / room, code / room, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        yield code
 
 
 def running_job(client: JobSubmissionClient, study: str) -> str | None:
     """The submission id of the job that runs this study now, if one does."""
-    for job in client.list_jobs():
-        named = (job.metadata or {}).get("haltscale_study") == study and job.submission_id
-        if named and not job.status.is_terminal():
-            return str(job.submission_id)
-    return None
+    return next((job for job, status in _jobs(client, study) if not status.is_terminal()), None)
+
+
+def latest_job(client: JobSubmissionClient, study: str) -> str | None:
+    """The submission id of the study's last job, running or not; None where this head knows of none."""
+    return next((job for job, _ in _jobs(client, study)), None)
+
+
+def _jobs(client: JobSubmissionClient, study: str) -> list[tuple[str, Any]]:
+    """Submission ids and statuses of a study's jobs, the latest first."""
+    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("haltscale_study") == study]
+    jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
+    return [(str(job.submission_id), job.status) for job in jobs if job.submission_id]
+
+
+def cancel(client: JobSubmissionClient, job: str) -> None:
+    """Stop a job and wait until it has ended; what its study finished stays, and what it began can go on."""
+    client.stop_job(job)
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.2)
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:

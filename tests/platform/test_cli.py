@@ -1,6 +1,7 @@
 """The command ``haltscale``: what it prints, and its exit codes. No cluster."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def states(author) -> list[str]:
 def test_help_names_every_verb(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
-    for verb in ("up", "down", "run", "submit", "status", "results", "dashboard"):
+    for verb in cli.EXAMPLES:
         assert f"\n    {verb} " in out.replace("\n", " \n")
 
 
@@ -164,7 +165,68 @@ def test_an_interrupted_follower_leaves_the_job_alone(head, monkeypatch, capsys)
 
     monkeypatch.setattr(cluster, "follow", interrupted)
     assert run("submit", "quickstart") == 130
-    assert "ray job stop job-1" in capsys.readouterr().out
+    assert "haltscale cancel quickstart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.EXAMPLES if verb != "dashboard"])  # which has help of its own
+def test_every_verb_has_help_with_an_example_that_parses(verb, capsys, monkeypatch):
+    assert run(verb, "--help") == 0
+    assert f"example: {cli.EXAMPLES[verb]}" in " ".join(capsys.readouterr().out.split())
+    seen = []
+    monkeypatch.setattr(cli, "_dispatch", lambda options: seen.append(options.verb))
+    assert run(*cli.EXAMPLES[verb].split()[1:]) == 0
+    assert seen == [verb]
+
+
+def test_a_submission_as_json(head, capsys):
+    assert run("submit", "quickstart", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"study": "quickstart", "job": "job-1", "address": "http://127.0.0.1:1", "was_running": False}
+
+
+def test_logs_are_those_of_the_last_job(head, monkeypatch, capsys):
+    class Client:
+        def get_job_logs(self, job):
+            return f"what {job} said\n"
+
+    monkeypatch.setattr(cluster, "client", lambda head: Client())
+    monkeypatch.setattr(cluster, "latest_job", lambda client, study: "job-1" if study == "quickstart" else None)
+    assert run("logs", "quickstart") == 0
+    assert capsys.readouterr().out == "what job-1 said\n"
+    assert run("logs", "quickstart", "--follow") == 1, "as the job ended"
+    assert run("logs", "other") == 1
+    assert "no job of study 'other'" in capsys.readouterr().err
+
+
+def test_only_a_running_study_is_cancelled(head, monkeypatch, capsys):
+    stopped = []
+    monkeypatch.setattr(cluster, "cancel", lambda client, job: stopped.append(job))
+    assert run("cancel", "quickstart") == 1
+    assert "no job at http://127.0.0.1:1 is running" in capsys.readouterr().err
+    monkeypatch.setattr(cluster, "running_job", lambda client, study: "job-0")
+    assert run("cancel", "quickstart") == 0
+    assert stopped == ["job-0"]
+
+
+def test_a_plan_as_json_leaves_stdout_to_it(study, store, capsys):
+    study().main(["--dry-run", "--json", "--store", store.root])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["state"] for row in rows] == ["planned"] * 3
+    assert {"run", "key", "state", "tokens", "flops_expected", "flops_bound", "memory_bytes", "seconds"} <= set(rows[0])
+
+
+def test_the_code_is_staged_as_it_stands():
+    with cluster.staged_code() as code:
+        assert code.name == "haltscale"
+        assert (code / "platform" / "study.py").read_text() == Path(cluster.__file__).with_name("study.py").read_text()
+        assert {path.name for path in code.iterdir()} == {"model", "platform", "studies", "dashboard"}
+        assert not list(code.rglob("__pycache__"))
+        command = [sys.executable, "-c", "import haltscale.studies.quickstart as q; print(q.__file__)"]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": str(code.parent)}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == str(code / "studies" / "quickstart.py"), done.stderr
+    assert not code.exists()
 
 
 def test_down_with_nothing_to_stop(capsys):

@@ -1,0 +1,52 @@
+"""The studies that ship: each says what it asks, plans without an error, and is as large as it says."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import haltscale.studies
+from haltscale.platform.api import RunStore, Study
+
+RUNS = {
+    "ablation": 3 + 3 * 5 * 3 * 3,
+    "isoflop": 5 * 4 * 3,
+    "quickstart": 6,
+    "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
+    "seed_noise": 3 * 2 * 8,
+}
+"""Runs and controls of each study."""
+
+
+def load(name: str) -> Study:
+    study: Study = importlib.import_module(f"haltscale.studies.{name}").study()
+    return study
+
+
+def test_every_study_is_known_here() -> None:
+    assert {module.name for module in pkgutil.iter_modules(haltscale.studies.__path__)} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_plan_of_a_study(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = load(name)
+    assert study.problems() == []
+    plan = study.plan(RunStore(tmp_path / "runs"))
+    assert len(plan) == RUNS[name]
+    assert set(plan["state"]) <= {"planned", "waiting"}
+    assert plan["run"].is_unique
+    study.main(["--dry-run", "--store", str(tmp_path / "runs")])
+    assert f"{RUNS[name]} runs: " in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_question_stands_on_top(name: str) -> None:
+    module = importlib.import_module(f"haltscale.studies.{name}")
+    first = (module.__doc__ or "").split("\n\n")[0]
+    assert "?" in first
+    assert load(name).question.endswith("?")
+    assert load(name).name == name.replace("_", "-")
