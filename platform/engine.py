@@ -1,10 +1,11 @@
-"""DeepSpeed: the engine of a run, and its checkpoints. The only module that imports deepspeed."""
+"""DeepSpeed: the engine of a run, and what of it goes into a checkpoint. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 from haltscale.model import LanguageModel
+from haltscale.model.backbone import Block
+from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
 from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
 from haltscale.platform.training import Progress
 
-TAG = "state"
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scalers count."""
 
 
 def resolve_precision(precision: Precision) -> Precision:
@@ -29,64 +34,195 @@ def resolve_precision(precision: Precision) -> Precision:
     return Precision.BF16 if fast else Precision.FP32
 
 
-def build_engine(model: LanguageModel, run: RunConfig, *, zero_stage: int, micro_batch: int, accumulation: int) -> Any:
-    """Wrap a model for training.
+def open_process_group() -> None:
+    """Open the process group of a process that trains alone; Ray Train opens it for its workers."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
-    The process group is opened here if nobody (Ray Train) did before. AdamW decays matrices only.
+
+def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfig) -> Any:
+    """Wrap a model for training; AdamW decays matrices only.
 
     Returns:
         ``deepspeed.DeepSpeedEngine``.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    open_process_group()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")
-    precision = resolve_precision(run.precision)
-    if zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
+    if execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    model.activation_checkpointing_(execution.activation_checkpointing)
+    if execution.compile:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=True)  # the rows that are still active differ from pass to pass
+    if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
         # The loop runs a data-dependent number of times: gather its parameters once, as one leaf.
         deepspeed.utils.set_z3_leaf_modules(model, [type(loop)])
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=run.learning_rate,
+        lr=0.0,  # the loop sets it at every step; some of DeepSpeed's wrappers take one while they are built
         betas=(run.adam_beta1, run.adam_beta2),
-        fused=True,
+        fused=execution.optimizer is Optimizer.FUSED,
     )
+    micro_batch, accumulation = execution.accumulation(run.batch_sequences)
+    precision = resolve_precision(run.precision)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.clip,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": _zero(execution),
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW steps offloaded state too
         "bf16": {"enabled": precision is Precision.BF16},
+        "fp16": {"enabled": precision is Precision.FP16},
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.basic_optimizer.state.clear()  # of the steps that wrappers took: counts and moments start from nothing
     return engine
 
 
-def save_checkpoint(engine: Any, folder: Path, progress: Progress) -> None:
-    """Every rank writes its shard into ``folder``."""
-    engine.save_checkpoint(str(folder), tag=TAG, client_state={"progress": progress.to_dict()})
+def _zero(execution: ExecutionConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": execution.zero_stage}
+    for name, device in (("optimizer", execution.offload_optimizer), ("param", execution.offload_parameters)):
+        if device is not Offload.NONE:
+            zero[f"offload_{name}"] = {"device": str(device), "pin_memory": torch.cuda.is_available()}
+    return zero
 
 
-def load_checkpoint(engine: Any, folder: Path) -> Progress:
-    """Restore an engine from what :func:`save_checkpoint` wrote, by the same number of ranks.
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of one parameter that this rank's optimizer steps, in float32."""
+
+    parameter: str
+    start: int
+    """First element, in the flattened parameter."""
+    numel: int
+    stepped: torch.Tensor
+    """The tensor that the optimizer steps, and by which it keeps its moments."""
+    offset: int
+    """First element, in the flattened ``stepped``."""
+    mine: bool = True
+    """Whether this rank saves it: what all ranks step alike is saved by one of them."""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This fragment of ``stepped``, or of one of its moments; a view."""
+        return tensor.data.view(-1).narrow(0, self.offset, self.numel)
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """Where the float32 weights of every parameter are on this rank, at any ZeRO stage."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    master = {}  # ZeRO stage 0 in half precision
+    if stage == 0 and hasattr(optimizer, "fp32_groups"):
+        for halves, wholes in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            master.update({id(half): whole for half, whole in zip(halves, wholes, strict=True)})
+    for index, parameter in enumerate(engine.module.parameters()):
+        name = names[id(parameter)]
+        if stage == 3:
+            group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = rank * length
+            numel = min(length, parameter.ds_numel - start)
+            if numel > 0:
+                yield Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+        elif stage > 0:
+            if (mapping := parameter._hp_mapping) is None:
+                continue
+            partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
+            flat = (partitions or optimizer.fp32_groups_flat_partition)[mapping.param_group_index]
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Fragment(name, here.start, here.numel, flat, there.start)
+        else:
+            stepped = master.get(id(parameter), parameter)
+            yield Fragment(name, 0, stepped.numel(), stepped, 0, mine=index % world == rank)
+
+
+def snapshot(engine: Any) -> Shard:
+    """A copy of what this rank has to save; training may go on while it is written."""
+    tensors, state, optimizer_step = {}, engine.basic_optimizer.state, 0
+    for fragment in fragments(engine):
+        moments = state.get(fragment.stepped, {})
+        optimizer_step = int(moments.get("step", 0))
+        if fragment.mine:
+            for kind, tensor in [(WEIGHT, fragment.stepped), *((kind, moments.get(kind)) for kind in MOMENTS)]:
+                if tensor is not None:
+                    copied = fragment.of(tensor).detach().to("cpu", torch.float32, copy=True)
+                    tensors[tensor_name(kind, fragment.parameter, fragment.start)] = copied
+    scaler = _loss_scaler(engine) if engine.fp16_enabled() else None
+    scales = {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
+    return Shard(tensors=tensors, counters={"optimizer_step": optimizer_step, "loss_scaler": scales})
+
+
+def start(
+    model: LanguageModel, run: RunConfig, execution: ExecutionConfig, checkpoints: Checkpoints
+) -> tuple[Any, Progress]:
+    """An engine and how far it is: as the newest intact checkpoint says, else new.
+
+    Any number of ranks at any ZeRO stage can go on from a checkpoint of any other; by the same number at the same stage
+    the run goes on to the last bit.
 
     Raises:
-        RuntimeError: the folder holds no checkpoint that this engine can read.
+        CheckpointError: there are checkpoints, but none that can be read.
     """
-    held = (folder / TAG).is_dir()  # without it DeepSpeed fails on an assertion of its own
-    loaded, state = engine.load_checkpoint(str(folder), tag=TAG) if held else (None, {})
-    if loaded is None:
-        raise RuntimeError(f"{folder} holds no checkpoint that this run can resume from; remove it to start anew")
-    return Progress(**state["progress"])
+    saved, damage = checkpoints.newest()
+    if saved is None:
+        return build_engine(model, run, execution), Progress()
+    saved.load_weights(model)
+    engine = build_engine(model, run, execution)
+    restore(engine, saved)
+    progress = Progress(**saved.progress)
+    progress.events += [
+        {"step": progress.step, "what": f"{what}; went on from step {progress.step}"} for what in damage
+    ]
+    return engine, progress
+
+
+@torch.no_grad()
+def restore(engine: Any, saved: Saved) -> None:
+    """Give an engine the saved master weights, moments and counters.
+
+    The engine's model must have been given the saved weights before it was wrapped (:meth:`Saved.load_weights`): what
+    DeepSpeed derives from the master weights is right then, at every stage.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    state, optimizer_step = engine.basic_optimizer.state, saved.counters["optimizer_step"]
+    for fragment in fragments(engine):
+        place = (fragment.parameter, fragment.start, fragment.numel)
+        fragment.of(fragment.stepped).copy_(saved.read(WEIGHT, *place))
+        if optimizer_step == 0:
+            continue
+        if fragment.stepped not in state:
+            fused = engine.basic_optimizer.defaults.get("fused")
+            device = fragment.stepped.device if fused else "cpu"
+            moments = {kind: torch.zeros_like(fragment.stepped) for kind in MOMENTS}
+            state[fragment.stepped] = {"step": torch.tensor(float(optimizer_step), device=device), **moments}
+        for kind in MOMENTS:
+            fragment.of(state[fragment.stepped][kind]).copy_(saved.read(kind, *place))
+    for name, value in saved.counters["loss_scaler"].items():
+        if hasattr(_loss_scaler(engine), name):  # the wrapper of ZeRO stage 0 has no hysteresis
+            setattr(_loss_scaler(engine), name, value)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -79,6 +79,7 @@ def finish(
             "flops_overshoot": None if run.flops is None else progress.flops_realised - run.flops,
             "inference_flops_per_token": asdict(per_token),
             "halting": result.summary["difficulty"],
+            "events": progress.events,
             "sequence_digest": progress.sequence_digest,
             "wall_seconds": progress.seconds,
             "tokens_per_second": progress.tokens / progress.seconds,

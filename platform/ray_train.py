@@ -7,7 +7,6 @@ Ray. A run goes on from its last checkpoint by itself: after a worker's death, a
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +17,18 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from haltscale.model import build_model
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpus import PreparedCorpus
-from haltscale.platform.engine import build_engine, full_weights, load_checkpoint, save_checkpoint
+from haltscale.platform.engine import full_weights, open_process_group, snapshot, start
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.finishing import evaluate_run, finish
 from haltscale.platform.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.schedule import share
 from haltscale.platform.store import RunStore
-from haltscale.platform.training import Hooks, Progress, TrainingDivergedError, train
+from haltscale.platform.training import Hooks, Progress, train
+from haltscale.platform.trouble import TrainingDivergedError
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,6 @@ def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
             name="checkpoints",
             storage_path="/".join([spec.store, spec.study, spec.key]),
             failure_config=ray.train.FailureConfig(max_failures=execution.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             callbacks=callbacks or [],
         ),
     )
@@ -97,20 +97,24 @@ def train_worker(config: Mapping[str, Any]) -> None:
     if corpus is None:
         raise FileNotFoundError(f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem")
 
+    open_process_group()
+    store = RunStore(spec.store)
+    checkpoints = Checkpoints(store, spec.study, spec.key, rank=rank, world=world)
     model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
-    micro, accumulation = execution.accumulation(run.batch_sequences)
-    engine = build_engine(model, run, zero_stage=execution.zero_stage, micro_batch=micro, accumulation=accumulation)
-    progress = Progress()
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            progress = load_checkpoint(engine, Path(folder))
-    recorder = RunRecorder(RunStore(spec.store), spec.study, spec.key, steps=run.steps, enabled=rank == 0)
+    engine, progress = start(model, run, execution, checkpoints)
+    recorder = RunRecorder(store, spec.study, spec.key, steps=run.steps, enabled=rank == 0)
     recorder.begin(progress.step, share(run, progress.spent))
+    is_preempted = False
 
     def save(progress: Progress) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(engine, Path(folder), progress)
-            ray.train.report({"step": progress.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        checkpoints.write(snapshot(engine), progress.to_dict())
+        if is_preempted:
+            checkpoints.wait()
+        keep = set(progress.pinned)
+        if execution.keep_best and rank == 0 and (best := recorder.best_step(checkpoints.complete())) is not None:
+            keep.add(best)
+        checkpoints.prune(keep, execution.keep_last)
+        ray.train.report({"step": progress.step})
 
     def evaluate(progress: Progress) -> None:
         evaluate_run(engine.module, corpus, run, progress, recorder)
@@ -132,13 +136,16 @@ def train_worker(config: Mapping[str, Any]) -> None:
             first = last
 
     def log(row: dict[str, Any], progress: Progress) -> None:
-        recorder.log(row, share(run, progress.spent))
+        nonlocal is_preempted
+        recorder.log(row, share(run, progress.spent), events=progress.events)
+        is_preempted = ray.train.get_preemption_info() is not None  # asks all ranks, as this is called on all
 
-    hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate)
+    hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
     try:
-        train(engine, batches(), run, progress, hooks, execution=execution, world=world)
+        train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
     except TrainingDivergedError as diverged:
         recorder.fail(str(diverged))  # trying again would diverge again
         return
+    checkpoints.wait()
     described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}
     finish(engine.module, full_weights(engine), corpus, run, progress, recorder, described)

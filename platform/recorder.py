@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,29 @@ class RunRecorder:
         self._began = (time.time(), share)
         self._status(RunState.RUNNING, step=step, share=share)
 
-    def log(self, row: Mapping[str, Any], share: float) -> None:
-        """A row of training metrics, and the heartbeat; ``share`` of the budget is spent."""
+    def log(self, row: Mapping[str, Any], share: float, *, events: Sequence[Mapping[str, Any]] = ()) -> None:
+        """A row of training metrics, and the heartbeat.
+
+        Args:
+            share: of the budget that is spent.
+            events: what went wrong so far without ending the run.
+        """
         if not self.enabled:
             return
         self.store.append_lines(self._path("metrics.jsonl"), [row])
-        told = {"loss": row["cross_entropy"], "mean_steps": row["mean_steps"]}
+        told = {"loss": row["cross_entropy"], "mean_steps": row["mean_steps"], "events": list(events)}
         self._status(RunState.RUNNING, step=row["step"], share=share, **told)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """A row of held-out evaluation."""
         if self.enabled:
             self.store.append_lines(self._path("evaluations.jsonl"), [row])
+
+    def best_step(self, among: Collection[int]) -> int | None:
+        """The step with the lowest held-out loss, of those in ``among`` that were evaluated."""
+        rows = self.store.read_lines(self._path("evaluations.jsonl"))
+        losses = {row["step"]: row["loss"] for row in rows if row["step"] in among and row["split"] == "validation"}
+        return min(losses, key=lambda step: losses[step]) if losses else None
 
     def probe(self, step: int, table: pd.DataFrame) -> None:
         """The probe text's events at a step."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,16 +18,11 @@ import numpy.typing as npt
 import torch
 
 from haltscale.model import Flops, LanguageModel, PassCounts
-from haltscale.platform.config import RunConfig
+from haltscale.model.language_model import IGNORE_INDEX
+from haltscale.platform.config import Precision, RunConfig, Schedule
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.schedule import Spent, evenly, is_over, learning_rate, reached
-
-EXPLODED_LOSS = 50.0
-"""Nats per token; a uniform guess over 50k tokens is 10.8, so a loss above this is lost."""
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient is not finite, or the loss exploded; the message says at which step."""
+from haltscale.platform.trouble import Watch
 
 
 class Engine(Protocol):
@@ -36,7 +31,9 @@ class Engine(Protocol):
     module: LanguageModel
     optimizer: Any
 
-    def __call__(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> Any: ...
+    def __call__(
+        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *, lengths_B: torch.Tensor | None = None
+    ) -> Any: ...
     def backward(self, loss: torch.Tensor) -> Any: ...
     def step(self) -> Any: ...
     def get_global_grad_norm(self) -> float | None: ...
@@ -59,6 +56,17 @@ class Progress:
     """``flops_realised`` as it was before the last step."""
     sequence_digest: str = ""
     """Running digest of the sequence ids that were trained on: equal digests mean the same data in the same order."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What went wrong without ending the run: ``step`` and ``what``."""
+    pinned: list[int] = field(default_factory=list)
+    """Steps whose checkpoints are kept for good."""
+    exploded: bool = False
+    """Whether the last step's loss was beyond all bounds."""
+    depth: int | None = None
+    """How many latent steps every token of the last step took, where all took 0 or all took l_max."""
+    uniform_steps: int = 0
+    """For how many steps in a row."""
 
     def saw(self, seq_ids: npt.NDArray[np.int64]) -> None:
         """Chain one step's sequence ids into the digest."""
@@ -101,9 +109,11 @@ class Hooks:
     """What the caller does at the loop's milestones."""
 
     log: Callable[[dict[str, Any], Progress], None]
-    """Called with a row of metrics, averaged since the last one."""
+    """Called, on all ranks at the same steps, with a row of metrics, averaged since the last one."""
     checkpoint: Callable[[Progress], None]
     evaluate: Callable[[Progress], None]
+    notice: Callable[[], bool] = lambda: False
+    """Whether this rank was told that it may end soon: then all save a checkpoint after the step, and go on."""
 
 
 def train(
@@ -114,30 +124,35 @@ def train(
     hooks: Hooks,
     *,
     execution: ExecutionConfig,
-    world: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Progress:
     """Train to the end of the run's budget.
 
     Args:
         engine: wraps the model; accumulates over as many calls as ``execution`` says.
-        batches: this rank's batches from step ``progress.step`` on (``step``, ``seq_ids``, ``tokens``).
+        batches: this rank's batches from step ``progress.step`` on (``step``, ``seq_ids``, ``tokens``); a row may end
+            in ``IGNORE_INDEX``, which is neither thought about nor scored.
         progress: where to begin; updated in place.
         execution: micro-batches, and how often what is logged, saved and evaluated. A checkpoint comes before the
             evaluation of the same step; the evaluation at the end is left to the caller, who has more to do then.
+        rank: this process.
         world: ranks that share the run.
 
     Raises:
-        TrainingDivergedError: the loss is not finite or above ``EXPLODED_LOSS``.
+        TrainingDivergedError: see :class:`haltscale.platform.trouble.Watch`.
         ValueError: a batch is not the one that is due.
     """
     device = next(engine.module.parameters()).device
     _, micro_batches = execution.accumulation(run.batch_sequences)
-    window = MetricsWindow(progress)
+    window, watch = MetricsWindow(progress), Watch(engine.module, execution)
+    noticed = False
+    pinned = [*execution.milestones, *([1 - run.decay_fraction] if run.schedule is Schedule.WSD else [])]
 
-    def is_due(count: int) -> bool:
-        return reached(run, progress.before_last, progress.spent, evenly(count))
+    def is_due(shares: Iterable[float]) -> bool:
+        return reached(run, progress.before_last, progress.spent, shares)
 
-    if progress.step and is_due(execution.evaluations) and not is_over(run, progress.spent):
+    if progress.step and is_due(evenly(execution.evaluations)) and not is_over(run, progress.spent):
         hooks.evaluate(progress)  # resumed from the checkpoint before this evaluation
     engine.module.train()
     while not is_over(run, progress.spent):
@@ -150,24 +165,34 @@ def train(
             group["lr"] = rate
         torch.manual_seed(step_seed(run.seed, progress.step))
         tokens = torch.as_tensor(np.ascontiguousarray(batch.tokens), device=device)
+        scored_everywhere = _over_ranks(int((tokens[:, 1:] != IGNORE_INDEX).sum()), world)
         counts, outputs = PassCounts(), []
         for piece in tokens.chunk(micro_batches):
-            output = engine(piece[:, :-1], piece[:, 1:])
-            engine.backward(output.loss)
+            output, scored = _forward(engine, piece)
+            # DeepSpeed averages over pieces and ranks; with this weight that is the mean over all scored tokens.
+            engine.backward(output.loss * (scored * micro_batches * world / max(scored_everywhere, 1)))
             engine.step()  # takes the optimizer's step at the last piece, and only then
             counts += output.trace.counts
-            outputs.append(output)
-        step = StepTotals.of(outputs, engine.module.flops(counts).training, counts).over_ranks(world)
+            outputs.append((output, scored))
+        asks = (window.age >= execution.log_every_seconds, hooks.notice())
+        flops = engine.module.flops(counts).training
+        step = StepTotals.of(outputs, flops, counts, asks, rank=rank, world=world).over_ranks()
         progress.step += 1
         progress.seconds += time.perf_counter() - began
         progress.spend(step, run.batch_tokens)
         progress.saw(batch.seq_ids)
-        norm = engine.get_global_grad_norm()
-        step.check_finite(progress.step, norm)  # the same on every rank, so that all of them stop at once
+        norm = _gradient_norm(engine, run)
+        loss, cross_entropy, *_ = step.means.tolist()
+        watch.look(progress, loss=loss, cross_entropy=cross_entropy, gradient_norm=norm, histogram=step.histogram)
         window.add(step)
         over = is_over(run, progress.spent)
-        save, evaluate = is_due(execution.checkpoints) or over, is_due(execution.evaluations) and not over
-        if over or save or evaluate or window.age >= execution.log_every_seconds:
+        evaluate = is_due(evenly(execution.evaluations)) and not over
+        if is_due(pinned):
+            progress.pinned.append(progress.step)
+        save = over or is_due([*evenly(execution.checkpoints), *pinned])
+        save = save or (evaluate and execution.keep_best) or (step.is_noticed and not noticed)
+        noticed = step.is_noticed
+        if save or evaluate or step.is_log_due:
             hooks.log(window.close(progress, rate, norm), progress)
         if save:
             hooks.checkpoint(progress)
@@ -177,69 +202,115 @@ def train(
     return progress
 
 
+def _forward(engine: Engine, tokens_BT: torch.Tensor) -> tuple[Any, int]:
+    """The model's output on rows of context + 1 tokens, and how many tokens it scored."""
+    targets_BT = tokens_BT[:, 1:]
+    scored_B = (targets_BT != IGNORE_INDEX).sum(1)
+    scored = int(scored_B.sum())
+    if scored == targets_BT.numel():
+        return engine(tokens_BT[:, :-1], targets_BT), scored
+    return engine(tokens_BT[:, :-1].clamp(min=0), targets_BT, lengths_B=scored_B), scored
+
+
+def _gradient_norm(engine: Engine, run: RunConfig) -> float | None:
+    norm = engine.get_global_grad_norm()
+    if norm is None or (run.precision is Precision.FP16 and not 0 <= float(norm) < math.inf):
+        return None  # under fp16 a step that overflows is skipped, and the loss scale lowered: nothing is lost
+    return float(norm)
+
+
+def _over_ranks(count: int, world: int) -> int:
+    if world == 1:
+        return count
+    total = torch.tensor([count], device=_collective_device())
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _collective_device() -> str:
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+
+
 def step_seed(seed: int, step: int) -> int:
     """Of what a model draws in one step (PonderLM-2: its passes): the same on all ranks, and after a resumption."""
     return int.from_bytes(hashlib.sha256(f"{seed}/step/{step}".encode()).digest()[:8], "big") >> 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepTotals:
     """What one step did, on this rank or on all together; sums, so that ranks add up."""
 
-    values: npt.NDArray[np.float64]
-    """Sums over ranks: loss, cross-entropy, penalty, expected steps, 1 per rank; FLOPs realised, executed, paper; pass
-    rows; then tokens by executed latent steps."""
+    sums: npt.NDArray[np.float64]
+    """Times scored tokens: loss, cross-entropy, penalty, expected steps; scored tokens; FLOPs realised, executed,
+    paper; pass rows; ranks that find a log due; ranks that were given notice."""
+    rank_steps: npt.NDArray[np.float64]
+    """Mean latent steps of each rank's tokens; 0 at the places of other ranks until they are added."""
+    histogram: npt.NDArray[np.float64]
+    """Tokens by executed latent steps."""
 
     @classmethod
-    def of(cls, outputs: list[Any], flops: Flops, counts: PassCounts) -> StepTotals:
-        """This rank's totals, from its forward passes of the step."""
-        means = torch.stack([_means(output) for output in outputs]).mean(0).double().cpu().numpy()
-        steps = torch.cat([output.trace.steps_BT[output.trace.valid_BT] for output in outputs]).long()
-        histogram = torch.bincount(steps, minlength=outputs[0].trace.exit_BTK.shape[2]).double().cpu().numpy()
-        spent = [1.0, flops.realised, flops.executed, flops.paper, float(sum(counts.rows))]
-        return cls(np.concatenate([means, spent, histogram]))
+    def of(
+        cls,
+        outputs: list[tuple[Any, int]],
+        flops: Flops,
+        counts: PassCounts,
+        asks: tuple[bool, bool],
+        *,
+        rank: int,
+        world: int,
+    ) -> StepTotals:
+        """This rank's totals, from its forward passes of the step and the tokens that each scored."""
+        weights = torch.tensor([float(scored) for _, scored in outputs], dtype=torch.float64)
+        means = torch.stack([_means(output) for output, _ in outputs]).double().cpu()
+        sums = torch.where(weights[:, None] > 0, means * weights[:, None], 0.0).sum(0).numpy()
+        spent = [float(weights.sum()), flops.realised, flops.executed, flops.paper, float(sum(counts.rows))]
+        steps = torch.cat([output.trace.steps_BT[output.trace.valid_BT] for output, _ in outputs]).long()
+        histogram = torch.bincount(steps, minlength=outputs[0][0].trace.exit_BTK.shape[2]).double().cpu().numpy()
+        rank_steps = np.zeros(world)
+        rank_steps[rank] = float(steps.double().mean()) if len(steps) else 0.0
+        return cls(sums=np.concatenate([sums, spent, asks]), rank_steps=rank_steps, histogram=histogram)
 
-    def over_ranks(self, world: int) -> StepTotals:
+    def over_ranks(self) -> StepTotals:
         """The sum over all ranks: they halt differently, so their losses, steps and FLOPs differ."""
+        world = len(self.rank_steps)
         if world == 1:
             return self
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        values = torch.as_tensor(self.values, device=device)
+        together = np.concatenate([self.sums, self.rank_steps, self.histogram])
+        values = torch.as_tensor(together, device=_collective_device())
         torch.distributed.all_reduce(values)
-        return StepTotals(values.cpu().numpy())
+        ends = np.cumsum([len(self.sums), world])
+        sums, rank_steps, histogram = np.split(values.cpu().numpy(), ends)
+        return StepTotals(sums=sums, rank_steps=rank_steps, histogram=histogram)
 
     @property
     def means(self) -> npt.NDArray[np.float64]:
-        """Mean over ranks of loss, cross-entropy, penalty and expected steps."""
-        return self.values[:4] / self.values[4]
+        """Mean over scored tokens of loss, cross-entropy, penalty and expected steps."""
+        return self.sums[:4] / max(self.sums[4], 1.0)
 
     @property
     def flops(self) -> Flops:
-        realised, executed, paper = self.values[5:8].tolist()
+        realised, executed, paper = self.sums[5:8].tolist()
         return Flops(realised=realised, executed=executed, paper=paper)
 
     @property
     def pass_rows(self) -> int:
-        return int(self.values[8])
+        return int(self.sums[8])
 
     @property
-    def histogram(self) -> npt.NDArray[np.float64]:
-        """Tokens by executed latent steps."""
-        return self.values[9:]
+    def is_log_due(self) -> bool:
+        """Whether any rank finds that a row of metrics is due."""
+        return bool(self.sums[9])
 
-    def check_finite(self, step: int, gradient_norm: float | None) -> None:
-        """Stop a run whose loss is lost.
+    @property
+    def is_noticed(self) -> bool:
+        """Whether any rank was told that it may end soon."""
+        return bool(self.sums[10])
 
-        Raises:
-            TrainingDivergedError: the loss or the gradient is not finite, or the loss exploded.
-        """
-        loss, cross_entropy, *_ = self.means
-        if not math.isfinite(loss):
-            raise TrainingDivergedError(f"the loss is {loss} at step {step}: lower the learning rate")
-        if cross_entropy > EXPLODED_LOSS:
-            raise TrainingDivergedError(f"the loss exploded to {cross_entropy:.1f} at step {step}")
-        if gradient_norm is not None and not math.isfinite(gradient_norm):
-            raise TrainingDivergedError(f"the gradient norm is {float(gradient_norm)} at step {step}")
+    @property
+    def straggling(self) -> float:
+        """Most over mean latent steps of the ranks' tokens: all wait for the rank that thinks longest. 1 is even."""
+        mean = float(self.rank_steps.mean())
+        return float(self.rank_steps.max()) / mean if mean > 0 else 1.0
 
 
 def _means(output: Any) -> torch.Tensor:
@@ -256,6 +327,7 @@ class MetricsWindow:
 
     def _clear(self, progress: Progress) -> None:
         self._from_tokens, self._from_seconds = progress.tokens, progress.seconds
+        self._from_flops = progress.flops_executed
         self._steps: list[StepTotals] = []
         self._began = time.perf_counter()
 
@@ -282,11 +354,13 @@ class MetricsWindow:
             "mean_steps": float(histogram @ np.arange(len(histogram))),
             "expected_steps": expected,
             "steps_histogram": histogram.tolist(),
+            "straggling": float(np.mean([step.straggling for step in self._steps])),
             "learning_rate": rate,
-            "grad_norm": None if gradient_norm is None else float(gradient_norm),
+            "grad_norm": gradient_norm,
             "flops_realised": progress.flops_realised,
             "flops_executed": progress.flops_executed,
             "flops_paper": progress.flops_paper,
+            "flops_per_second": (progress.flops_executed - self._from_flops) / max(seconds, 1e-9),
             "tokens_per_second": (progress.tokens - self._from_tokens) / max(seconds, 1e-9),
             "seconds": progress.seconds,
             "time": time.time(),

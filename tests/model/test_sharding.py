@@ -6,6 +6,7 @@ import torch
 from haltscale.model import METHODS, AdaptiveOptions, Method, Mixture, ModelConfig, Shape, build_model, probing
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.engine import build_engine
+from haltscale.platform.execution import ExecutionConfig
 
 VOCABULARY = 2000
 """Above DeepSpeed's threshold: embedding and head lie in shards between passes, and so do the blocks."""
@@ -20,12 +21,15 @@ def test_sharded_parameters_give_the_same_losses(method: Method) -> None:
         context=16,
         options=METHODS[method].options(),
     )
-    run = RunConfig(method=method, options=config.options, precision=Precision.FP32)
+    run = RunConfig(method=method, options=config.options, precision=Precision.FP32, context=16, batch_tokens=64)
     tokens = torch.randint(VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(0))
     losses = []
     for stage in (0, 3):
         torch.manual_seed(0)  # PonderLM-2 draws its number of passes
-        engine = build_engine(build_model(config, seed=0), run, zero_stage=stage, micro_batch=4, accumulation=1)
+        execution = ExecutionConfig(zero_stage=stage, micro_batch_sequences=4)
+        engine = build_engine(build_model(config, seed=0), run, execution)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = run.learning_rate  # the training loop's task
         for _ in range(2):
             loss = engine(tokens[:, :-1], tokens[:, 1:]).loss
             engine.backward(loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,106 +13,13 @@ import pytest
 import torch
 
 from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions, build_model
-from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.engine import (
-    build_engine,
-    full_weights,
-    load_checkpoint,
-    resolve_precision,
-    save_checkpoint,
-)
-from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.config import Precision
+from haltscale.platform.engine import full_weights, resolve_precision
 from haltscale.platform.schedule import Spent, learning_rate
-from haltscale.platform.training import (
-    Hooks,
-    Progress,
-    StepTotals,
-    TrainingDivergedError,
-    train,
-)
+from haltscale.platform.training import Progress
+from haltscale.platform.trouble import TrainingDivergedError
 
-VOCABULARY, CONTEXT, BATCH, STEPS = 300, 16, 8, 6
-LARGE = 2000
-"""A vocabulary whose embedding is above DeepSpeed's threshold: under ZeRO-3 it lies in shards between passes."""
-RUN = RunConfig(
-    size="0.6m",
-    tokens=STEPS * BATCH * CONTEXT,
-    context=CONTEXT,
-    batch_tokens=BATCH * CONTEXT,
-    precision=Precision.FP32,
-    warmup_fraction=0.2,
-)
-RUNS = {
-    "vanilla": RUN,
-    "adaptive": replace(RUN, method=Method.ADAPTIVE, options=AdaptiveOptions(lam=0.3, l_max=2, tau=0.3)),
-}
-
-
-@dataclass
-class Batch:
-    step: int
-    seq_ids: Any
-    tokens: Any
-
-
-def batches(run: RunConfig, first: int = 0, *, seed: int = 0) -> Iterator[Batch]:
-    """Each step's own random batch, whichever step one begins at."""
-    for step in range(first, run.steps):
-        stream = np.random.default_rng([seed, step])
-        shape = (run.batch_sequences, run.context + 1)
-        yield Batch(step, np.arange(shape[0]) + step * shape[0], stream.integers(0, VOCABULARY, shape))
-
-
-class Listener:
-    """Hooks that write down what the loop told them."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.told: list[tuple[str, int]] = []
-        self.at_checkpoint: Any = lambda progress: None
-
-    def hooks(self) -> Hooks:
-        return Hooks(log=self._log, checkpoint=self._checkpoint, evaluate=self._evaluate)
-
-    def _log(self, row: dict[str, Any], progress: Progress) -> None:
-        assert row["step"] == progress.step
-        self.rows.append(row)
-        self.told.append(("log", progress.step))
-
-    def _checkpoint(self, progress: Progress) -> None:
-        self.told.append(("checkpoint", progress.step))
-        self.at_checkpoint(progress)
-
-    def _evaluate(self, progress: Progress) -> None:
-        self.told.append(("evaluate", progress.step))
-
-    def at(self, what: str) -> list[int]:
-        return [step for told, step in self.told if told == what]
-
-
-def engine_of(run: RunConfig, *, zero_stage: int = 0, accumulation: int = 1, vocabulary: int = VOCABULARY) -> Any:
-    model = build_model(run.model_config(vocabulary), seed=run.seed)
-    micro = run.batch_sequences // accumulation
-    return build_engine(model, run, zero_stage=zero_stage, micro_batch=micro, accumulation=accumulation)
-
-
-def go(
-    engine: Any, run: RunConfig, stream: Iterator[Batch], progress: Progress | None = None, **changes: Any
-) -> tuple[Progress, Listener]:
-    """Train with every step logged."""
-    listener = changes.pop("listener", None) or Listener()
-    settings = {"micro_batch_sequences": run.batch_sequences, "evaluations": 1, "checkpoints": 1}
-    execution = ExecutionConfig(**{"log_every_seconds": 0.0} | settings | changes)
-    progress = train(engine, stream, run, progress or Progress(), listener.hooks(), execution=execution, world=1)
-    return progress, listener
-
-
-CLOCK = ("seconds", "tokens_per_second", "time")
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
-
+from looping import BATCH, CONTEXT, LARGE, RUN, RUNS, STEPS, VOCABULARY, Batch, Listener, batches, engine_of, go
 
 # ---- pure parts -----------------------------------------------------------------------------------------------------
 
@@ -121,19 +28,6 @@ def test_a_precision_that_is_named_is_taken():
     assert resolve_precision(Precision.FP32) is Precision.FP32
     assert resolve_precision(Precision.BF16) is Precision.BF16
     assert resolve_precision(Precision.AUTO) in (Precision.FP32, Precision.BF16)
-
-
-@pytest.mark.parametrize(
-    ("loss", "cross_entropy", "norm"), [(math.nan, 2, None), (math.inf, 2, 1), (2, 51, 1), (2, 2, math.inf)]
-)
-def test_a_lost_loss_is_named_with_its_step(loss, cross_entropy, norm):
-    def totals(loss: float, cross_entropy: float) -> StepTotals:
-        return StepTotals(np.array([loss, cross_entropy, 0, 0, 1, 0, 0, 0, 0, 1.0]))
-
-    totals(2, 2).check_finite(17, None)
-    totals(2, 2).check_finite(17, 3.0)
-    with pytest.raises(TrainingDivergedError, match="step 17"):
-        totals(loss, cross_entropy).check_finite(17, norm)
 
 
 def test_the_digest_tells_which_sequences_came_in_which_order():
@@ -206,7 +100,7 @@ def test_the_first_row_is_the_models_own(method):
 def test_the_ledger_is_the_sum_over_the_steps(zero_stage, vocabulary):
     """Each step's counts are taken where the model gives them, and summed by hand."""
     run = replace(RUNS["adaptive"], tokens=3 * RUN.batch_tokens)
-    engine = engine_of(run, zero_stage=zero_stage, accumulation=2, vocabulary=vocabulary)
+    engine = engine_of(run, zero_stage=zero_stage, micro_batch_sequences=BATCH // 2, vocabulary=vocabulary)
     seen: list[PassCounts] = []
     engine.module.register_forward_hook(lambda _, __, output: seen.append(output.trace.counts))
     progress, listener = go(engine, run, batches(run), micro_batch_sequences=BATCH // 2)
@@ -280,38 +174,15 @@ def test_only_matrices_decay():
 
 
 @pytest.mark.parametrize("method", RUNS)
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_a_resumed_run_is_the_uninterrupted_run(method, zero_stage, tmp_path):
-    """To the last bit: a run that was killed has the same place in a study as one that was not."""
-    run = RUNS[method]
-    engine, listener = engine_of(run, zero_stage=zero_stage), Listener()
-    listener.at_checkpoint = lambda progress: save_checkpoint(engine, tmp_path / f"at-{progress.step}", progress)
-    whole, _ = go(engine, run, batches(run), listener=listener, checkpoints=2)
-    assert listener.at("checkpoint") == [3, 6]
-
-    other_start = replace(run, seed=run.seed + 1)  # all that counts comes from the checkpoint
-    second = engine_of(other_start, zero_stage=zero_stage)
-    progress = load_checkpoint(second, tmp_path / "at-3")
-    assert progress.step == 3
-    resumed, later = go(second, run, batches(run, 3), progress, checkpoints=2)
-    assert timeless(later.rows) == timeless(listener.rows[3:])
-    assert replace(resumed, seconds=0) == replace(whole, seconds=0)
-    for (name, mine), theirs in zip(full_weights(second).items(), full_weights(engine).values(), strict=True):
-        assert torch.equal(mine, theirs), name
-
-
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    for zero_stage in (0, 1):
-        with pytest.raises(RuntimeError, match="holds no checkpoint that this run can resume from") as refusal:
-            load_checkpoint(engine_of(RUN, zero_stage=zero_stage), tmp_path)
-        assert str(tmp_path) in str(refusal.value)
-
-
-@pytest.mark.parametrize("method", RUNS)
 def test_accumulation_does_not_change_the_result(method):
     run = RUNS[method]
     _, once = go(engine_of(run, zero_stage=1), run, batches(run))
-    _, pieces = go(engine_of(run, zero_stage=1, accumulation=4), run, batches(run), micro_batch_sequences=BATCH // 4)
+    _, pieces = go(
+        engine_of(run, zero_stage=1, micro_batch_sequences=BATCH // 4),
+        run,
+        batches(run),
+        micro_batch_sequences=BATCH // 4,
+    )
     for name in ("loss", "cross_entropy", "grad_norm"):
         one, other = ([row[name] for row in rows] for rows in (once.rows, pieces.rows))
         assert one == pytest.approx(other, rel=2e-4), name

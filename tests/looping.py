@@ -1,0 +1,99 @@
+"""A small run for the tests of the training loop: random batches, and hooks that write down what they were told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from haltscale.model import AdaptiveOptions, Method, build_model
+from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.engine import build_engine
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.training import Hooks, Progress, train
+
+VOCABULARY, CONTEXT, BATCH, STEPS = 300, 16, 8, 6
+LARGE = 2000
+"""A vocabulary whose embedding is above DeepSpeed's threshold: under ZeRO-3 it lies in shards between passes."""
+RUN = RunConfig(
+    size="0.6m",
+    tokens=STEPS * BATCH * CONTEXT,
+    context=CONTEXT,
+    batch_tokens=BATCH * CONTEXT,
+    precision=Precision.FP32,
+    warmup_fraction=0.2,
+)
+RUNS = {
+    "vanilla": RUN,
+    "adaptive": replace(RUN, method=Method.ADAPTIVE, options=AdaptiveOptions(lam=0.3, l_max=2, tau=0.3)),
+}
+
+
+@dataclass
+class Batch:
+    step: int
+    seq_ids: Any
+    tokens: Any
+
+
+def batches(run: RunConfig, first: int = 0, *, seed: int = 0) -> Iterator[Batch]:
+    """Each step's own random batch, whichever step one begins at."""
+    for step in range(first, run.steps):
+        stream = np.random.default_rng([seed, step])
+        shape = (run.batch_sequences, run.context + 1)
+        yield Batch(step, np.arange(shape[0]) + step * shape[0], stream.integers(0, VOCABULARY, shape))
+
+
+class Listener:
+    """Hooks that write down what the loop told them."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.told: list[tuple[str, int]] = []
+        self.at_checkpoint: Any = lambda progress: None
+
+    def hooks(self) -> Hooks:
+        return Hooks(log=self._log, checkpoint=self._checkpoint, evaluate=self._evaluate)
+
+    def _log(self, row: dict[str, Any], progress: Progress) -> None:
+        assert row["step"] == progress.step
+        self.rows.append(row)
+        self.told.append(("log", progress.step))
+
+    def _checkpoint(self, progress: Progress) -> None:
+        self.told.append(("checkpoint", progress.step))
+        self.at_checkpoint(progress)
+
+    def _evaluate(self, progress: Progress) -> None:
+        self.told.append(("evaluate", progress.step))
+
+    def at(self, what: str) -> list[int]:
+        return [step for told, step in self.told if told == what]
+
+
+def execution_of(run: RunConfig, **changes: Any) -> ExecutionConfig:
+    settings: dict[str, Any] = {"micro_batch_sequences": run.batch_sequences, "evaluations": 1, "checkpoints": 1}
+    return ExecutionConfig(**{"log_every_seconds": 0.0, "zero_stage": 0} | settings | changes)
+
+
+def engine_of(run: RunConfig, *, vocabulary: int = VOCABULARY, **changes: Any) -> Any:
+    return build_engine(build_model(run.model_config(vocabulary), seed=run.seed), run, execution_of(run, **changes))
+
+
+def go(
+    engine: Any, run: RunConfig, stream: Iterator[Batch], progress: Progress | None = None, **changes: Any
+) -> tuple[Progress, Listener]:
+    """Train with every step logged."""
+    listener = changes.pop("listener", None) or Listener()
+    execution = execution_of(run, **changes)
+    progress = train(engine, stream, run, progress or Progress(), listener.hooks(), execution=execution)
+    return progress, listener
+
+
+CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "time")
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
