@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from haltscale.model import AdaptiveOptions, Method, build_model
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.engine import build_engine
+from haltscale.platform.engine import build_engine, snapshot, start
 from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.order import rank_share
+from haltscale.platform.store import RunStore
 from haltscale.platform.training import Hooks, Progress, train
 
 VOCABULARY, CONTEXT, BATCH, STEPS = 300, 16, 8, 6
@@ -97,3 +101,47 @@ CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "time")
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+# ---- several ranks --------------------------------------------------------------------------------------------------
+
+
+def shares(run: RunConfig, first: int = 0, *, rank: int, world: int) -> Iterator[Batch]:
+    """A rank's share of the batches that a single process would get."""
+    for batch in batches(run, first):
+        rows = rank_share(np.arange(len(batch.tokens))[None], rank=rank, world=world)[0]
+        yield replace(batch, tokens=batch.tokens[rows])
+
+
+def train_and_save(
+    store: str, *, zero_stage: int, rank: int = 0, world: int = 1, notice: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """A run with checkpoints, from the newest one in the store on.
+
+    Args:
+        notice: a rank, and the step at which it is told that it may end.
+    """
+    run = RUNS["adaptive"]
+    execution = execution_of(run, zero_stage=zero_stage, workers=world, micro_batch_sequences=2, checkpoints=2)
+    checkpoints = Checkpoints(RunStore(store), "study", "run", rank=rank, world=world)
+    engine, progress = start(build_model(run.model_config(LARGE), seed=run.seed), run, execution, checkpoints)
+    began, listener = progress.step, Listener()
+    listener.at_checkpoint = lambda progress: checkpoints.write(snapshot(engine), progress.to_dict())
+    hooks = listener.hooks()
+    if notice and rank == notice[0]:
+        hooks = replace(hooks, notice=lambda: progress.step + 1 >= notice[1])
+    stream = shares(run, began, rank=rank, world=world)
+    train(engine, stream, run, progress, hooks, execution=execution, rank=rank, world=world)
+    checkpoints.wait()
+    losses = [row["loss"] for row in listener.rows]
+    return {
+        "from": began,
+        "losses": losses,
+        "digest": progress.sequence_digest,
+        "saved": listener.at("checkpoint"),
+    }
+
+
+def forget(store: str, step: int) -> None:
+    """Remove the checkpoint of a step, as if the run had been killed before it."""
+    shutil.rmtree(RunStore(store).path("study", "run", "checkpoints", f"step-{step:08d}"))

@@ -178,7 +178,7 @@ def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
         assert view.record["versions"]["torch"]
         assert sum(view.record["steps_histogram"]) == pytest.approx(1)
         assert Path(store.path("quickstart", view.key, "model", "model.safetensors")).exists()
-        assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("checkpoint_*"))
+        assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("step-*"))
         evaluations = store.evaluations("quickstart", view.key)
         assert evaluations["step"].tolist() == [8] == store.probe_steps("quickstart", view.key)
         probe = store.probe("quickstart", view.key, 8)
