@@ -11,7 +11,7 @@
             halting/events-<step>.parquet  every token of the validation split (telemetry.py names the columns)
             halting/cube-<step>.parquet    those tokens counted by steps, surprisal, position, frequency and look
             halting/summary-<step>.json    what they say about halting; written after the other two
-            checkpoints/           training checkpoints (DeepSpeed's shards, managed by Ray Train)
+            checkpoints/           training checkpoints, one folder a step, one shard a rank (see checkpoints.py)
             model/                 the finished model: model.safetensors, config.json, tokenizer.json
             record.json            the result; written last and atomically. A run without it is unfinished.
 
