@@ -4,6 +4,7 @@ from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method
 from haltscale.platform.config import ConfigError, Precision, RunConfig, Schedule
 from haltscale.platform.corpus import Corpus, sotu
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
+from haltscale.platform.sources import RECIPES, Format, InvalidUtf8, Source, hugging_face
 from haltscale.platform.store import RunStore
 from haltscale.platform.study import Study
 from haltscale.platform.sweep import (
@@ -21,30 +22,38 @@ from haltscale.platform.sweep import (
     uniform,
     zip_,
 )
+from haltscale.platform.tokenization import BytePairs, Pretrained
 
 __all__ = [
     "METHODS",
+    "RECIPES",
     "SIZES",
     "AdaptiveOptions",
     "Budget",
+    "BytePairs",
     "ConfigError",
     "ControlKind",
     "Corpus",
     "ExecutionConfig",
+    "Format",
+    "InvalidUtf8",
     "Method",
     "Offload",
     "OnTrouble",
     "Optimizer",
     "Precision",
+    "Pretrained",
     "RunConfig",
     "RunStore",
     "Schedule",
     "Sink",
+    "Source",
     "Study",
     "Sweep",
     "choice",
     "controls",
     "grid",
+    "hugging_face",
     "integers",
     "isoflop",
     "ladder",

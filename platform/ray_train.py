@@ -47,6 +47,8 @@ class RunSpec:
     identity: dict[str, Any]
     execution: dict[str, Any]
     corpus_folder: str
+    corpus_weights: dict[str, float | None]
+    """Of the corpus's sources, where they are mixed."""
     planned_flops: float = 0.0
     """Upper estimate of the training FLOPs, for the time left of a sweep."""
 
@@ -93,7 +95,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
     torch.set_num_threads(execution.cpus_per_worker)
-    corpus = PreparedCorpus.open(Path(spec.corpus_folder))
+    corpus = PreparedCorpus.open(Path(spec.corpus_folder), spec.corpus_weights)
     if corpus is None:
         raise FileNotFoundError(f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem")
 
@@ -126,7 +128,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
             yield from stream(
                 corpus.folder,
                 seed=run.seed,
-                rows=corpus.rows,
+                mixture=corpus.mixture,
                 batch=run.batch_sequences,
                 first_step=first,
                 steps=last,

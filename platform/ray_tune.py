@@ -66,7 +66,10 @@ def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore
     A run that fails is recorded as failed and the others go on.
     """
     runs = {key: entry.run for key, entry in missing.items() if entry.run}
-    corpora = {run.context: ray_data.prepare(study.corpus, run.context) for run in runs.values()}
+    corpora = {
+        run.context: ray_data.prepare(study.corpus, run.context, batch=run.batch_sequences)
+        for run in sorted(runs.values(), key=lambda run: run.batch_sequences)
+    }
     counts = next(iter(corpora.values())).counts
     store.write_json(store.path(study.name, None, "study.json"), study.document(counts, store))
     specs = []
@@ -79,6 +82,7 @@ def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore
             identity=study.identity(run),
             execution=asdict(study.execution),
             corpus_folder=str(corpora[run.context].folder),
+            corpus_weights=study.corpus.weights,
             planned_flops=study.flops_bound(run),
         )
         described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}

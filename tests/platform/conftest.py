@@ -14,9 +14,11 @@ import torch
 from haltscale.model import Method
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.corpus import Corpus
+from haltscale.platform.sources import Source
 from haltscale.platform.store import RunStore
 from haltscale.platform.study import Study
 from haltscale.platform.sweep import grid
+from haltscale.platform.tokenization import BytePairs
 
 torch.set_num_threads(1)
 
@@ -51,10 +53,14 @@ def documents(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def corpus(documents: Path) -> Callable[..., Corpus]:
-    """Builds a corpus over the folder ``documents``."""
+    """Builds a corpus over the folder ``documents``, or over another; ``source``: fields of its source."""
 
-    def build(**changes: Any) -> Corpus:
-        values = {"name": "tiny", "folder": str(documents), "vocab_size": 300, "validation_documents": 2}
+    def build(
+        *, folder: str | Path = documents, vocab_size: int = 300, source: dict[str, Any] | None = None, **changes: Any
+    ) -> Corpus:
+        values: dict[str, Any] = {"name": "tiny", "validation_documents": 2}
+        values["sources"] = {"texts": Source(path=str(folder), **(source or {}))}
+        values["tokenizer"] = BytePairs(vocab_size=vocab_size)
         return Corpus(**(values | changes))
 
     return build

@@ -156,14 +156,19 @@ def finish_all(study, store, author):
 FINISHED = """
 import sys
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.corpus import Corpus
+from haltscale.platform.api import BytePairs, Corpus, Source
 from haltscale.platform.store import RunStore
 from haltscale.platform.study import Study
 from haltscale.platform.sweep import grid
 study = Study(
     name="tiny-study",
     question="?",
-    corpus=Corpus(name="tiny", folder=sys.argv[1], vocab_size=300, validation_documents=2),
+    corpus=Corpus(
+        name="tiny",
+        sources={"texts": Source(path=sys.argv[1])},
+        tokenizer=BytePairs(vocab_size=300),
+        validation_documents=2,
+    ),
     base=RunConfig(size="0.6m", tokens=1024, context=16, batch_tokens=64, precision=Precision.FP32),
     sweep=grid(method="adaptive", lam=[0.1, 0.5], l_max=2) + grid(method="vanilla"),
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
+from haltscale.platform import preparing
 from haltscale.platform.corpus import Corpus, PreparedCorpus, RowReader
 from haltscale.platform.order import global_batches
+from haltscale.platform.sources import Source
+from haltscale.platform.tokenization import BytePairs
 
 pytestmark = pytest.mark.ray
 
@@ -23,7 +24,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     for index in range(40):
         words = [f"word{(index * 7 + n * n) % 97} naïve" for n in range(30 + 11 * (index % 5))]
         (folder / f"{index:02d}.txt").write_text(" ".join(words) + "\n", encoding="utf-8")
-    return Corpus(name="toy", folder=str(folder), vocab_size=320, validation_documents=3, probe_characters=200)
+    return Corpus(
+        name="toy",
+        sources={"texts": Source(path=str(folder))},
+        tokenizer=BytePairs(vocab_size=320),
+        validation_documents=3,
+        probe_characters=200,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +40,18 @@ def prepared(corpus: Corpus, connected: None) -> PreparedCorpus:
     return ray_data.prepare(corpus, CONTEXT)
 
 
-def test_rows_are_the_documents_end_to_end(corpus: Corpus, prepared: PreparedCorpus) -> None:
-    tokenizer = Tokenizer.from_file(str(prepared.folder / "tokenizer.json"))
-    stream: list[int] = []
-    for path in corpus.split[0]:
-        stream += [
-            tokenizer.token_to_id("<|endoftext|>"),
-            *tokenizer.encode(path.read_text(), add_special_tokens=False).ids,
-        ]
-    expected = [stream[n * CONTEXT : n * CONTEXT + CONTEXT + 1] for n in range((len(stream) - 1) // CONTEXT)]
-    assert prepared.rows == len(expected)
-    assert prepared.counts["train_tokens"] == len(stream)
-    np.testing.assert_array_equal(RowReader(prepared.folder).read(np.arange(prepared.rows)), expected)
-
-
-def test_held_out_documents_are_whole(corpus: Corpus, prepared: PreparedCorpus) -> None:
-    tokenizer = Tokenizer.from_file(str(prepared.folder / "tokenizer.json"))
-    for path, document in zip(corpus.split[1], prepared.validation(), strict=True):
-        text = path.read_text(encoding="utf-8")
-        assert (document.name, document.bytes) == (corpus.document_name(path), len(text.encode()))
-        assert tokenizer.decode(document.tokens[1:].tolist()) == text
-
-
-def test_the_probe_reads_as_its_text(prepared: PreparedCorpus) -> None:
-    probe = prepared.probe()
-    text = json.loads((prepared.folder / "probe.json").read_text())["text"]
-    assert len(probe.pieces) == len(probe.tokens) - 1
-    assert len(text) <= 200
-    assert "".join(probe.pieces).replace(" ", "") == text.replace(" ", "")
+def test_ray_data_prepares_what_one_process_prepares(
+    corpus: Corpus, prepared: PreparedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
+    alone = preparing.prepare(corpus, CONTEXT)
+    files = sorted(path.name for path in alone.folder.iterdir())
+    assert sorted(path.name for path in prepared.folder.iterdir()) == files
+    assert alone.counts == prepared.counts
+    for name in ("tokenizer.json", "probe.json", "parts.json", "token_counts.npy"):
+        assert (alone.folder / name).read_bytes() == (prepared.folder / name).read_bytes()
+    everything = np.arange(alone.rows)
+    np.testing.assert_array_equal(RowReader(alone.folder).read(everything), RowReader(prepared.folder).read(everything))
 
 
 def test_preparing_again_reads_nothing(
@@ -68,32 +59,30 @@ def test_preparing_again_reads_nothing(
 ) -> None:
     from haltscale.platform import ray_data
 
-    monkeypatch.setattr(ray_data, "_write_corpus", lambda *_: pytest.fail("the corpus was prepared a second time"))
+    monkeypatch.setattr(ray_data, "spread", lambda *_: pytest.fail("the corpus was prepared a second time"))
     assert ray_data.prepare(corpus, CONTEXT) == prepared
 
 
-def test_a_failure_leaves_no_folder(corpus: Corpus, connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from haltscale.platform import ray_data
+def test_errors_of_all_shards_come_from_the_workers(
+    connected: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from haltscale.platform import ray_data, sources
 
-    monkeypatch.setattr(ray_data, "_probe", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        ray_data.prepare(corpus, 16)
-    folder = corpus.cache(16)
-    assert not list(folder.parent.glob(f"{folder.name}*"))
-
-
-def test_a_corpus_smaller_than_one_row_is_refused(corpus: Corpus, connected: None) -> None:
-    from haltscale.platform import ray_data
-
-    with pytest.raises(ValueError, match="do not fill one row"):
-        ray_data.prepare(corpus, 1_000_000)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 1)
+    for index in range(6):
+        (tmp_path / f"{index}.txt").write_bytes(b"ok \xff" if index % 3 == 0 else b"some text")
+    broken = Corpus(name="broken", sources={"texts": Source(path=str(tmp_path))}, validation_documents=1)
+    with pytest.raises(preparing.CorpusError) as refusal:
+        ray_data.prepare(broken, 16)
+    assert len(refusal.value.problems) == 2
+    assert not list(broken.cache(16).parent.glob("broken*"))
 
 
 @pytest.mark.parametrize(("first_step", "world"), [(0, 1), (0, 2), (37, 2)])
 def test_the_stream_is_the_order(prepared: PreparedCorpus, first_step: int, world: int) -> None:
     from haltscale.platform import ray_data
 
-    order = {"seed": 5, "rows": prepared.rows, "batch": 4, "first_step": first_step}
+    order = {"seed": 5, "mixture": prepared.mixture, "batch": 4, "first_step": first_step}
     streams = [
         list(ray_data.stream(prepared.folder, **order, steps=45, rank=rank, world=world)) for rank in range(world)
     ]

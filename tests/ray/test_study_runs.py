@@ -23,12 +23,18 @@ from jobs import command_line, run, submit
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 TOY_STUDY = """
-from haltscale.platform.api import Corpus, ExecutionConfig, RunConfig, Study, grid
+from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, RunConfig, Source, Study, grid
 
 Study(
     name="toy",
     question="Does it run?",
-    corpus=Corpus(name="toy", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=200),
+    corpus=Corpus(
+        name="toy",
+        sources={{"texts": Source(path={folder!r})}},
+        tokenizer=BytePairs(vocab_size=300),
+        validation_documents=2,
+        probe_characters=200,
+    ),
     base=RunConfig(tokens=24576, context=64, batch_tokens=512, learning_rate=1e-2),
     sweep=grid(method="vanilla") + grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds!r}),
     execution=ExecutionConfig(evaluations=2, checkpoints=4, log_every_seconds=0.1),
@@ -193,7 +199,7 @@ def test_every_run_saw_the_same_sequences_in_the_same_order(quickstart: str) -> 
     corpus = PreparedCorpus.open(sotu(vocab_size=4096).cache(256))
     assert corpus is not None
     expected = Progress()
-    for ids in global_batches(seed=0, rows=corpus.rows, batch=4, first_step=0, steps=8):
+    for ids in global_batches(seed=0, mixture=corpus.mixture, batch=4, first_step=0, steps=8):
         expected.saw(ids)
     assert {record["sequence_digest"] for record in records} == {expected.sequence_digest}
 

@@ -1,0 +1,659 @@
+"""Prepare a corpus: read and tokenise its shards, choose what is held out, pack rows, and publish, in that order.
+
+Tokenising and packing are maps over shards, which any runner can spread over processes (Ray Data's is in
+:mod:`haltscale.platform.ray_data`; the default works in this process). A shard's result is a file, written whole or not
+at all, and found again by a later attempt. The rows do not depend on how a source was cut into shards: packing gives
+each row to the shard that it begins in. No process holds more than a few megabytes of tokens, whatever the corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from haltscale.platform import leakage
+from haltscale.platform.corpus import Corpus, CorpusError, PreparedCorpus
+from haltscale.platform.document_plan import DocumentPlan, plan_documents
+from haltscale.platform.progress import clock
+from haltscale.platform.sources import Shard, Source, SourceError
+from haltscale.platform.tokenization import BytePairs, encode
+
+log = logging.getLogger(__name__)
+
+Uint32 = npt.NDArray[np.uint32]
+Result = dict[str, Any]
+Runner = Callable[[Callable[[Any], Result], list[Any]], Iterable[Result]]
+"""Maps a function over jobs, in any processes, and gives the results in the order of the jobs."""
+
+LEAST_TOKENS = 2
+"""A shorter document is skipped and counted as ``too_short``."""
+BATCH_CHARACTERS = 1 << 20
+GROUP_TOKENS = 8192
+"""Size of a row group: what reading one row decodes."""
+SAMPLED_SHARDS = 16
+PROGRESS_SECONDS = 5.0
+UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+}
+
+DOCUMENTS = pa.schema(
+    {
+        "shard": pa.int32(),
+        "position": pa.int32(),
+        "name": pa.string(),
+        "name_hash": pa.uint64(),
+        "content": pa.binary(16),
+        "bytes": pa.int64(),
+        "n_tokens": pa.int64(),
+        "tokens": pa.list_(pa.uint32()),
+    }
+)
+
+
+def in_process(function: Callable[[Any], Result], jobs: list[Any]) -> Iterator[Result]:
+    """The runner without a cluster."""
+    return map(function, jobs)
+
+
+def prepare(corpus: Corpus, context: int, *, batch: int = 1, run: Runner = in_process) -> PreparedCorpus:
+    """Prepare a corpus for a context length, or open it where that was done before.
+
+    Args:
+        corpus: what to prepare.
+        context: tokens that a row predicts.
+        batch: sequences that a training step needs.
+        run: spreads the work.
+
+    Raises:
+        CorpusError: the corpus cannot be prepared as it is, or the cache cannot be written; nothing was published. What
+            was finished before the disk filled or the process was killed is kept, and the next call goes on from it.
+    """
+    folder = corpus.cache(context)
+    prepared = PreparedCorpus.open(folder, corpus.weights)
+    if not prepared:
+        if problems := corpus.problems():
+            raise CorpusError(corpus.name, [problem.removeprefix(f"corpus {corpus.name}: ") for problem in problems])
+        try:
+            with _alone(folder):
+                prepared = PreparedCorpus.open(folder, corpus.weights)  # another process may have been faster
+                prepared = prepared or _Preparation(corpus, context, folder, run).publish()
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            message = f"the cache {folder.parent} cannot be written ({error.strerror}): free space, or point"
+            kept = "HALTSCALE_HOME elsewhere; what is finished is kept, and preparing again goes on from there"
+            raise CorpusError(corpus.name, [f"{message} {kept}"]) from error
+    if prepared.rows < batch:
+        message = f"{prepared.rows} training rows of {context} tokens, but one batch needs {batch}"
+        raise CorpusError(corpus.name, [f"{message}: use a larger corpus, a shorter context or a smaller batch"])
+    return prepared
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One preparation of a folder at a time; the system releases the lock however its holder ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f"{folder.name}.lock")
+    while True:
+        lock = open(path, "w")  # noqa: SIM115 - closed below
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process prepares %s: waiting for it", folder.name)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # it was removed by the process that held it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes its place when all is written."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, document: Any) -> None:
+    with _whole(path) as partial:
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+
+class _Preparation:
+    """One corpus on its way; everything lies below ``<folder>.partial`` until it is published."""
+
+    def __init__(self, corpus: Corpus, context: int, folder: Path, run: Runner) -> None:
+        self.corpus, self.context, self.folder, self.run = corpus, context, folder, run
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.work, self.ready = self.partial / "work", self.partial / "ready"
+
+    def publish(self) -> PreparedCorpus:
+        if self.folder.exists():
+            raise CorpusError(self.corpus.name, [f"{self.folder} has no readable corpus.json: remove it"])
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.ready.mkdir(exist_ok=True)
+        try:
+            self._write()
+        except CorpusError:
+            shutil.rmtree(self.partial)  # other documents have another fingerprint: nothing here is of use to them
+            raise
+        self.ready.rename(self.folder)  # a reader sees all of it or nothing
+        shutil.rmtree(self.partial)
+        prepared = PreparedCorpus.open(self.folder, self.corpus.weights)
+        assert prepared is not None, "just published"
+        return prepared
+
+    def _write(self) -> None:
+        tokenizer = self._tokenizer()
+        shards = self._tokenise(tokenizer)
+        plan = plan_documents(self.corpus, shards, self.work)
+        end = _end_of_text(tokenizer, self.corpus.tokenizer.end_of_text)
+        held_out = [_document(self.work, each["shard"], each["position"]) for each in plan.held_out]
+        windows = leakage.window_hashes([document["tokens"] for document in held_out])
+        np.save(self.work / "windows.npy", windows)
+        rows, packed = self._pack(plan, end)
+
+        columns = {
+            "document": [self.corpus.document_name(each["source"], each["name"]) for each in plan.held_out],
+            "source": [each["source"] for each in plan.held_out],
+            "bytes": [document["bytes"] for document in held_out],
+            "tokens": [np.concatenate([[end], document["tokens"]]).astype(np.uint32) for document in held_out],
+        }
+        pq.write_table(pa.table(columns), self.ready / "validation.parquet", compression="zstd")
+        _write_json(self.ready / "probe.json", self._probe(plan, tokenizer, end))
+        counts = np.zeros(self.corpus.vocab_size, dtype=np.int64)
+        for index in (result["index"] for result in packed):
+            counts += np.load(self.work / f"packed-{index:06d}.npy")
+        np.save(self.ready / "token_counts.npy", counts)
+        parts = [{"file": result["file"], "rows": result["rows"]} for result in packed if result["rows"]]
+        _write_json(self.ready / "parts.json", parts)
+        found = sorted({window for result in packed for window in result["leaked"]})
+        lengths = [len(document["tokens"]) for document in held_out]
+        statistics = {
+            "name": self.corpus.name,
+            "fingerprint": self.corpus.prepared_fingerprint,
+            "context": self.context,
+            "vocab_size": self.corpus.vocab_size,
+            "rows": sum(rows.values()),
+            **plan.totals(),
+            "validation_documents": len(held_out),
+            "validation_bytes": sum(columns["bytes"]),
+            "validation_tokens": sum(lengths),
+            "probe": self.corpus.document_name(plan.probe["source"], plan.probe["name"]),
+            "sources": {name: {**plan.sources[name], "rows": rows[name]} for name in plan.sources},
+            "leakage": leakage.report(windows[found], [document["tokens"] for document in held_out]),
+            "prepared": self.corpus.identity(),
+        }
+        _write_json(self.ready / "corpus.json", statistics)
+
+    # ---- tokenizer --------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Tokenizer:
+        path = self.ready / "tokenizer.json"
+        if not path.exists():
+            spec = self.corpus.tokenizer
+            if isinstance(spec, BytePairs):
+                log.info("corpus %s: training a tokenizer of %d", self.corpus.name, spec.vocab_size)
+                text = spec.train(self._sample(spec.sample_bytes)).to_str()
+            else:
+                text = spec.json
+            with _whole(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+        return Tokenizer.from_file(str(path))
+
+    def _sample(self, sample_bytes: int) -> list[str]:
+        """Beginnings of evenly spread shards, in order.
+
+        In each source the documents whose names hash lowest are left out, one more than are held out of it: whatever
+        part of the source the sample is, the held-out documents that are in it are among these.
+        """
+        sample: list[str] = []
+        for _, source in sorted(self.corpus.sources.items()):
+            shards = source.shards()
+            chosen = shards[:: max(1, -(-len(shards) // SAMPLED_SHARDS))]
+            budget = sample_bytes // len(self.corpus.sources) // len(chosen)
+            documents: list[tuple[str, str]] = []
+            for shard in chosen:
+                left = budget
+                with contextlib.suppress(SourceError):  # told by the pass that reads everything, with all others
+                    for name, text in source.documents_of(shard, Counter()):
+                        documents.append((name, str(text)))
+                        left -= len(str(text))
+                        if left <= 0:
+                            break
+            lowest = sorted(map(name_hash, dict(documents)))[: self.corpus.validation_documents + 1]
+            sample += [
+                text for name, text in documents if name_hash(name) not in lowest and name != self.corpus.probe_document
+            ]
+        return sample
+
+    # ---- the two passes ---------------------------------------------------------------------------------------------
+
+    def _tokenise(self, tokenizer: Tokenizer) -> list[Result]:
+        """Tokenise every shard; results in the order of sources and shards.
+
+        Raises:
+            CorpusError: with what could not be read, of all shards.
+        """
+        common = {
+            "work": str(self.work),
+            "tokenizer": str(self.ready / "tokenizer.json"),
+            "end_of_text": self.corpus.tokenizer.end_of_text,
+        }
+        names = sorted(self.corpus.sources)
+        shards = {name: self.corpus.sources[name].shards() for name in names}
+        starts = dict(zip(names, np.cumsum([0, *(len(shards[name]) for name in names)]).tolist(), strict=False))
+        jobs = {
+            name: [
+                TokeniseJob(
+                    index=starts[name] + n, name=name, source=self.corpus.sources[name].bare(), shard=shard, **common
+                )
+                for n, shard in enumerate(shards[name])
+            ]
+            for name in names
+        }
+        unlimited = [job for name in names if self.corpus.sources[name].documents is None for job in jobs[name]]
+        results = list(self._told("tokenising", tokenise_shard, unlimited, "tokens"))
+        for name in names:
+            if (limit := self.corpus.sources[name].documents) is not None:
+                taken = 0
+                for result in self._told(f"tokenising {name}", tokenise_shard, jobs[name], "tokens"):
+                    results.append(result)
+                    taken += result.get("documents", 0)
+                    if taken >= limit or "problem" in result:
+                        break  # what follows is not read
+        if problems := [result["problem"] for result in results if "problem" in result]:
+            raise CorpusError(self.corpus.name, problems)
+        return sorted(results, key=lambda result: result["index"])
+
+    def _pack(self, plan: DocumentPlan, end: int) -> tuple[dict[str, int], list[Result]]:
+        """Pack every shard's rows; gives the rows of each source and the results."""
+        rows, jobs, problems = {}, [], []
+        first_row = 0
+        for name, source in plan.sources.items():
+            rows[name] = max(0, (source["train_tokens"] - 1) // self.context)
+            if rows[name] < 1:
+                many = f"source {name}: {source['train_tokens']} training tokens do not fill one row of"
+                problems.append(f"{many} {self.context + 1}; use a larger corpus or a shorter context")
+            shards = [shard for shard in plan.shards if shard["source"] == name]
+            offset = 0
+            for n, shard in enumerate(shards):
+                begin, stop = (-(-at // self.context) for at in (offset, offset + shard["train_tokens"]))
+                count = max(0, min(stop, rows[name]) - begin)
+                jobs.append(
+                    PackJob(
+                        index=shard["index"],
+                        work=str(self.work),
+                        ready=str(self.ready),
+                        context=self.context,
+                        end_of_text=end,
+                        vocab_size=self.corpus.vocab_size,
+                        first_row=first_row + begin,
+                        rows=count,
+                        skip=begin * self.context - offset,
+                        takes=tuple((each["index"], each["take"]) for each in shards[n:]),
+                    )
+                )
+                offset += shard["train_tokens"]
+            first_row += rows[name]
+        if problems:
+            raise CorpusError(self.corpus.name, problems)
+        return rows, list(self._told("packing", pack_shard, jobs, "packed"))
+
+    def _told(self, what: str, function: Callable[[Any], Result], jobs: list[Any], stem: str) -> Iterator[Result]:
+        """Run the jobs that have no result yet, telling how far they are; all results, in the order of the jobs."""
+        kept = {job.index: _result(self.work, stem, job.index) for job in jobs}
+        fresh = iter(self.run(function, [job for job in jobs if kept[job.index] is None]))
+        began = told = time.monotonic()
+        done = before = sum(result is not None for result in kept.values())
+        if before and before < len(jobs):
+            log.info("corpus %s: %s goes on, %d of %d shards are done", self.corpus.name, what, before, len(jobs))
+        for job in jobs:
+            result = kept[job.index]
+            if result is None:
+                result = next(fresh)
+                done += 1
+            if "errno" in result:
+                raise OSError(result["errno"], result["strerror"])
+            yield result
+            if (now := time.monotonic()) - told > PROGRESS_SECONDS:
+                told, left = now, (now - began) / max(1, done - before) * (len(jobs) - done)
+                log.info(
+                    "corpus %s: %s, %d of %d shards, about %s left",
+                    self.corpus.name,
+                    what,
+                    done,
+                    len(jobs),
+                    clock(left),
+                )
+
+    def _probe(self, plan: DocumentPlan, tokenizer: Tokenizer, end: int) -> Result:
+        document = _document(self.work, plan.probe["shard"], plan.probe["position"])
+        text = tokenizer.decode(document["tokens"].tolist(), skip_special_tokens=False)
+        return {
+            "document": self.corpus.document_name(plan.probe["source"], plan.probe["name"]),
+            **probe_text(text, tokenizer, end, self.corpus.probe_characters),
+        }
+
+
+def probe_text(text: str, tokenizer: Tokenizer, end: int, characters: int) -> Result:
+    """The text cut at the last white space before ``characters``, its tokens, and what each adds to the text."""
+    if len(text) > characters:
+        cut = text[:characters]
+        text = cut[: max(cut.rfind(" "), cut.rfind("\n"))] if " " in cut or "\n" in cut else cut
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    offsets = encoding.offsets
+    starts = [*(start for start, _ in offsets[1:]), len(text)]
+    return {
+        "text": text,
+        "tokens": [end, *encoding.ids],
+        # Where a character is several tokens, the one that completes it adds it to the text.
+        "pieces": [
+            text[start : min(stop, following)] for (start, stop), following in zip(offsets, starts, strict=True)
+        ],
+    }
+
+
+# ---- jobs: what the runner's processes do ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokeniseJob:
+    """Read one shard and tokenise it."""
+
+    index: int
+    name: str
+    source: Source
+    shard: Shard
+    work: str
+    tokenizer: str
+    end_of_text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackJob:
+    """Pack the rows that begin in one shard."""
+
+    index: int
+    work: str
+    ready: str
+    context: int
+    end_of_text: int
+    vocab_size: int
+    first_row: int
+    rows: int
+    skip: int
+    """Tokens of the shard before its first row: they belong to a row of a shard before it."""
+    takes: tuple[tuple[int, int], ...]
+    """This shard and those that follow it in its source, with how many documents each gives."""
+
+
+def _attempted(work: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Failures that the user can mend come back as results, so that all of them are told together."""
+
+    def attempt(job: Any) -> Result:
+        try:
+            return {"index": job.index, **work(job)}
+        except SourceError as error:
+            return {"index": job.index, "problem": str(error)}
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            return {"index": job.index, "errno": error.errno, "strerror": os.strerror(error.errno or 0)}
+
+    return attempt
+
+
+def _result(work: Path, stem: str, index: int) -> Result | None:
+    try:
+        result: Result = json.loads((work / f"{stem}-{index:06d}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return result
+
+
+def name_hash(name: str) -> int:
+    """Orders documents for what is held out: the first 8 bytes of the SHA-256 of the name."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_of(path: str, modified: int) -> Tokenizer:
+    return Tokenizer.from_file(path)
+
+
+def _tokenise(job: TokeniseJob) -> Result:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread: the runner has a process for every core
+    tokenizer = _tokenizer_of(job.tokenizer, os.stat(job.tokenizer).st_mtime_ns)
+    work, skipped = Path(job.work), Counter[str]()
+    documents = job.source.documents_of(
+        job.shard,
+        skipped,
+        end_of_text=_end_of_text(tokenizer, job.end_of_text),
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+    )
+    position = 0
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(stack.enter_context(_whole(work / f"tokens-{job.index:06d}.parquet")), "wb"))
+        writer = stack.enter_context(pq.ParquetWriter(file, DOCUMENTS, compression="lz4"))
+        for batch in _batches(documents):
+            kept = []
+            for (name, content), tokens in zip(batch, _tokens_of(tokenizer, batch), strict=True):
+                if len(tokens) < LEAST_TOKENS:
+                    skipped["too_short"] += 1
+                elif job.source.documents is None or position < job.source.documents:
+                    kept.append(_row(job.index, position, name, content, tokens, tokenizer))
+                    position += 1
+            if kept:
+                writer.write_table(pa.Table.from_pylist(kept, schema=DOCUMENTS))
+            if position == job.source.documents:
+                break
+    result = {"index": job.index, "source": job.name, "documents": position, "skipped": dict(skipped)}
+    _write_json(work / f"tokens-{job.index:06d}.json", result)
+    return result
+
+
+def _end_of_text(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None, "checked before"
+    return int(found)
+
+
+def _tokens_of(tokenizer: Tokenizer, batch: list[tuple[str, Any]]) -> list[Uint32]:
+    if isinstance(batch[0][1], str):
+        return encode(tokenizer, [text for _, text in batch])
+    return [tokens for _, tokens in batch]
+
+
+def _row(shard: int, position: int, name: str, content: Any, tokens: Uint32, tokenizer: Tokenizer) -> dict[str, Any]:
+    if isinstance(content, str):
+        raw = content.encode()
+        size = len(raw)
+    else:
+        raw, size = tokens.tobytes(), len(tokenizer.decode(tokens.tolist(), skip_special_tokens=False).encode())
+    return {
+        "shard": shard,
+        "position": position,
+        "name": name,
+        "name_hash": name_hash(name),
+        "content": hashlib.sha256(raw).digest()[:16],
+        "bytes": size,
+        "n_tokens": len(tokens),
+        "tokens": tokens,
+    }
+
+
+def _batches(documents: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    batch: list[tuple[str, Any]] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document[1])
+        if held >= BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _documents(work: Path, shard: int, take: int) -> Iterator[Uint32]:
+    """The tokens of a shard's training documents, in order."""
+    dropped = pq.read_table(work / "dropped.parquet", filters=[("shard", "==", shard)])["position"].to_pylist()
+    left_out = set(dropped)
+    position = 0
+    with pq.ParquetFile(work / f"tokens-{shard:06d}.parquet") as file:
+        for group in range(file.num_row_groups):
+            if position >= take:
+                return
+            for tokens in file.read_row_group(group, columns=["tokens"], use_threads=False)["tokens"]:
+                if position < take and position not in left_out:
+                    yield tokens.values.to_numpy()
+                position += 1
+
+
+def _document(work: Path, shard: int, position: int) -> dict[str, Any]:
+    """One document: its bytes and tokens."""
+    with pq.ParquetFile(work / f"tokens-{shard:06d}.parquet") as file:
+        for group in range(file.num_row_groups):
+            if position < (rows := file.metadata.row_group(group).num_rows):
+                table = file.read_row_group(group, columns=["bytes", "tokens"])
+                return {
+                    "bytes": table["bytes"][position].as_py(),
+                    "tokens": table["tokens"][position].values.to_numpy(),
+                }
+            position -= rows
+    raise IndexError(f"shard {shard} has no document {position}")
+
+
+def _pack(job: PackJob) -> Result:
+    work = Path(job.work)
+    hashes = np.load(work / "windows.npy")
+    counts = np.zeros(job.vocab_size, dtype=np.int64)
+    leaked: set[int] = set()
+    end = np.array([job.end_of_text], dtype=np.uint32)
+    name = f"part-{job.index:06d}.parquet"
+    with RowWriter(Path(job.ready) / name, job) as writer:
+        for tokens in _documents(work, *job.takes[0]):
+            counts += np.bincount(tokens, minlength=job.vocab_size)
+            counts[job.end_of_text] += 1
+            leaked.update(leakage.found_in(tokens, hashes).tolist())
+            writer.add(end, tokens)
+        for following in job.takes[1:]:
+            if writer.is_full:
+                break
+            for tokens in _documents(work, *following):
+                writer.add(end, tokens)
+                if writer.is_full:
+                    break
+    with _whole(work / f"packed-{job.index:06d}.npy") as partial, open(partial, "wb") as file:
+        np.save(file, counts)
+    result = {"index": job.index, "file": name, "rows": job.rows, "leaked": sorted(leaked)}
+    _write_json(work / f"packed-{job.index:06d}.json", result)
+    return result
+
+
+tokenise_shard = _attempted(_tokenise)
+pack_shard = _attempted(_pack)
+
+
+class RowWriter:
+    """Cuts a stream of tokens into rows of context+1 and writes one part; consecutive rows overlap by one token."""
+
+    SCHEMA = staticmethod(
+        lambda context: pa.schema(
+            {
+                "seq_id": pa.int64(),
+                "tokens": pa.list_(pa.uint32(), context + 1),
+                "starts": pa.list_(pa.uint32()),
+            }
+        )
+    )
+
+    def __init__(self, path: Path, job: PackJob) -> None:
+        self._path, self._job = path, job
+        self._group = max(1, GROUP_TOKENS // (job.context + 1))
+        self._skip = job.skip
+        self._pending: list[Uint32] = []
+        self._held = self._written = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> RowWriter:
+        if self._job.rows:
+            file = self._stack.enter_context(open(self._stack.enter_context(_whole(self._path)), "wb"))
+            schema = self.SCHEMA(self._job.context)
+            options = {"compression": "none", "use_dictionary": False, "write_statistics": ["seq_id"]}
+            self._writer = self._stack.enter_context(pq.ParquetWriter(file, schema, **options))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._write(self._job.rows - self._written)
+        self._stack.__exit__(*error)
+
+    @property
+    def is_full(self) -> bool:
+        """All rows of this part are complete."""
+        return self._held > (self._job.rows - self._written) * self._job.context
+
+    def add(self, *pieces: Uint32) -> None:
+        """Append tokens."""
+        for piece in pieces:
+            left_out = min(self._skip, len(piece))
+            self._skip -= left_out
+            self._pending.append(piece[left_out:])
+            self._held += len(piece) - left_out
+        block = self._group * max(1, (1 << 18) // GROUP_TOKENS)
+        if self._held > block * self._job.context:
+            self._write(min(self._held - 1, block * self._job.context) // self._job.context)
+
+    def _write(self, rows: int) -> None:
+        rows = min(rows, self._job.rows - self._written)
+        if rows < 1:
+            return
+        context = self._job.context
+        stream = np.concatenate(self._pending)
+        windows = np.lib.stride_tricks.sliding_window_view(stream, context + 1)[::context][:rows]
+        row, start = np.nonzero(windows == self._job.end_of_text)
+        offsets = np.searchsorted(row, np.arange(rows + 1)).astype(np.int32)
+        first = self._job.first_row + self._written
+        columns = [
+            pa.array(np.arange(first, first + rows)),
+            pa.FixedSizeListArray.from_arrays(pa.array(windows.ravel()), context + 1),
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(start.astype(np.uint32))),
+        ]
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=self.SCHEMA(context)), self._group)
+        self._pending = [stream[rows * context :]]
+        self._held = len(self._pending[0])
+        self._written += rows

@@ -1,0 +1,623 @@
+"""Where documents come from: files of any common format, local or remote, and Hugging Face datasets.
+
+A source is a description. It lists its files, cuts them into shards that are read independently of each other, and
+reads a shard's documents in a fixed order under stable names, holding no more than a document at a time.
+
+What cannot be read stops the preparation with a :class:`SourceError` that names file and place; what is no document
+(an empty file, a null, a text that a filter refuses) is skipped and counted by reason. ``docs/corpora.md`` lists both.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from haltscale.platform.identity import digest, encodable
+from haltscale.platform.store import haltscale_home
+
+CHUNK_BYTES = 1 << 20
+SHARD_BYTES = 8 << 20
+"""Least size of a shard; what the cache holds does not depend on it."""
+MOST_SHARDS = 4096
+"""Of a source: in larger ones, shards grow."""
+BOM = b"\xef\xbb\xbf"
+
+
+class SourceError(ValueError):
+    """A source cannot be read; the message names the file and the place in it."""
+
+
+class Format(StrEnum):
+    """How a source's files hold documents."""
+
+    AUTO = "auto"
+    """By the files' suffixes: .txt, .jsonl/.ndjson, .csv/.tsv, .parquet."""
+    TEXT = "text"
+    """One document a file."""
+    LINES = "lines"
+    """One document a line."""
+    JSONL = "jsonl"
+    CSV = "csv"
+    PARQUET = "parquet"
+    UINT16 = "uint16"
+    """Token ids as the authors store them: a flat little-endian array, documents divided by end-of-text."""
+    UINT32 = "uint32"
+    HUGGING_FACE = "hugging-face"
+    """``path`` is a dataset's name on the Hub, or a folder with data files, read by ``datasets`` as a stream."""
+
+
+SUFFIXES = {
+    Format.TEXT: (".txt",),
+    Format.LINES: (".txt",),
+    Format.JSONL: (".jsonl", ".ndjson"),
+    Format.CSV: (".csv", ".tsv"),
+    Format.PARQUET: (".parquet",),
+    Format.UINT16: (".bin", ".npy"),
+    Format.UINT32: (".bin", ".npy"),
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TOKEN_FORMATS: dict[Format, np.dtype[Any]] = {Format.UINT16: np.dtype("<u2"), Format.UINT32: np.dtype("<u4")}
+
+
+class InvalidUtf8(StrEnum):
+    """What happens to a text that is not valid UTF-8."""
+
+    ERROR = "error"
+    """The corpus is refused; the message names file and byte."""
+    REPLACE = "replace"
+    """Each invalid sequence becomes U+FFFD, and the document is counted under ``replaced_utf8``."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source."""
+
+    name: str
+    """Relative to the source's path: part of its documents' names, the same wherever the source lies."""
+    url: str
+    """The path on its filesystem."""
+    size: int
+    """Bytes, as stored."""
+
+    @property
+    def compression(self) -> str | None:
+        return next((codec for suffix, codec in COMPRESSIONS.items() if self.name.endswith(suffix)), None)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source that one task reads."""
+
+    files: tuple[File, ...]
+    """Several small text files; else one."""
+    first: int = 0
+    """Byte, row group, token or shard (Hugging Face) at which to begin."""
+    last: int | None = None
+    """Where to stop, exclusive; None: at the end."""
+
+
+Document = tuple[str, str | None]
+"""A name, and its text; None where the source has a null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where some documents of a corpus come from, and which of them are taken."""
+
+    path: str
+    """Absolute path of a file or a folder, a glob, or any fsspec URL (``s3://``, ``gs://``, ``hf://``, ``https://``);
+    ``.gz`` and ``.zst`` are read through."""
+    format: Format = Format.AUTO
+    text_field: str = "text"
+    """The field, column or key that holds a document's text; unused in plain text and token arrays."""
+    weight: float | None = None
+    """Share of the training rows in a mixture, relative to the other sources' weights. None: rows are drawn as often as
+    there are; then no source of the corpus may have a weight."""
+    documents: int | None = None
+    """At most so many documents, the first in order that pass the filters; None: all."""
+    min_characters: int = 0
+    max_characters: int | None = None
+    """Texts shorter or longer than these are skipped, counted as ``filtered``."""
+    keep: str = ""
+    """A predicate ``module:function`` from a text to whether it is kept. Its name is in the fingerprint, its code is
+    not: give a changed predicate a new name."""
+    invalid_utf8: InvalidUtf8 = InvalidUtf8.ERROR
+    longest_document_bytes: int = 256 << 20
+    """A longer text file or line is skipped without being held in memory, counted as ``too_long``."""
+    config: str | None = None
+    """Of a Hugging Face dataset: its configuration."""
+    split: str = "train"
+    """Of a Hugging Face dataset."""
+    revision: str | None = None
+    """Of a Hugging Face dataset: a commit or tag; None takes the newest, and its commit goes into the fingerprint."""
+
+    # ---- what there is ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _filesystem(self) -> tuple[Any, str]:
+        fs, root = fsspec.core.url_to_fs(self.path)
+        return fs, root.rstrip("/")
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.path or self.path.startswith("file://")
+
+    @cached_property
+    def kind(self) -> Format:
+        """The format, read off the suffixes where it is AUTO; AUTO where they do not tell."""
+        if self.format is not Format.AUTO:
+            return self.format
+        found = {kind for kind, ends in SUFFIXES.items() for file in self._all_files if _bare(file.name).endswith(ends)}
+        found -= {Format.LINES, *TOKEN_FORMATS}
+        return found.pop() if len(found) == 1 else Format.AUTO
+
+    @cached_property
+    def _all_files(self) -> list[File]:
+        fs, root = self._filesystem
+        if any(sign in root for sign in "*?["):
+            found, base = fs.glob(root, detail=True), root[: min(root.find(s) for s in "*?[" if s in root)]
+            base = base.rsplit("/", 1)[0]
+        elif fs.isfile(root):
+            found, base = {root: fs.info(root)}, root.rsplit("/", 1)[0]
+        else:
+            found, base = fs.find(root, detail=True), root
+        files = [
+            File(name=url.removeprefix(base).lstrip("/"), url=url, size=int(info.get("size") or 0))
+            for url, info in found.items()
+            if info.get("type") != "directory"
+        ]
+        return sorted(files, key=lambda file: file.name)
+
+    @cached_property
+    def files(self) -> list[File]:
+        """The files that hold documents, in the order of their names."""
+        ends = SUFFIXES.get(self.kind, ())
+        named = [file for file in self._all_files if _bare(file.name).endswith(ends)]
+        single = len(self._all_files) == 1 and self.format is not Format.AUTO
+        return self._all_files if single else named  # a file that is named itself may be called anything
+
+    def problems(self) -> list[str]:
+        """What is wrong with the description."""
+        found = []
+        for name in ("documents", "max_characters", "longest_document_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                found.append(f"{name} is {value!r}, needs a whole number above 0")
+        if self.weight is not None and not (isinstance(self.weight, int | float) and 0 < self.weight < float("inf")):
+            found.append(f"weight is {self.weight!r}, needs a number above 0 (leave the source out to use none of it)")
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            found.append(f"max_characters {self.max_characters} is below min_characters {self.min_characters}")
+        if self.keep:
+            try:
+                _predicate(self.keep)
+            except (ImportError, AttributeError, ValueError) as error:
+                found.append(f"keep {self.keep!r} is no importable module:function ({error})")
+        return found
+
+    def file_problems(self) -> list[str]:
+        """What is wrong with the files, as far as a glance shows."""
+        if self.format is Format.HUGGING_FACE:
+            return []
+        if self.is_local and not self.path.removeprefix("file://").startswith("/"):
+            return [f"path {self.path!r} is not an absolute path"]  # jobs and workers run in folders of their own
+        try:
+            if not self._all_files:
+                fs, root = self._filesystem
+                there = fs.exists(root)
+                return [f"path {self.path} " + ("holds no *.txt or other file" if there else "does not exist")]
+        except (OSError, ImportError) as error:
+            return [f"path {self.path} cannot be listed ({type(error).__name__}: {error})"]
+        if self.kind is Format.AUTO:
+            return [
+                f"path {self.path}: its files' suffixes do not tell one format: give format=, one of {list(Format)}"
+            ]
+        if not self.files:
+            return [f"path {self.path} holds no {' or '.join('*' + end for end in SUFFIXES[self.kind])} file"]
+        if self.kind in TOKEN_FORMATS:
+            size = TOKEN_FORMATS[self.kind].itemsize
+            return [f"{file.url} is no whole number of {self.kind}" for file in self.files if file.size % size]
+        try:
+            self._first_document()
+        except SourceError as error:
+            return [str(error)]
+        return []
+
+    def _first_document(self) -> None:
+        """Read one document of the first file that holds one, so that a wrong text field is told at once."""
+        if self.kind in (Format.TEXT, Format.LINES):
+            return
+        for file in self.files[:8]:
+            if next(_READERS[self.kind](self, Shard(files=(file,)), Counter()), None):
+                return
+
+    # ---- identity ---------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What makes up the documents, JSON-able: everything but where they lie, and their weight."""
+        left_out = ("path", "weight", "format", "revision")
+        described = {name: value for name, value in encodable(self).items() if name not in left_out}
+        return {**described, "format": str(self.kind), "contents": self._contents}
+
+    @cached_property
+    def _contents(self) -> str:
+        """Digest of the contents. Local files are hashed (once, until they change); remote ones are known by the
+        checksum, ETag or version that their filesystem tells, so that nothing is downloaded for it."""
+        if self.kind is Format.HUGGING_FACE and not self._filesystem[0].isdir(self.path):
+            from huggingface_hub import HfApi  # only here is a network needed
+
+            return f"{self.path}@{HfApi().dataset_info(self.path, revision=self.revision).sha}"
+        if not self.is_local:
+            return digest({file.name: _remote_version(self._filesystem[0], file) for file in self.files}, length=64)
+        return digest(_local_hashes(self.path, self.files), length=64)
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def shards(self) -> list[Shard]:
+        """The source cut into parts, in order."""
+        if self.kind is Format.HUGGING_FACE:
+            return [Shard(files=(), first=index, last=index + 1) for index in range(self._hugging_face().num_shards)]
+        least = max(SHARD_BYTES, sum(file.size for file in self.files) // MOST_SHARDS)
+        if self.kind is Format.TEXT:
+            return list(_grouped(self.files, least))
+        return [shard for file in self.files for shard in self._cut(file, least)]
+
+    def _cut(self, file: File, least: int) -> list[Shard]:
+        """A file's shards; a compressed or quoted stream can only be read from its beginning."""
+        if file.compression or self.kind is Format.CSV or file.size < 2 * least:
+            return [Shard(files=(file,))]
+        if self.kind is Format.PARQUET:
+            if not self.is_local:
+                return [Shard(files=(file,))]
+            with self._open(file) as stream:
+                groups = _parquet(stream, file).metadata.num_row_groups
+            each = max(1, groups * least // file.size)
+            return [Shard(files=(file,), first=n, last=min(n + each, groups)) for n in range(0, groups, each)]
+        size = TOKEN_FORMATS[self.kind].itemsize if self.kind in TOKEN_FORMATS else 1
+        starts = range(0, file.size // size, least // size)
+        return [Shard(files=(file,), first=n, last=min(n + starts.step, starts.stop)) for n in starts]
+
+    def documents_of(
+        self, shard: Shard, skipped: Counter[str], *, end_of_text: int = 0, vocab_size: int = 1 << 32
+    ) -> Iterator[tuple[str, str | npt.NDArray[np.uint32]]]:
+        """A shard's documents that pass the filters, in order.
+
+        Args:
+            shard: one of :meth:`shards`.
+            skipped: counts what is left out, by reason; filled on the way.
+            end_of_text: the id that divides a token array's documents.
+            vocab_size: of the tokenizer of a token array.
+
+        Raises:
+            SourceError: something cannot be read.
+        """
+        if self.kind in TOKEN_FORMATS:
+            yield from _read_tokens(self, shard, skipped, end_of_text, vocab_size)
+            return
+        keep = _predicate(self.keep) if self.keep else None
+        most = self.max_characters or sys.maxsize
+        for name, text in _READERS[self.kind](self, shard, skipped):
+            if text is None:
+                skipped["null"] += 1
+            elif not text:
+                skipped["empty"] += 1
+            elif not self.min_characters <= len(text) <= most or (keep is not None and not keep(text)):
+                skipped["filtered"] += 1
+            else:
+                yield name, self._valid(text, name, skipped)
+
+    def _valid(self, text: Any, name: str, skipped: Counter[str]) -> str:
+        """The text, without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            if self.invalid_utf8 is InvalidUtf8.ERROR:
+                raise SourceError(f"{name} is not UTF-8 (character {error.start}: {error.reason})") from None
+            skipped["replaced_utf8"] += 1
+            return str(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return str(text)
+
+    def _open(self, file: File) -> Any:
+        raw = self._filesystem[0].open(file.url, "rb")
+        return pa.CompressedInputStream(pa.PythonFile(raw), file.compression) if file.compression else raw
+
+    def _decode(self, content: bytes, where: str, offset: int, skipped: Counter[str]) -> str:
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self.invalid_utf8 is InvalidUtf8.ERROR:
+                raise SourceError(f"{where} is not UTF-8 (byte {offset + error.start}: {error.reason})") from None
+            skipped["replaced_utf8"] += 1
+            return content.decode("utf-8", "replace")
+
+    def _hugging_face(self) -> Any:
+        import datasets  # takes seconds
+
+        options = {"name": self.config, "split": self.split, "revision": self.revision}
+        return datasets.load_dataset(self.path, streaming=True, **options)
+
+    def bare(self) -> Source:
+        """A copy without the list of files, to send to a worker."""
+        return replace(self, format=self.kind)
+
+
+def hugging_face(name: str, config: str | None = None, split: str = "train", **more: Any) -> Source:
+    """A Hugging Face dataset, read as a stream; ``more``: other fields of :class:`Source`."""
+    return Source(path=name, config=config, split=split, format=Format.HUGGING_FACE, **more)
+
+
+RECIPES = {
+    "pile": hugging_face("monology/pile-uncopyrighted"),
+    "fineweb-edu": hugging_face("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "wikitext-103": hugging_face("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "c4": hugging_face("allenai/c4", "en"),
+}
+"""Well-known corpora by name. They need a network; ``dataclasses.replace`` changes a field."""
+
+
+# ---- readers: one per format ----------------------------------------------------------------------------------------
+
+
+def _read_texts(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+    for file in shard.files:
+        with _told(file), source._open(file) as stream:
+            content = stream.read(source.longest_document_bytes + 1)
+        if len(content) > source.longest_document_bytes:
+            skipped["too_long"] += 1
+        else:
+            yield file.name, source._decode(content, file.url, 0, skipped)
+
+
+def _read_lines(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+    (file,) = shard.files
+    for offset, line in _lines(source, file, shard, skipped):
+        yield f"{file.name}@{offset}", source._decode(line, file.url, offset, skipped)
+
+
+def _read_jsonl(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+    (file,) = shard.files
+    for offset, line in _lines(source, file, shard, skipped):
+        text = source._decode(line, file.url, offset, skipped).strip()
+        if not text:
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise SourceError(f"{file.url} is no JSON in the line at byte {offset} ({error})") from None
+        yield f"{file.name}@{offset}", _field(source, row, f"{file.url}, the line at byte {offset}")
+
+
+def _read_csv(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+    (file,) = shard.files
+    csv.field_size_limit(source.longest_document_bytes)
+    lines = (
+        source._decode(line, file.url, offset, skipped) + "\n" for offset, line in _lines(source, file, shard, skipped)
+    )
+    rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in file.name else ",", strict=True)
+    try:
+        for index, row in enumerate(rows):
+            yield f"{file.name}#{index}", _field(source, row, f"{file.url}, row {index}")
+    except csv.Error as error:
+        raise SourceError(f"{file.url} is no CSV at line {rows.line_num} ({error})") from None
+
+
+def _read_parquet(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+    (file,) = shard.files
+    with _told(file), source._open(file) as stream:
+        table = _parquet(stream, file)
+        names = table.schema_arrow.names
+        if source.text_field not in names:
+            raise SourceError(_no_field(source, names, file.url))
+        kind = table.schema_arrow.field(source.text_field).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            raise SourceError(f"{file.url}: field {source.text_field!r} is {kind}, not text")
+        groups = range(shard.first, table.num_row_groups if shard.last is None else shard.last)
+        index = sum(table.metadata.row_group(group).num_rows for group in range(shard.first))
+        for batch in table.iter_batches(batch_size=64, columns=[source.text_field], row_groups=list(groups)):
+            for content in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
+                name = f"{file.name}#{index}"
+                yield name, content if content is None else source._decode(content, f"{file.url}#{index}", 0, skipped)
+                index += 1
+
+
+def _read_hugging_face(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+    stream = source._hugging_face()
+    stream = stream.shard(num_shards=stream.num_shards, index=shard.first)
+    for index, row in enumerate(stream):
+        name = f"{shard.first}#{index}"
+        yield name, _field(source, row, f"{source.path}, shard {shard.first}, row {index}")
+
+
+_READERS: dict[Format, Callable[[Source, Shard, Counter[str]], Iterator[Document]]] = {
+    Format.TEXT: _read_texts,
+    Format.LINES: _read_lines,
+    Format.JSONL: _read_jsonl,
+    Format.CSV: _read_csv,
+    Format.PARQUET: _read_parquet,
+    Format.HUGGING_FACE: _read_hugging_face,
+}
+
+
+def _read_tokens(
+    source: Source, shard: Shard, skipped: Counter[str], end_of_text: int, vocab_size: int
+) -> Iterator[tuple[str, npt.NDArray[np.uint32]]]:
+    """Documents whose first token lies in the shard; they may end behind it."""
+    (file,) = shard.files
+    kind = TOKEN_FORMATS[source.kind]
+    last = file.size // kind.itemsize if shard.last is None else shard.last
+    longest = source.longest_document_bytes // 4
+    with _told(file), source._open(file) as stream:
+        begin = max(0, shard.first - 1)  # the token before tells whether a document begins right here
+        stream.seek(begin * kind.itemsize)
+        pending: list[npt.NDArray[np.uint32]] = []
+        started, held, position, too_long = shard.first == 0, 0, begin, False
+        begun = begin
+        while True:
+            tokens = np.frombuffer(stream.read(CHUNK_BYTES), dtype=kind).astype(np.uint32)
+            if len(tokens) and tokens.max() >= vocab_size:
+                at = position + int(np.argmax(tokens >= vocab_size))
+                raise SourceError(f"{file.url}: token {tokens.max()} at {at} is not in a vocabulary of {vocab_size}")
+            ends = np.flatnonzero(tokens == end_of_text)
+            for cut, end in zip([0, *(ends + 1)], [*ends, len(tokens)], strict=True):
+                if started and not too_long:
+                    pending.append(tokens[cut:end])
+                    held += end - cut
+                    too_long = held > longest
+                    pending = [] if too_long else pending
+                complete = end < len(tokens) or not len(tokens)
+                if complete:
+                    if too_long:
+                        skipped["too_long"] += 1
+                    elif held:
+                        yield f"{file.name}@{begun}", np.concatenate(pending)
+                    pending, held, too_long, started, begun = [], 0, False, True, position + int(end) + 1
+                    if begun >= last:
+                        return
+            position += len(tokens)
+            if not len(tokens):
+                return
+
+
+def _lines(source: Source, file: File, shard: Shard, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that begin in the shard; one that is too long is counted and never held."""
+    with _told(file), source._open(file) as stream:
+        offset = 0
+        if shard.first:
+            stream.seek(shard.first - 1)  # a line that begins before the shard is another's
+            offset = shard.first - 1
+        parts: list[bytes] = []
+        held, own = 0, not shard.first
+        begun = offset
+        while chunk := stream.read(CHUNK_BYTES):
+            cut = 0
+            while (end := chunk.find(b"\n", cut)) >= 0:
+                if own and held + end - cut <= source.longest_document_bytes:
+                    line = b"".join([*parts, chunk[cut:end]]).removesuffix(b"\r")
+                    yield begun, line.removeprefix(BOM) if begun == 0 else line
+                elif own:
+                    skipped["too_long"] += 1
+                own, parts, held, cut, begun = True, [], 0, end + 1, offset + end + 1
+                if shard.last is not None and begun >= shard.last:
+                    return
+            held += len(chunk) - cut
+            if own and held <= source.longest_document_bytes:
+                parts.append(chunk[cut:])
+            else:
+                parts = []
+            offset += len(chunk)
+        if own and held > source.longest_document_bytes:
+            skipped["too_long"] += 1
+        elif own and held:
+            line = b"".join(parts)
+            yield begun, line.removeprefix(BOM) if begun == 0 else line
+
+
+class _told:  # noqa: N801 - reads as a verb where it stands
+    """Errors of reading become ones that name the file."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if isinstance(error, OSError | pa.ArrowInvalid | EOFError):
+            raise SourceError(f"{self.file.url} cannot be read, it may be cut short ({error})") from error
+
+
+def _field(source: Source, row: Any, where: str) -> str | None:
+    if not isinstance(row, Mapping):
+        raise SourceError(f"{where} is no object with fields")
+    if source.text_field not in row:
+        raise SourceError(_no_field(source, list(row), where))
+    text = row[source.text_field]
+    if text is not None and not isinstance(text, str):
+        raise SourceError(f"{where}: field {source.text_field!r} is {type(text).__name__}, not text")
+    return text
+
+
+def _no_field(source: Source, names: list[str], where: str) -> str:
+    there = ", ".join(repr(name) for name in names)
+    return f"{where} has no field {source.text_field!r}; there are: {there}. Give one of them as text_field"
+
+
+def _parquet(stream: Any, file: File) -> pq.ParquetFile:
+    with _told(file):
+        return pq.ParquetFile(stream)
+
+
+def _grouped(files: list[File], least: int) -> Iterator[Shard]:
+    group: list[File] = []
+    size = 0
+    for file in files:
+        group.append(file)
+        size += file.size
+        if size >= least:
+            yield Shard(files=tuple(group))
+            group, size = [], 0
+    if group:
+        yield Shard(files=tuple(group))
+
+
+def _predicate(path: str) -> Callable[[str], bool]:
+    module, _, name = path.partition(":")
+    found: Callable[[str], bool] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _bare(name: str) -> str:
+    """A file's name without its compression."""
+    return next((name.removesuffix(suffix) for suffix in COMPRESSIONS if name.endswith(suffix)), name)
+
+
+def _remote_version(fs: Any, file: File) -> str:
+    info = fs.info(file.url)
+    told = next((info[key] for key in ("ETag", "etag", "md5Hash", "checksum", "blob_id") if info.get(key)), None)
+    return str(told or fs.ukey(file.url))
+
+
+def _local_hashes(path: str, files: list[File]) -> dict[str, str]:
+    """SHA-256 of each file; kept in the home folder by size and modification time, as git does."""
+    kept_in = haltscale_home() / "hashes" / f"{digest(path, length=32)}.json"
+    try:
+        kept = json.loads(kept_in.read_text())
+    except (OSError, ValueError):
+        kept = {}
+    fs, hashes, fresh = fsspec.filesystem("file"), {}, {}
+    for file in files:
+        modified = fs.info(file.url)["mtime"]
+        key = [file.size, modified]
+        if kept.get(file.name, [None])[:2] == key:
+            hashes[file.name] = kept[file.name][2]
+        else:
+            with open(file.url, "rb") as stream:
+                hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        if time.time() - modified > 2:  # a younger file may change again within the clock's resolution
+            fresh[file.name] = [*key, hashes[file.name]]
+    if fresh != kept:
+        try:
+            kept_in.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept_in.with_name(f"{kept_in.name}.{time.time_ns()}.partial")
+            partial.write_text(json.dumps(fresh))
+            partial.replace(kept_in)
+        except OSError:
+            pass  # a home that cannot be written is told where it matters
+    return hashes
