@@ -189,7 +189,7 @@ class Source:
         """The files that hold documents, in the order of their names."""
         ends = SUFFIXES.get(self.kind, ())
         named = [file for file in self._all_files if _bare(file.name).endswith(ends)]
-        single = len(self._all_files) == 1 and self.format is not Format.AUTO
+        single = self.kind is Format.HUGGING_FACE or (len(self._all_files) == 1 and self.format is not Format.AUTO)
         return self._all_files if single else named  # a file that is named itself may be called anything
 
     def problems(self) -> list[str]:
@@ -334,7 +334,7 @@ class Source:
 
     def _open(self, file: File) -> Any:
         raw = self._filesystem[0].open(file.url, "rb")
-        return pa.CompressedInputStream(pa.PythonFile(raw), file.compression) if file.compression else raw
+        return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), file.compression) if file.compression else raw
 
     def _decode(self, content: bytes, where: str, offset: int, skipped: Counter[str]) -> str:
         try:
@@ -525,7 +525,7 @@ def _lines(source: Source, file: File, shard: Shard, skipped: Counter[str]) -> I
         if own and held > source.longest_document_bytes:
             skipped["too_long"] += 1
         elif own and held:
-            line = b"".join(parts)
+            line = b"".join(parts).removesuffix(b"\r")
             yield begun, line.removeprefix(BOM) if begun == 0 else line
 
 
