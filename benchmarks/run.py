@@ -29,6 +29,7 @@ COMMANDS: dict[str, list[str]] = {
         "benchmarks/model_speed.py tax llama decode rate methods",
         "benchmarks/model_memory.py",
     ],
+    "data": ["benchmarks/data.py"],
 }
 """Group -> scripts with their arguments, run from the top of the repository."""
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,6 +89,8 @@ class Corpus:
     def problems(self) -> list[str]:
         """Everything that a glance shows would stop the corpus from being prepared."""
         found = [f"tokenizer: {problem}" for problem in self.tokenizer.problems()]
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
+            found.append(f"name {self.name!r} names a folder: use letters, digits, '-', '_' and '.'")
         if self.validation_documents < 1:
             found.append(f"validation_documents is {self.validation_documents}, needs at least 1")
         if not self.sources:

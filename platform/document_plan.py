@@ -12,6 +12,7 @@ from typing import Any
 
 import duckdb
 import pandas as pd
+import pyarrow.dataset
 
 from haltscale.platform.corpus import Corpus, CorpusError
 
@@ -57,7 +58,8 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
         shard["take"] = min(shard["documents"], left)
         taken[shard["source"]] += shard["take"]
     with duckdb.connect() as db:
-        db.execute(f"SET memory_limit = '{MEMORY}'; SET temp_directory = '{work}/duckdb'; SET threads = 2")
+        quoted = str(work).replace("'", "''")
+        db.execute(f"SET memory_limit = '{MEMORY}'; SET temp_directory = '{quoted}/duckdb'; SET threads = 2")
         _view(db, shards, work)
         if corpus.remove_duplicates:
             db.execute(
@@ -75,7 +77,7 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
             "SELECT source, count(*) FROM dropped JOIN shards USING (shard) WHERE role = 'duplicate' GROUP BY source"
         ).fetchall()
         db.execute(
-            f"COPY (SELECT * FROM dropped ORDER BY shard, position) TO '{work}/dropped.parquet'"
+            f"COPY (SELECT * FROM dropped ORDER BY shard, position) TO '{quoted}/dropped.parquet'"
             " (FORMAT parquet, ROW_GROUP_SIZE 10000)"
         )
     by_shard = {shard: (int(documents), int(tokens), int(size)) for shard, documents, tokens, size in counted}
@@ -100,11 +102,12 @@ def _view(db: duckdb.DuckDBPyConnection, shards: list[dict[str, Any]], work: Pat
     table = pd.DataFrame({column: [shard[key] for shard in shards] for column, key in columns.items()})
     db.register("shards_given", table)
     files = [f"{work}/tokens-{shard['index']:06d}.parquet" for shard in shards]
+    db.register("tokenised", pyarrow.dataset.dataset(files))  # its columns are read as far as a query asks for them
     db.execute("CREATE TABLE shards AS SELECT * FROM shards_given")
     known_as = "name" if table["source"].nunique() == 1 else "source || '/' || name"
     db.execute(
         f"CREATE VIEW documents AS SELECT shard, position, source, name, {known_as} AS known_as, name_hash, content,"
-        f" bytes, n_tokens FROM read_parquet({files!r}) JOIN shards USING (shard) WHERE position < take"
+        f" bytes, n_tokens FROM tokenised JOIN shards USING (shard) WHERE position < take"
     )
     db.execute("CREATE TABLE dropped (shard INTEGER, position INTEGER, role VARCHAR)")
 

@@ -234,7 +234,7 @@ class _Preparation:
         return Tokenizer.from_file(str(path))
 
     def _sample(self, sample_bytes: int) -> list[str]:
-        """Beginnings of evenly spread shards, in order.
+        """Beginnings of evenly spread shards, in order; of a source with a limit, no document beyond it.
 
         In each source the documents whose names hash lowest are left out, one more than are held out of it: whatever
         part of the source the sample is, the held-out documents that are in it are among these.
@@ -242,17 +242,21 @@ class _Preparation:
         sample: list[str] = []
         for _, source in sorted(self.corpus.sources.items()):
             shards = source.shards()
-            chosen = shards[:: max(1, -(-len(shards) // SAMPLED_SHARDS))]
-            budget = sample_bytes // len(self.corpus.sources) // len(chosen)
+            budget = sample_bytes // len(self.corpus.sources)
+            if source.documents is None:
+                shards = shards[:: max(1, -(-len(shards) // SAMPLED_SHARDS))]
+                budget //= len(shards)
             documents: list[tuple[str, str]] = []
-            for shard in chosen:
+            for shard in shards:
                 left = budget
                 with contextlib.suppress(SourceError):  # told by the pass that reads everything, with all others
                     for name, text in source.documents_of(shard, Counter()):
                         documents.append((name, str(text)))
                         left -= len(str(text))
-                        if left <= 0:
+                        if left <= 0 or len(documents) == source.documents:
                             break
+                if len(documents) == source.documents:
+                    break
             lowest = sorted(map(name_hash, dict(documents)))[: self.corpus.validation_documents + 1]
             sample += [
                 text for name, text in documents if name_hash(name) not in lowest and name != self.corpus.probe_document

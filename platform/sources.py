@@ -213,6 +213,10 @@ class Source:
     def file_problems(self) -> list[str]:
         """What is wrong with the files, as far as a glance shows."""
         if self.format is Format.HUGGING_FACE:
+            try:
+                self.identity()
+            except Exception as error:  # the library raises what its network stack raises
+                return [f"dataset {self.path!r} cannot be found ({type(error).__name__}: {error})"]
             return []
         if self.is_local and not self.path.removeprefix("file://").startswith("/"):
             return [f"path {self.path!r} is not an absolute path"]  # jobs and workers run in folders of their own

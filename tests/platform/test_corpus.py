@@ -7,7 +7,7 @@ import pytest
 
 from haltscale.platform.corpus import MOST_WEIGHTED_SOURCES, PreparedCorpus
 from haltscale.platform.order import Mixture
-from haltscale.platform.sources import Source
+from haltscale.platform.sources import RECIPES, Source
 from haltscale.platform.tokenization import BytePairs, Pretrained
 
 
@@ -63,6 +63,21 @@ def test_weights_are_for_all_sources_or_none(corpus, documents):
     assert only(corpus(sources=sources).problems()).endswith("without one: b")
     many = {f"s{n}": Source(path=str(documents), weight=1) for n in range(MOST_WEIGHTED_SOURCES + 1)}
     assert "at most 32" in only(corpus(sources=many).problems())
+
+
+def test_a_name_that_is_no_folder(corpus):
+    assert "names a folder" in only(corpus(name="a/b").problems())
+
+
+def test_a_dataset_that_cannot_be_found_is_told(corpus, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    problem = only(corpus(sources={"pile": RECIPES["pile"]}).problems())
+    assert "source pile: dataset 'monology/pile-uncopyrighted' cannot be found (ConnectionError: no network" in problem
 
 
 def test_no_sources(corpus):

@@ -21,7 +21,7 @@ from haltscale.platform import preparing, sources
 from haltscale.platform.corpus import Corpus, CorpusError, PreparedCorpus, RowReader
 from haltscale.platform.preparing import in_process, name_hash, prepare
 from haltscale.platform.sources import Source
-from haltscale.platform.tokenization import Pretrained
+from haltscale.platform.tokenization import BytePairs, Pretrained
 
 
 def packed(documents: list[list[int]], context: int) -> list[list[int]]:
@@ -216,6 +216,20 @@ def test_a_limit_takes_the_first_documents_and_reads_no_further(tmp_path, monkey
     assert len([job for job in started if isinstance(job, preparing.TokeniseJob)]) == 3
     kept = [name for name in sorted(contents)[:7] if name not in by_hash(sorted(contents)[:7])[:2]]
     assert rows_of(prepared) == packed([[0, *byte_tokens(contents[name])] for name in kept], 4)
+
+
+def test_the_tokenizer_of_a_limited_source_reads_no_further(tmp_path):
+    contents = {f"{n:02d}.txt": f"document {n} abc" if n < 7 else "qqqq zzzz " * 9 for n in range(20)}
+    source = texts(tmp_path / "texts", contents)
+    limited_source = Source(path=source.path, documents=7)
+    prepared = prepare(plain(limited_source, tokenizer=BytePairs(vocab_size=300)), 2)
+    vocabulary = Tokenizer.from_file(str(prepared.folder / "tokenizer.json")).get_vocab()
+    assert not [token for token in vocabulary if "qq" in token or "zz" in token]
+
+
+def test_a_home_with_an_odd_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path / "it's [mine] *"))
+    assert prepare(plain(texts(tmp_path / "texts", {f"{n}.txt": f"document {n}" for n in range(5)})), 4).rows
 
 
 # ---- leakage --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +65,21 @@ def test_preparing_again_reads_nothing(
 
     monkeypatch.setattr(ray_data, "spread", lambda *_: pytest.fail("the corpus was prepared a second time"))
     assert ray_data.prepare(corpus, CONTEXT) == prepared
+
+
+def test_a_killed_worker_s_shard_is_done_again(connected: None, tmp_path: Path) -> None:
+    from haltscale.platform import ray_data
+
+    def killed_once(job: SimpleNamespace) -> dict[str, Any]:
+        marker = Path(job.marker)
+        if job.index == 1 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"index": job.index}
+
+    jobs = [SimpleNamespace(index=index, marker=str(tmp_path / "killed")) for index in range(4)]
+    assert list(ray_data.spread(killed_once, jobs)) == [{"index": index} for index in range(4)]
+    assert (tmp_path / "killed").exists()
 
 
 def test_errors_of_all_shards_come_from_the_workers(
