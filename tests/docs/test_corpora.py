@@ -16,9 +16,9 @@ PAGE = (ROOT / "docs" / "corpora.md").read_text(encoding="utf-8")
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path / "home"))
     (tmp_path / "notes").mkdir()
-    for number in range(9):
+    for number in range(14):
         (tmp_path / "notes" / f"{number}.txt").write_text(f"note {number}: the state of the union is strong " * 20)
-    rows = [json.dumps({"body": f"page {number} of the web, as strong as it is long " * 20}) for number in range(9)]
+    rows = [json.dumps({"body": f"page {number} of the web, as strong as it is long " * 20}) for number in range(14)]
     (tmp_path / "web.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
