@@ -6,7 +6,7 @@ from haltscale.platform.corpus import Corpus, sotu
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
 from haltscale.platform.sources import RECIPES, Format, InvalidUtf8, Source, hugging_face
 from haltscale.platform.store import RunStore
-from haltscale.platform.study import Study
+from haltscale.platform.study import Halving, Study
 from haltscale.platform.sweep import (
     Budget,
     ControlKind,
@@ -23,6 +23,7 @@ from haltscale.platform.sweep import (
     zip_,
 )
 from haltscale.platform.tokenization import BytePairs, Pretrained
+from haltscale.platform.tuning import Search, TuningStudy
 
 __all__ = [
     "METHODS",
@@ -37,6 +38,7 @@ __all__ = [
     "ExecutionConfig",
     "Format",
     "InvalidUtf8",
+    "Halving",
     "Method",
     "Offload",
     "OnTrouble",
@@ -46,10 +48,12 @@ __all__ = [
     "RunConfig",
     "RunStore",
     "Schedule",
+    "Search",
     "Sink",
     "Source",
     "Study",
     "Sweep",
+    "TuningStudy",
     "choice",
     "controls",
     "grid",

@@ -49,11 +49,18 @@ class RunSpec:
     corpus_folder: str
     corpus_weights: dict[str, float | None]
     """Of the corpus's sources, where they are mixed."""
+    role: str = "comparison"
+    """``tuning`` for a run of a tuning study: its settings were chosen by looking at the held-out loss, so that it has
+    no place in a comparison."""
     planned_flops: float = 0.0
     """Upper estimate of the training FLOPs, for the time left of a sweep."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def described(self) -> dict[str, Any]:
+        """What ``spec.json`` and ``record.json`` say about the run."""
+        return {name: getattr(self, name) for name in ("label", "study", "key", "role", "identity", "execution")}
 
 
 def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
@@ -119,7 +126,9 @@ def train_worker(config: Mapping[str, Any]) -> None:
         ray.train.report({"step": progress.step})
 
     def evaluate(progress: Progress) -> None:
-        evaluate_run(engine.module, corpus, run, progress, recorder)
+        row = evaluate_run(engine.module, corpus, run, progress, recorder).row
+        if spec.role == "tuning":  # for the scheduler, which may end the run here
+            ray.train.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
 
     def batches() -> Iterator[Batch]:
         first = progress.step
@@ -149,5 +158,4 @@ def train_worker(config: Mapping[str, Any]) -> None:
         recorder.fail(str(diverged))  # trying again would diverge again
         return
     checkpoints.wait()
-    described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}
-    finish(engine.module, full_weights(engine), corpus, run, progress, recorder, described)
+    finish(engine.module, full_weights(engine), corpus, run, progress, recorder, spec.described())

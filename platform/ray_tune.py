@@ -18,10 +18,11 @@ from haltscale.platform import cluster
 
 if TYPE_CHECKING:
     from haltscale.platform.expansion import PlannedRun
-    from haltscale.platform.study import Study
+    from haltscale.platform.study import Halving, Study
 
 cluster.prepare_client()  # before Ray is imported: it reads its environment then
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the study, not this stage of it
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a checkpoint's report has no loss
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer output prints boxes even at verbose=0
 
 import ray  # noqa: E402
@@ -83,15 +84,20 @@ def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore
             execution=asdict(study.execution),
             corpus_folder=str(corpora[run.context].folder),
             corpus_weights=study.corpus.weights,
+            role=study.role,
             planned_flops=study.flops_bound(run),
         )
-        described = {name: getattr(spec, name) for name in ("label", "study", "key", "identity", "execution")}
-        store.write_json(store.path(study.name, key, "spec.json"), described)
+        store.write_json(store.path(study.name, key, "spec.json"), spec.described())
         store.write_json(store.path(study.name, key, "status.json"), {"state": RunState.PLANNED})  # no old failure
         specs.append(spec)
     progress = SweepProgress(store, study.name, {s.key: s.planned_flops for s in specs}, time.monotonic)
     with _shown(progress):
-        _tune(specs, concurrency=concurrency(ray.cluster_resources(), study))
+        _tune(specs, concurrency=concurrency(ray.cluster_resources(), study), halving=study.halving)
+    for key, view in store.views(study.name, runs).items() if study.halving else ():
+        if view.state not in (RunState.FINISHED, RunState.FAILED):  # the scheduler ended it
+            status = {name: value for name, value in view.status.items() if name != "schema"}
+            ended = {**status, "state": RunState.STOPPED, "seconds_left": None}
+            store.write_json(store.path(study.name, key, "status.json"), ended)
 
 
 def concurrency(resources: Mapping[str, float], study: Study) -> int:
@@ -103,13 +109,22 @@ def concurrency(resources: Mapping[str, float], study: Study) -> int:
     return max(1, int(fits))
 
 
-def _tune(specs: list[ray_train.RunSpec], *, concurrency: int) -> None:
+def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving | None) -> None:
+    asha = halving and tune.schedulers.ASHAScheduler(
+        time_attr="share",  # of the budget, so that runs of different lengths are compared at the same place
+        metric="loss",
+        mode="min",
+        max_t=1.0,
+        grace_period=halving.first,
+        reduction_factor=halving.factor,
+    )
     tuner = tune.Tuner(
         tune.with_resources(_trial, {"cpu": TRIAL_CPUS}),
         param_space={"spec": tune.grid_search([spec.to_dict() for spec in specs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrency,
-            reuse_actors=True,  # a trial's driver takes seconds to import torch
+            scheduler=asha,
+            reuse_actors=not asha,  # a trial's driver takes seconds to import torch, but one that is ended is in a run
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(

@@ -141,10 +141,10 @@ class RunStore:
         self._write_text(path, json.dumps({"schema": SCHEMA_VERSION, **document}, indent=1, allow_nan=False))
 
     def _write_text(self, path: str, text: str) -> None:
-        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        if self._whole_objects:  # an object store shows an object when all of it has arrived
+        if self._whole_objects:  # an object store shows an object when all of it has arrived, and has no folders
             self.fs.pipe_file(path, text.encode())
             return
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         partial = f"{path}.{uuid.uuid4().hex}.partial"
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
@@ -237,16 +237,16 @@ class RunStore:
         paths = {(key, name): self.path(study, key, f"{name}.json") for key in keys for name in names}
         if not paths:
             return {}
-        # Asked for all at once, and keyed by what each filesystem makes of a path.
-        found: dict[str, Any] = self.fs.cat(list(paths.values()), on_error="return")
-        found = {str(path).lstrip("/"): content for path, content in found.items()}
+        wanted = list(paths.values())
+        contents = self.fs.cat_ranges(wanted, [None] * len(wanted), [None] * len(wanted), on_error="return")
+        found = dict(zip(wanted, contents, strict=True))
         views = {}
         for key in dict.fromkeys(key for key, _ in paths):
             documents: dict[str, dict[str, Any]] = {}
             problem = ""
             for name in names:
                 path = paths[key, name]
-                content = found.get(path.lstrip("/"), FileNotFoundError())
+                content = found[path]
                 documents[name] = {}
                 if isinstance(content, FileNotFoundError | NotADirectoryError):
                     continue

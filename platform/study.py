@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -30,6 +30,20 @@ from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 from haltscale.platform.sweep import ControlKind, Sweep
 
 log = logging.getLogger(__name__)
+
+Train = Callable[["Study", Mapping[str, PlannedRun], RunStore], None]
+"""Trains some of a study's runs: :func:`haltscale.platform.ray_tune.run_missing`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """Asynchronous successive halving (ASHA, arXiv 1810.05934): at growing shares of its budget a run goes on only if
+    its held-out loss is among the best there. It looks at evaluations: give the execution enough of them."""
+
+    first: float = 0.25
+    """Share of the budget after which a run may be ended for the first time."""
+    factor: int = 2
+    """One run in so many goes on, and the next look is after so many times the share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +62,11 @@ class Study:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     note: str = ""
     """Shown under the table of results: what these figures can and cannot say."""
+
+    role: ClassVar[str] = "comparison"
+    """What its runs are for; in each ``spec.json`` and ``record.json``."""
+    halving: ClassVar[Halving | None] = None
+    """First in, first out: in a comparison, nothing is ended early."""
 
     @cached_property
     def _expansion(self) -> Expansion:
@@ -250,12 +269,12 @@ class Study:
                 if problems := self.problems(cluster, self._views(store)):
                     raise ConfigError(problems)
                 with ray_tune.held(self.name):
-                    self._run_stages(store, ray_tune.run_missing)
+                    self._train(store, ray_tune.run_missing)
         else:
             log.info("%s: all %d runs are finished, nothing to train", self.name, len(self.planned(store)))
         return self.results(store)
 
-    def _run_stages(self, store: RunStore, train: Callable[[Study, Mapping[str, PlannedRun], RunStore], None]) -> None:
+    def _train(self, store: RunStore, train: Train) -> None:
         """Train what is missing; what that makes known is the next stage."""
         tried: set[str] = set()
         while left := {key: entry for key, entry in self.missing(store).items() if key not in tried}:

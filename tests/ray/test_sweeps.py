@@ -1,0 +1,218 @@
+"""Sweeps on a real cluster: killed again and again, interrupted, spread over nodes, shipped to it, in two stages."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from haltscale.platform import cluster
+from haltscale.platform.store import RunState, RunStore
+
+from jobs import BIN, ROOT, command_line, run, submit
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+SWEEP = """
+from haltscale.platform.api import Corpus, ExecutionConfig, RunConfig, Study, controls, grid
+
+Study(
+    name="sweep",
+    question="Does it run?",
+    corpus=Corpus(name="sweep", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=100),
+    base=RunConfig(tokens=1024, context=32, batch_tokens=128, learning_rate=1e-2, precision="fp32"),
+    sweep={sweep},
+    execution=ExecutionConfig(evaluations=1, checkpoints=2, log_every_seconds=0.0),
+).main(["--store", {store!r}])
+"""
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for index in range(12):
+        words = [f"{['the', 'of', 'and', 'to'][n % 4]} w{(index + n * n) % 89}" for n in range(120)]
+        (folder / f"{index:02d}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+def script(folder: Path, texts: Path, store: RunStore, sweep: str) -> str:
+    folder.mkdir(exist_ok=True)
+    path = folder / "sweep.py"
+    path.write_text(SWEEP.format(folder=str(texts), store=store.root, sweep=sweep))
+    return str(path)
+
+
+def finished(store: RunStore) -> dict[str, float]:
+    """When each finished run wrote its record."""
+    views = store.views("sweep", store.present("sweep")).values()
+    return {view.key: view.record["finished_at"] for view in views if view.state is RunState.FINISHED}
+
+
+def drivers(path: str) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if re.fullmatch(rf"\S*python\S* {re.escape(path)}", command_line(p))]
+
+
+def table(store: RunStore) -> dict[str, list[object]]:
+    """What the records of a sweep say, without times."""
+    names = ("label", "loss", "tokens", "steps", "flops_realised", "flops_executed", "sequence_digest", "mean_steps")
+    return {view.key: [view.record[name] for name in names] for view in store.runs("sweep")}
+
+
+@pytest.mark.slow
+def test_a_driver_killed_three_times_leaves_the_table_of_one_left_alone(
+    head: cluster.Head, texts: Path, tmp_path: Path
+) -> None:
+    sweep = "grid(seed=range(12))"
+    alone, killed = RunStore(tmp_path / "alone"), RunStore(tmp_path / "killed")
+    path = script(tmp_path / "killed-script", texts, killed, sweep)
+    seen: dict[str, float] = {}
+    for enough in (2, 5, 8):
+        job = submit(head, "python", path)
+        while len(finished(killed)) < enough:
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.05)
+        for process in drivers(path):
+            process.send_signal(signal.SIGKILL)
+        assert job.wait() != 0
+        job.communicate()
+        now = finished(killed)
+        assert len(now) < 12
+        assert {key: now[key] for key in seen} == seen, "a finished run is not run again"
+        seen = now
+    code, output = run(head, "python", path)
+    assert code == 0, output
+    last = finished(killed)
+    assert {key: last[key] for key in seen} == seen
+    for view in killed.runs("sweep"):
+        steps = killed.metrics("sweep", view.key)["step"].tolist()
+        assert steps == list(range(1, 9)), "every step once"
+    code, output = run(head, "python", script(tmp_path / "alone-script", texts, alone, sweep))
+    assert code == 0, output
+    assert len(table(alone)) == 12
+    assert table(killed) == table(alone)
+
+
+@pytest.mark.slow
+def test_trials_are_placed_on_both_nodes(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    (agent,) = cluster.free_ports(1)
+    command = [str(BIN / "ray"), "start", f"--address={head.gcs}", f"--node-ip-address={cluster.LOOPBACK}"]
+    command += ["--num-cpus=2", f"--dashboard-agent-listen-port={agent}", "--block", "--disable-usage-stats"]
+    output = open(tmp_path / "node.txt", "w")  # noqa: SIM115
+    node = subprocess.Popen(command, env=cluster.head_environment(), stdout=output, stderr=output)
+    try:
+        while not (raylets := _raylets_of(node.pid)):
+            assert node.poll() is None, (tmp_path / "node.txt").read_text()
+            time.sleep(0.1)
+        store = RunStore(tmp_path / "runs")
+        job = submit(head, "python", script(tmp_path / "script", texts, store, "grid(seed=range(4))"))
+        parents: set[int] = set()
+        while job.poll() is None:
+            workers = [p for p in psutil.process_iter() if "RayTrainWorker" in command_line(p)]
+            parents |= {pid for p in workers if (pid := _parent(p))}
+            time.sleep(0.05)
+        assert job.returncode == 0, job.communicate()[0]
+        assert len(finished(store)) == 4
+        assert len(parents) == 2, "workers of both raylets trained"
+        assert {raylet.pid for raylet in raylets} < parents
+    finally:
+        node.terminate()
+        node.wait()
+        output.close()
+
+
+def _raylets_of(pid: int) -> list[psutil.Process]:
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+    return [process for process in children if "raylet/raylet" in command_line(process)]
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return int(process.ppid())
+    except psutil.Error:  # it has gone
+        return 0
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_can_go_on_and_leaves_no_process(texts: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal, where the study had started a Ray of its own: everything of its group is signalled."""
+    store, home = RunStore(tmp_path / "runs"), tmp_path / "home"
+    path = script(tmp_path / "script", texts, store, "grid(seed=range(3), tokens=40960)")
+    environment = {**os.environ, "HALTSCALE_HOME": str(home), "RAY_AUTH_MODE": "token"}
+    study = subprocess.Popen(
+        [sys.executable, path], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
+    )
+    while not any(view.state is RunState.RUNNING for view in store.views("sweep", store.present("sweep")).values()):
+        assert study.poll() is None, study.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(study.pid, signal.SIGINT)
+    output, _ = study.communicate()
+    assert study.returncode == 130, output.decode()
+    assert b"interrupted" in output
+    left = [p for p in psutil.process_iter() if str(home) in _environment(p)]
+    psutil.wait_procs(left, timeout=60)  # workers see that their Ray has gone
+    assert not [p.pid for p in psutil.process_iter() if str(home) in _environment(p)]
+
+
+def _environment(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.environ().values())
+    except psutil.Error:
+        return ""
+
+
+SHIPPED = '''"""Shipped: is this the code that I have here?"""
+from haltscale.platform.api import RunConfig, Study, grid, sotu
+
+def study():
+    return Study(
+        name="shipped", question="Is it?", corpus=sotu(), base=RunConfig(), sweep=grid(method="vanilla", seed=[7])
+    )
+
+if __name__ == "__main__":
+    study().main()
+'''
+
+
+def test_submit_ships_the_code_that_is_here(head: cluster.Head, tmp_path: Path) -> None:
+    """A study that only this copy of the code has is planned on the cluster."""
+    for room in ("model", "platform", "studies", "dashboard"):
+        shutil.copytree(ROOT / room, tmp_path / "haltscale" / room, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "haltscale" / "studies" / "shipped.py").write_text(SHIPPED)
+    command = [sys.executable, "-m", "haltscale.platform.cli", "submit", "shipped", "--", "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NO_COLOR": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "shipped: the plan" in done.stdout
+    assert "vanilla · 0.6m · seed 7" in done.stdout
+
+
+def test_controls_are_trained_after_their_subject(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "runs")
+    learned = 'grid(method="adaptive", lam=1.0, tau=0.2)'
+    sweep = f'{learned} + controls(of={learned}, kinds=["dense", "fixed"])'
+    code, output = run(head, "python", script(tmp_path / "script", texts, store, sweep))
+    assert code == 0, output
+    assert "0 of 1 runs are finished, 1 to train, 2 controls wait for them" in output
+    assert "1 of 3 runs are finished, 2 to train" in output
+    records = {view.record["identity"]["method"]: view.record for view in store.runs("sweep")}
+    subject = records["adaptive"]
+    assert records["fixed"]["tokens"] == subject["tokens"]
+    assert records["fixed"]["passes_per_token"] == pytest.approx(subject["passes_per_token"], abs=0.05)
+    spent = records["vanilla"]["flops_realised"]
+    batch = spent / records["vanilla"]["steps"]
+    assert abs(spent - subject["flops_realised"]) <= batch / 2 * 1.001, "the nearest number of whole batches"
+    controls = store.study("sweep")["controls"]
+    kinds = {store.run("sweep", key).record["identity"]["method"]: control["kind"] for key, control in controls.items()}
+    assert kinds == {"vanilla": "dense", "fixed": "fixed"}
