@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from haltscale.model import METHODS, SIZES, Method, MethodOptions, ModelConfig, VanillaOptions
@@ -239,7 +240,7 @@ def as_members(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     A list becomes a tuple, so that a frozen dataclass stays hashable.
     """
     members = dict(values)
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         enum = next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and issubclass(t, StrEnum)), None)
         if name not in members:
             continue
@@ -249,6 +250,11 @@ def as_members(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         elif enum and value in list(enum):
             members[name] = enum(value)
     return members
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _names(kind: Any) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from haltscale.model import METHODS, SIZES, LanguageModel, Method, ModelConfig, PassCounts, Shape
 from haltscale.model.fixed import FixedOptions
@@ -186,8 +187,19 @@ def _training_flops(method: Method, size: str, options: Any, context: int, vocab
 def _weightless(method: Method, size: str, options: Any, vocab_size: int) -> LanguageModel:
     """A model that has shapes and no weights."""
     config = ModelConfig(method=method, shape=SIZES[size], vocab_size=vocab_size, context=8, options=options)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return METHODS[method].model(config)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Weights are not drawn at random: where there are none, that would load torch's compiler, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @cache

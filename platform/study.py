@@ -70,7 +70,16 @@ class Study:
 
     @cached_property
     def _expansion(self) -> Expansion:
-        return expand(self.sweep, self.base, self.corpus.vocab_size)
+        return expand(self.sweep, self.base, self.vocab_size)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The corpus's, asked once: a large tokenizer takes long to answer."""
+        return self.corpus.vocab_size
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.corpus.fingerprint
 
     @property
     def runs(self) -> list[RunConfig]:
@@ -97,7 +106,7 @@ class Study:
         waiting = []
         for kind, subject in self._expansion.controls:
             view = views.get(self.key(subject))
-            control = control_run(kind, subject, view.record if view else {}, self.corpus.vocab_size)
+            control = control_run(kind, subject, view.record if view else {}, self.vocab_size)
             if control is None:
                 label = f"{kind} control of {subject.label}"
                 waiting.append(PlannedRun(label=label, run=None, control=kind, subject=subject))
@@ -122,7 +131,7 @@ class Study:
         """Realised training FLOPs with every latent step taken: what a run costs at most."""
         if run.flops is not None:
             return run.flops
-        return planning.cost(run, self.corpus.vocab_size).bound * run.tokens
+        return planning.cost(run, self.vocab_size).bound * run.tokens
 
     def problems(
         self, cluster: Mapping[str, float] | None = None, views: Mapping[str, RunView] | None = None
@@ -147,7 +156,7 @@ class Study:
         found += execution
         room = (cluster or {}).get("node_memory", 0) if not self.execution.gpus_per_worker else 0
         for size in {run.size: run for run in sound if room and not execution}.values():
-            needed = planning.memory_at_least(size, self.execution, self.corpus.vocab_size)
+            needed = planning.memory_at_least(size, self.execution, self.vocab_size)
             if needed > room:
                 found.append(
                     f"size {size.size} needs at least {needed / 1e9:.1f} GB on each worker, the largest node offers"
@@ -158,7 +167,7 @@ class Study:
 
     def identity(self, run: RunConfig) -> dict[str, Any]:
         """Everything that makes the run's key."""
-        return run.identity(self.corpus.name, self.corpus.fingerprint)
+        return run.identity(self.corpus.name, self._fingerprint)
 
     def key(self, run: RunConfig) -> str:
         """The run's key in the store."""
@@ -184,7 +193,6 @@ class Study:
         keys = {entry.run: self.key(entry.run) for entry in planned if entry.run}
         stale = stale_keys(views, {key: self.identity(run) for run, key in keys.items()})
         measured = Measured(views.values(), self.execution)
-        vocab_size = self.corpus.vocab_size
         rows: list[dict[str, Any]] = []
         for entry in planned:
             run = entry.run
@@ -196,7 +204,7 @@ class Study:
             state: str = view.state if view else RunState.PLANNED
             if key in stale and state == RunState.PLANNED:
                 state = PlanState.STALE
-            per_token = planning.cost(run, vocab_size).expected or measured.flops_per_token(run)
+            per_token = planning.cost(run, self.vocab_size).expected or measured.flops_per_token(run)
             tokens = run.steps * run.batch_tokens if run.steps else None
             rows.append(
                 {
@@ -205,11 +213,11 @@ class Study:
                     "state": str(state),
                     "method": str(run.method),
                     "size": run.size,
-                    "parameters": SIZES[run.size].parameters(vocab_size),
+                    "parameters": SIZES[run.size].parameters(self.vocab_size),
                     "tokens": tokens,
                     "flops_expected": run.flops or (per_token * tokens if per_token and tokens else None),
                     "flops_bound": self.flops_bound(run),
-                    "memory_bytes": planning.memory_at_least(run, self.execution, vocab_size),
+                    "memory_bytes": planning.memory_at_least(run, self.execution, self.vocab_size),
                     "seconds": measured.seconds(run, tokens),
                 }
             )

@@ -128,7 +128,7 @@ def test_finished_runs_tell_what_to_expect(study, store, author):
 
 @pytest.mark.parametrize("drift", ["corpus", "code"])
 def test_what_was_finished_before_a_drift_is_stale_and_not_mixed_in(
-    study, store, author, monkeypatch, drift, documents
+    study, corpus, store, author, monkeypatch, drift, documents
 ):
     old = study()
     run = old.runs[0]
@@ -139,7 +139,7 @@ def test_what_was_finished_before_a_drift_is_stale_and_not_mixed_in(
         now = study()
     else:
         (documents / "document-0.txt").write_text("other words now")
-        now = study(corpus=replace(old.corpus))
+        now = study(corpus=corpus())
     plan = now.plan(store)
     assert plan["state"].tolist() == ["stale", "planned", "planned"]
     assert now.key(run) in now.missing(store)

@@ -22,12 +22,18 @@ from jobs import BIN, ROOT, command_line, run, submit
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SWEEP = """
-from haltscale.platform.api import Corpus, ExecutionConfig, RunConfig, Study, controls, grid
+from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, RunConfig, Source, Study, controls, grid
 
 Study(
     name="sweep",
     question="Does it run?",
-    corpus=Corpus(name="sweep", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=100),
+    corpus=Corpus(
+        name="sweep",
+        sources={{"texts": Source(path={folder!r})}},
+        tokenizer=BytePairs(vocab_size=300),
+        validation_documents=2,
+        probe_characters=100,
+    ),
     base=RunConfig(tokens=1024, context=32, batch_tokens=128, learning_rate=1e-2, precision="fp32"),
     sweep={sweep},
     execution=ExecutionConfig(evaluations=1, checkpoints=2, log_every_seconds=0.0),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import haltscale.studies
-from haltscale.platform.api import RunStore, Study
+from haltscale.platform.api import RunStore, Study, sotu
 
 RUNS = {
     "ablation": 3 + 3 * 5 * 3 * 3,
     "isoflop": 5 * 4 * 3,
+    "main_comparison": 2 * (8 + 2 + 2 * 3),
+    "main_ladder": 3 * (8 + 2 + 2 * 3),
     "quickstart": 6,
     "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
     "seed_noise": 3 * 2 * 8,
@@ -22,8 +25,9 @@ RUNS = {
 
 
 def load(name: str) -> Study:
+    """The study; what needs a network is planned over the corpus that needs none."""
     study: Study = importlib.import_module(f"haltscale.studies.{name}").study()
-    return study
+    return replace(study, corpus=sotu()) if name == "main_comparison" else study
 
 
 def test_every_study_is_known_here() -> None:
@@ -41,6 +45,14 @@ def test_the_plan_of_a_study(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     study.main(["--dry-run", "--store", str(tmp_path / "runs")])
     assert f"{RUNS[name]} runs: " in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_main_comparison_is_the_papers() -> None:
+    study: Study = importlib.import_module("haltscale.studies.main_comparison").study()
+    assert {run.steps for run in study.runs} == {50_000}
+    assert {run.tokens for run in study.runs} == {26_214_400_000}
+    assert {(run.size, run.learning_rate) for run in study.runs} == {("410m", 3e-4), ("1.4b", 2e-4)}
+    assert len({run.method for run in study.runs}) == 9, "and the controls, which join them"
 
 
 @pytest.mark.parametrize("name", RUNS)
