@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from haltscale.platform.config import ConfigError
@@ -253,6 +254,7 @@ class RowReader:
         self._parts = [part["file"] for part in parts]
         self._starts = np.cumsum([0, *(part["rows"] for part in parts)])
         self._opened: dict[int, tuple[pq.ParquetFile, int]] = {}
+        self._group: tuple[tuple[int, int], pa.Array] | None = None
 
     def read(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         """The rows of these sequence ids: ``(len(ids), context + 1)``.
@@ -272,6 +274,9 @@ class RowReader:
             part = pq.ParquetFile(self._folder / self._parts[index], memory_map=True)
             self._opened[index] = part, part.metadata.row_group(0).num_rows
         part, group_rows = self._opened[index]
-        group = part.read_row_group(row // group_rows, columns=["tokens"], use_threads=False)["tokens"]
-        tokens: npt.NDArray[np.uint32] = group.chunk(0)[row % group_rows].values.to_numpy()
+        place = index, row // group_rows
+        if self._group is None or self._group[0] != place:  # rows in sequence share a group
+            group = part.read_row_group(place[1], columns=["tokens"], use_threads=False)["tokens"].chunk(0)
+            self._group = place, group
+        tokens: npt.NDArray[np.uint32] = self._group[1][row % group_rows].values.to_numpy()
         return tokens

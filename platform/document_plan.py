@@ -65,7 +65,8 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
             db.execute(
                 "INSERT INTO dropped SELECT shard, position, 'duplicate' FROM (SELECT *, row_number() OVER"
                 " (PARTITION BY content ORDER BY known_as = $probe DESC, name_hash, shard, position) AS copy"
-                " FROM documents) WHERE copy > 1",
+                " FROM documents WHERE content IN (SELECT content FROM documents GROUP BY content HAVING count(*) > 1))"
+                " WHERE copy > 1",
                 {"probe": corpus.probe_document},
             )
         probe, held_out = _hold_out(db, corpus, shards)

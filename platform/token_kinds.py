@@ -12,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from haltscale.platform.corpus import PreparedCorpus, RowReader
+from haltscale.platform.corpus import PreparedCorpus
 
 FREQUENCY_CLASSES = 10
-COUNTED_BLOCKS, COUNTED_ROWS = 16, 512
-"""Frequencies are counted on at most so many blocks of so many consecutive training rows, spread evenly."""
 
 
 class TokenClass(StrEnum):
@@ -52,27 +50,13 @@ class TokenKinds:
 
     @classmethod
     def of_corpus(cls, corpus: PreparedCorpus) -> TokenKinds:
-        """From a prepared corpus: its tokenizer, and its training rows or a part of them."""
-        return _kinds_of_folder(corpus.folder, corpus.rows, int(corpus.counts["vocab_size"]))
+        """From a prepared corpus: its tokenizer, and how often each token occurs in its training documents."""
+        return _kinds_of_folder(corpus.folder)
 
 
 @functools.lru_cache(maxsize=2)
-def _kinds_of_folder(folder: Path, rows: int, vocab_size: int) -> TokenKinds:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    size = max(vocab_size, tokenizer.get_vocab_size())
-    return TokenKinds.of(tokenizer, token_counts(RowReader(folder), rows, size))
-
-
-def token_counts(reader: RowReader, rows: int, vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often each token occurs in some training rows, taken in blocks spread evenly over all."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    end = 0
-    for block in np.unique(np.linspace(0, max(rows - COUNTED_ROWS, 0), COUNTED_BLOCKS).astype(np.int64)):
-        ids = np.arange(max(block, end), min(block + COUNTED_ROWS, rows))  # blocks of a short corpus overlap
-        end = block + COUNTED_ROWS
-        if len(ids):
-            counts += np.bincount(reader.read(ids).ravel(), minlength=vocab_size)
-    return counts
+def _kinds_of_folder(folder: Path) -> TokenKinds:
+    return TokenKinds.of(Tokenizer.from_file(str(folder / "tokenizer.json")), np.load(folder / "token_counts.npy"))
 
 
 def frequency_classes(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

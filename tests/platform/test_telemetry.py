@@ -15,7 +15,7 @@ from haltscale.platform import telemetry
 from haltscale.platform.evaluation import TokenEvents
 from haltscale.platform.halting_summary import alarms, gain_by_step, oracle, summarise_halting
 from haltscale.platform.telemetry import EVENT_COLUMNS, EventsFile, EventsWriter, Quantiles, build_cube
-from haltscale.platform.token_kinds import TokenClass, TokenKinds, frequency_classes, token_counts
+from haltscale.platform.token_kinds import TokenClass, TokenKinds, frequency_classes
 
 L_MAX, CONTEXT, VOCABULARY = 3, 16, 60
 
@@ -219,26 +219,6 @@ def test_frequency_classes_share_the_running_text():
             assert counts[classes == high].min() >= counts[classes == low].max()
     uniform = frequency_classes(np.full(1000, 7))
     assert np.bincount(uniform).tolist() == [100] * 10
-
-
-class Rows:
-    """A reader of rows whose tokens are their own ids."""
-
-    def __init__(self):
-        self.read_ids: list[int] = []
-
-    def read(self, ids):
-        self.read_ids += ids.tolist()
-        return np.stack([ids, ids], axis=1) % 10
-
-
-@pytest.mark.parametrize("rows", [1, 7, 600, 5000, 100_000])
-def test_tokens_are_counted_once_and_not_all_of_a_long_corpus(rows):
-    reader = Rows()
-    counts = token_counts(reader, rows, 10)
-    assert len(reader.read_ids) == len(set(reader.read_ids)) == min(rows, 16 * 512)
-    assert counts.sum() == 2 * len(reader.read_ids)
-    assert max(reader.read_ids) == rows - 1
 
 
 def test_looks_of_tokens():
