@@ -62,7 +62,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     if execution.compile:
         for module in model.modules():
             if isinstance(module, Block):
-                module.compile(dynamic=True)  # the rows that are still active differ from pass to pass
+                module.compile()  # the rows that are still active differ from pass to pass
     if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
         # The loop runs a data-dependent number of times: gather its parameters once, as one leaf.
         deepspeed.utils.set_z3_leaf_modules(model, [type(loop)])

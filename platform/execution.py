@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any
 
 from haltscale.platform.config import RunConfig, is_number, typed
@@ -15,8 +16,6 @@ class Offload(StrEnum):
 
     NONE = "none"
     CPU = "cpu"
-    NVME = "nvme"
-    """Files under ``nvme_path``; ZeRO stage 3 only."""
 
 
 class Optimizer(StrEnum):
@@ -62,8 +61,6 @@ class ExecutionConfig:
     """Where the optimizer's state lives between steps; from ZeRO stage 1 on."""
     offload_parameters: Offload = Offload.NONE
     """Where parameters live between their uses; ZeRO stage 3 only."""
-    nvme_path: str = ""
-    """A folder on a fast local disk of every node, for ``Offload.NVME``."""
     optimizer: Optimizer = Optimizer.FUSED
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its inside: less memory, more time."""
@@ -84,7 +81,7 @@ class ExecutionConfig:
     log_every_seconds: float = 2.0
     """How often a run writes metrics and its heartbeat."""
     sinks: tuple[Sink, ...] = ()
-    """Where metrics go beside the store; each needs its extra (``pip install haltscale[tensorboard]``)."""
+    """Where metrics go beside the store; W&B needs its extra (``pip install haltscale[wandb]``)."""
     max_failures: int = 1
     """How often a failed run is started again (from its last checkpoint) before it is recorded as failed."""
     on_divergence: OnTrouble = OnTrouble.STOP
@@ -131,6 +128,8 @@ class ExecutionConfig:
         for sink in self.sinks:
             if sink not in list(Sink):
                 found.append(f"sinks names {sink!r}, which is none of {', '.join(Sink)}")
+            elif find_spec(SINK_PACKAGES[sink]) is None:
+                found.append(f"sink {sink} needs a package that is not here: pip install {SINK_PACKAGES[sink]}")
         for share in self.milestones:
             if not is_number(share) or not 0 < share <= 1:
                 found.append(f"milestones has {share!r}, needs shares of the budget above 0 and up to 1")
@@ -140,11 +139,6 @@ class ExecutionConfig:
             found.append(f"offload_optimizer {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
         if self.offload_parameters is not Offload.NONE and self.zero_stage != 3:
             found.append(f"offload_parameters {self.offload_parameters} needs zero_stage 3, not {self.zero_stage}")
-        if Offload.NVME in (self.offload_optimizer, self.offload_parameters):
-            if self.zero_stage in (1, 2):
-                found.append(f"offload to {Offload.NVME} needs zero_stage 3, not {self.zero_stage}")
-            if not self.nvme_path:
-                found.append("offload to nvme needs nvme_path, a folder on a fast local disk of every node")
         return found
 
     @classmethod
@@ -162,6 +156,7 @@ class ExecutionConfig:
         return micro, share // micro
 
 
+SINK_PACKAGES = {Sink.TENSORBOARD: "tensorboardX", Sink.WANDB: "wandb"}
 EXECUTION_CHOICES: dict[str, type[StrEnum]] = {
     "offload_optimizer": Offload,
     "offload_parameters": Offload,

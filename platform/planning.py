@@ -22,7 +22,7 @@ from haltscale.model.looped import LoopedOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
 from haltscale.platform.config import ConfigError, Precision, RunConfig
-from haltscale.platform.execution import ExecutionConfig, Offload
+from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import digest
 from haltscale.platform.store import RunView
 from haltscale.platform.sweep import Budget, Point
@@ -108,10 +108,6 @@ def memory_at_least(run: RunConfig, execution: ExecutionConfig, vocab_size: int)
     parameters = SIZES[run.size].parameters(vocab_size)
     weights, gradients, optimizer = (4, 4, 8) if run.precision is Precision.FP32 else (2, 2, 12)
     number = weights
-    if execution.offload_parameters is Offload.NVME:
-        weights = 0
-    if execution.offload_optimizer is Offload.NVME:
-        optimizer = 0
     stage, workers = execution.zero_stage, execution.workers
     each = optimizer / (workers if stage >= 1 else 1)
     each += gradients / (workers if stage >= 2 else 1)

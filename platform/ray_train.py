@@ -26,6 +26,7 @@ from haltscale.platform.finishing import evaluate_run, finish
 from haltscale.platform.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.schedule import share
+from haltscale.platform.sinks import open_sinks
 from haltscale.platform.store import RunStore
 from haltscale.platform.training import Hooks, Progress, train
 from haltscale.platform.trouble import TrainingDivergedError
@@ -149,11 +150,21 @@ def train_worker(config: Mapping[str, Any]) -> None:
     def log(row: dict[str, Any], progress: Progress) -> None:
         nonlocal is_preempted
         recorder.log(row, share(run, progress.spent), events=progress.events)
+        write(row)
         is_preempted = ray.train.get_preemption_info() is not None  # asks all ranks, as this is called on all
 
     hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
+    sinks = open_sinks(
+        execution.sinks if rank == 0 else (),
+        study=spec.study,
+        key=spec.key,
+        label=spec.label,
+        config=spec.identity,
+        step=progress.step,
+    )
     try:
-        train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
+        with sinks as write:
+            train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
     except TrainingDivergedError as diverged:
         recorder.fail(str(diverged))  # trying again would diverge again
         return

@@ -19,7 +19,7 @@ import torch
 
 from haltscale.model import Flops, LanguageModel, PassCounts
 from haltscale.model.language_model import IGNORE_INDEX
-from haltscale.platform.config import Precision, RunConfig, Schedule
+from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.schedule import Spent, evenly, is_over, learning_rate, reached
 from haltscale.platform.trouble import Watch
@@ -147,7 +147,6 @@ def train(
     _, micro_batches = execution.accumulation(run.batch_sequences)
     window, watch = MetricsWindow(progress), Watch(engine.module, execution)
     noticed = False
-    pinned = [*execution.milestones, *([1 - run.decay_fraction] if run.schedule is Schedule.WSD else [])]
 
     def is_due(shares: Iterable[float]) -> bool:
         return reached(run, progress.before_last, progress.spent, shares)
@@ -187,9 +186,9 @@ def train(
         window.add(step)
         over = is_over(run, progress.spent)
         evaluate = is_due(evenly(execution.evaluations)) and not over
-        if is_due(pinned):
+        if is_due(execution.milestones):
             progress.pinned.append(progress.step)
-        save = over or is_due([*evenly(execution.checkpoints), *pinned])
+        save = over or is_due([*evenly(execution.checkpoints), *execution.milestones])
         save = save or (evaluate and execution.keep_best) or (step.is_noticed and not noticed)
         noticed = step.is_noticed
         if save or evaluate or step.is_log_due:

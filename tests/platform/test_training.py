@@ -15,11 +15,26 @@ import torch
 from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions, build_model
 from haltscale.platform.config import Precision
 from haltscale.platform.engine import full_weights, resolve_precision
+from haltscale.platform.execution import Offload, Optimizer
 from haltscale.platform.schedule import Spent, learning_rate
 from haltscale.platform.training import Progress
 from haltscale.platform.trouble import TrainingDivergedError
 
-from looping import BATCH, CONTEXT, LARGE, RUN, RUNS, STEPS, VOCABULARY, Batch, Listener, batches, engine_of, go
+from looping import (
+    BATCH,
+    CONTEXT,
+    LARGE,
+    RUN,
+    RUNS,
+    STEPS,
+    VOCABULARY,
+    Batch,
+    Listener,
+    batches,
+    engine_of,
+    go,
+    timeless,
+)
 
 # ---- pure parts -----------------------------------------------------------------------------------------------------
 
@@ -199,6 +214,40 @@ def test_the_zero_stage_does_not_change_the_result(zero_stage):
     shapes = {name: weight.shape for name, weight in full_weights(engine).items()}
     whole = build_model(run.model_config(LARGE), seed=0).state_dict()
     assert shapes == {name: weight.shape for name, weight in whole.items()}
+
+
+EXECUTIONS: dict[str, dict[str, Any]] = {
+    "torch's optimizer": {"optimizer": Optimizer.TORCH},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "activation checkpointing in shards": {"activation_checkpointing": True, "zero_stage": 3},
+    "optimizer on the CPU, stage 1": {"offload_optimizer": Offload.CPU},
+    "optimizer on the CPU, stage 2": {"offload_optimizer": Offload.CPU, "zero_stage": 2},
+    "all on the CPU": {"offload_optimizer": Offload.CPU, "offload_parameters": Offload.CPU, "zero_stage": 3},
+    "compiled": {"compile": True},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "compiled" else n for n in EXECUTIONS]
+)
+def test_the_execution_does_not_change_the_result(name):
+    run = RUNS["adaptive"]
+    _, plain = go(engine_of(run, zero_stage=1, vocabulary=LARGE), run, batches(run))
+    changes = {"zero_stage": 1} | EXECUTIONS[name]
+    _, other = go(engine_of(run, vocabulary=LARGE, **changes), run, batches(run), **changes)
+    losses, others = ([row["loss"] for row in listener.rows] for listener in (plain, other))
+    assert others == pytest.approx(losses, rel=1e-4)
+
+
+def test_deterministic_kernels_are_asked_for():
+    try:
+        run = replace(RUNS["adaptive"], precision=Precision.BF16)
+        _, first = go(engine_of(run, deterministic=True), run, batches(run), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        _, second = go(engine_of(run, deterministic=True), run, batches(run), deterministic=True)
+        assert timeless(first.rows) == timeless(second.rows)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_exported_weights_are_the_trained_ones():

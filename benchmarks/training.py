@@ -1,0 +1,184 @@
+"""Tokens per second in the platform over a bare DeepSpeed loop (aim: at least 0.95), and that over bare PyTorch.
+
+    python benchmarks/training.py                                  stages 0 to 3, 1 and 2 workers, all three arms
+    python benchmarks/training.py --stages 1 --workers 1 --method adaptive
+    python benchmarks/training.py --steps 12 --size 0.6m --batch-tokens 512 --repeats 1 --stages 1 --workers 1    a toy
+
+The same model, sequences, order, AdamW, clipping and precision (float32) in all arms:
+
+    platform    a study: Ray Tune, Ray Train, Ray Data, metrics, heartbeat, two checkpoints; by the clock of its rows
+    deepspeed   engine(tokens), backward, step; sequences in memory, nothing logged
+    pytorch     the model (in DistributedDataParallel with 2 workers), clipping, fused AdamW
+
+Each arm starts processes of its own; within a repeat they follow each other. The first quarter of the steps warms up.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from figures import Figure, machine, show
+
+from haltscale.model import build_model
+from haltscale.platform.config import Precision, RunConfig, apply_point
+from haltscale.platform.corpus import Corpus, PreparedCorpus, RowReader
+from haltscale.platform.engine import build_engine
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.order import global_batches, rank_share
+from haltscale.platform.store import RunStore
+from haltscale.platform.study import Study
+from haltscale.platform.sweep import grid
+
+
+def texts(folder: Path) -> Corpus:
+    """A corpus of random words: what the words are does not change what a step costs."""
+    folder.mkdir()
+    stream = random.Random(0)
+    words = ["".join(stream.choices("abcdefghijklmnop", k=stream.randint(2, 9))) for _ in range(8000)]
+    for index in range(200):
+        (folder / f"{index:03d}.txt").write_text(" ".join(stream.choices(words, k=2000)), encoding="utf-8")
+    return Corpus(name="benchmark", folder=str(folder), vocab_size=4096, validation_documents=2)
+
+
+def in_the_platform(study: Study, store: RunStore) -> float:
+    """Tokens per second of a study's one run, between its first and last row of metrics after the warm-up."""
+    study.run(store)
+    (key,) = store.run_keys(study.name)
+    rows = store.read_lines(store.path(study.name, key, "metrics.jsonl"))
+    rows = [row for row in rows if row["step"] >= (study.base.steps or 0) // 4]
+    return float(rows[-1]["tokens"] - rows[0]["tokens"]) / float(rows[-1]["time"] - rows[0]["time"])
+
+
+def bare(arm: str, folder: Path, task: dict[str, Any], workers: int) -> float:
+    """Tokens per second of a bare arm, in as many processes as there are workers."""
+    (folder / "rendezvous").unlink(missing_ok=True)
+    (folder / "task.json").write_text(json.dumps(task))
+    commands = [[sys.executable, __file__, "--member", arm, str(folder), str(rank)] for rank in range(workers)]
+    members = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    codes = [member.wait() for member in members]
+    if any(codes):
+        raise RuntimeError(f"the arm {arm} failed")
+    return float((folder / "answer").read_text())
+
+
+def member(arm: str, folder: Path, rank: int) -> None:
+    """One process of a bare arm; rank 0 writes the rate down."""
+    torch.set_num_threads(1)
+    task = json.loads((folder / "task.json").read_text())
+    run, execution = RunConfig.from_identity(task["identity"]), ExecutionConfig.from_dict(task["execution"])
+    world, steps = execution.workers, run.steps or 0
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    corpus = PreparedCorpus.open(Path(task["corpus"]))
+    assert corpus is not None
+    reader = RowReader(corpus.folder)
+    ids = global_batches(seed=run.seed, rows=corpus.rows, batch=run.batch_sequences, first_step=0, steps=steps)
+    mine = [torch.as_tensor(np.asarray(reader.read(row))).long() for row in rank_share(ids, rank=rank, world=world)]
+    model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
+    _, pieces = execution.accumulation(run.batch_sequences)
+    take_step = deepspeed_step(model, run, execution) if arm == "deepspeed" else pytorch_step(model, run, pieces, world)
+    warm = steps // 4
+    began = 0.0
+    for index, tokens in enumerate(mine):
+        if index == warm:
+            began = time.perf_counter()
+        take_step(tokens.chunk(pieces))
+    rate = (steps - warm) * run.batch_tokens / (time.perf_counter() - began)
+    if rank == 0:
+        (folder / "answer").write_text(str(rate))
+    dist.destroy_process_group()
+
+
+def deepspeed_step(model: Any, run: RunConfig, execution: ExecutionConfig) -> Any:
+    """DeepSpeed and nothing else."""
+    engine = build_engine(model, run, execution)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = run.learning_rate
+    engine.module.train()
+
+    def step(pieces: Any) -> None:
+        for piece in pieces:
+            engine.backward(engine(piece[:, :-1], piece[:, 1:]).loss)
+            engine.step()
+
+    return step
+
+
+def pytorch_step(model: Any, run: RunConfig, pieces_per_step: int, world: int) -> Any:
+    """PyTorch and nothing else."""
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, fused=True)
+    wrapped.train()
+
+    def step(pieces: Any) -> None:
+        for piece in pieces:
+            (wrapped(piece[:, :-1], piece[:, 1:]).loss / pieces_per_step).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--method", default="vanilla")
+    parser.add_argument("--size", default="1.8m")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.member:
+        arm, folder, rank = options.member
+        member(arm, Path(folder), int(rank))
+        return
+    print(machine(1), flush=True)
+    for stage in options.stages:
+        for workers in options.workers:
+            compare(options, stage, workers)
+
+
+def compare(options: argparse.Namespace, stage: int, workers: int) -> None:
+    """All three arms at one stage with one number of workers."""
+    tokens = options.steps * options.batch_tokens
+    base = RunConfig(size=options.size, tokens=tokens, batch_tokens=options.batch_tokens, precision=Precision.FP32)
+    run, problems = apply_point(base, {"method": options.method})
+    if problems:
+        raise SystemExit("\n".join(problems))
+    execution = ExecutionConfig(zero_stage=stage, workers=workers, evaluations=1, checkpoints=2, log_every_seconds=1.0)
+    ratios: dict[str, list[float]] = {"platform": [], "deepspeed": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["HALTSCALE_HOME"] = name
+        corpus = texts(folder / "texts")
+        study = Study(name="overhead", question="?", corpus=corpus, base=run, sweep=grid(seed=0), execution=execution)
+        for repeat in range(options.repeats):
+            platform = in_the_platform(study, RunStore(folder / f"runs-{repeat}"))
+            document = json.loads(next((folder / f"runs-{repeat}").rglob("spec.json")).read_text())
+            task = {key: document[key] for key in ("identity", "execution")} | {
+                "corpus": str(corpus.cache(run.context))
+            }
+            deepspeed, pytorch = (bare(arm, folder, task, workers) for arm in ("deepspeed", "pytorch"))
+            ratios["platform"].append(platform / deepspeed)
+            ratios["deepspeed"].append(deepspeed / pytorch)
+            detail = f"last: {platform:,.0f}, {deepspeed:,.0f}, {pytorch:,.0f} tokens/s in the three"
+    setting = f"{options.method} {options.size}, ZeRO {stage}, {workers} worker{'s' if workers > 1 else ''}"
+    show(Figure(name=f"platform / DeepSpeed, {setting}", values=ratios["platform"], at_least=0.95, detail=detail))
+    show(Figure(name=f"DeepSpeed / PyTorch, {setting}", values=ratios["deepspeed"], detail=detail))
+
+
+if __name__ == "__main__":
+    main()
