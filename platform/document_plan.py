@@ -5,6 +5,7 @@ DuckDB works out of core, so memory stays flat however many documents there are.
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,28 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
         left = shard["documents"] if limit is None else max(0, limit - taken[shard["source"]])
         shard["take"] = min(shard["documents"], left)
         taken[shard["source"]] += shard["take"]
+    try:
+        probe, held_out, counted, duplicates = _decide(corpus, shards, work)
+    except duckdb.IOException as error:  # of its own temporary files, and of the list that it writes
+        raise OSError(errno.ENOSPC, str(error)) from error
+    by_shard = {shard: (int(documents), int(tokens), int(size)) for shard, documents, tokens, size in counted}
+    sources: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        documents, tokens, size = by_shard.get(shard["index"], (0, 0, 0))
+        shard["train_tokens"] = tokens
+        zero = {"train_documents": 0, "train_bytes": 0, "train_tokens": 0, "duplicates": 0, "skipped": Counter()}
+        source = sources.setdefault(shard["source"], zero)
+        source["train_documents"] += documents
+        source["train_bytes"] += size
+        source["train_tokens"] += tokens
+        source["skipped"].update(shard["skipped"])
+    for name, count in duplicates:
+        sources[name]["duplicates"] = count
+    return DocumentPlan(shards=shards, sources=sources, held_out=held_out, probe=probe)
+
+
+def _decide(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> tuple[Any, ...]:
+    """The queries: probe, held-out documents; of what is left documents, tokens and bytes by shard; duplicates."""
     with duckdb.connect() as db:
         quoted = str(work).replace("'", "''")
         db.execute(f"SET memory_limit = '{MEMORY}'; SET temp_directory = '{quoted}/duckdb'; SET threads = 2")
@@ -81,20 +104,7 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
             f"COPY (SELECT * FROM dropped ORDER BY shard, position) TO '{quoted}/dropped.parquet'"
             " (FORMAT parquet, ROW_GROUP_SIZE 10000)"
         )
-    by_shard = {shard: (int(documents), int(tokens), int(size)) for shard, documents, tokens, size in counted}
-    sources: dict[str, dict[str, Any]] = {}
-    for shard in shards:
-        documents, tokens, size = by_shard.get(shard["index"], (0, 0, 0))
-        shard["train_tokens"] = tokens
-        zero = {"train_documents": 0, "train_bytes": 0, "train_tokens": 0, "duplicates": 0, "skipped": Counter()}
-        source = sources.setdefault(shard["source"], zero)
-        source["train_documents"] += documents
-        source["train_bytes"] += size
-        source["train_tokens"] += tokens
-        source["skipped"].update(shard["skipped"])
-    for name, count in duplicates:
-        sources[name]["duplicates"] = count
-    return DocumentPlan(shards=shards, sources=sources, held_out=held_out, probe=probe)
+    return probe, held_out, counted, duplicates
 
 
 def _view(db: duckdb.DuckDBPyConnection, shards: list[dict[str, Any]], work: Path) -> None:

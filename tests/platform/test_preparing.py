@@ -10,6 +10,7 @@ import resource
 import signal
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from haltscale.platform import preparing, sources
+from haltscale.platform import document_plan, preparing, sources
 from haltscale.platform.corpus import Corpus, CorpusError, PreparedCorpus, RowReader
 from haltscale.platform.preparing import in_process, name_hash, prepare
 from haltscale.platform.sources import Source
@@ -378,6 +379,17 @@ def test_no_space_left_on_device(corpus, home, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing.pq.ParquetWriter, "write_table", full)
+        with pytest.raises(CorpusError, match="No space left on device"):
+            prepare(corpus(), 8)
+    assert prepare(corpus(), 8).rows
+
+
+def test_a_disk_that_fills_while_documents_are_chosen(corpus, monkeypatch):
+    def full(*_):
+        raise duckdb.IOException("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(document_plan, "_hold_out", full)
         with pytest.raises(CorpusError, match="No space left on device"):
             prepare(corpus(), 8)
     assert prepare(corpus(), 8).rows
