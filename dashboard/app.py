@@ -13,6 +13,7 @@ from haltscale.dashboard import shell, style
 st.set_page_config(page_title="haltscale", page_icon=style.MARK, layout="wide")
 
 st.logo(style.WORDMARK, size="large")
+st.html(style.READABLE)
 
 entries = shell.pages(Path(__file__).parent / "app_pages")
 page = st.navigation(

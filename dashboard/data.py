@@ -183,6 +183,14 @@ def probe_steps(store: RunStore, study: str, key: str) -> list[int]:
         return []
 
 
+def halting_steps(store: RunStore, study: str, key: str) -> list[int]:
+    """Training steps with telemetry of the validation split."""
+    try:
+        return store.halting_steps(study, key)
+    except UNREADABLE:
+        return []
+
+
 def probe(store: RunStore, study: str, key: str, step: int) -> pd.DataFrame:
     """Token events of a run at a training step.
 
@@ -198,7 +206,7 @@ def probe(store: RunStore, study: str, key: str, step: int) -> pd.DataFrame:
     if missing:
         raise StoreError(f"{path} lacks the columns {', '.join(sorted(missing))}")
     events["steps"] = pd.to_numeric(events["steps"], errors="coerce").fillna(0).astype(int)
-    for name in ("expected_steps", "reach", "exit"):
+    for name in ("expected_steps", "reach", "exit", "nll_by_step"):
         if name not in events:
             events[name] = None
     return events
@@ -232,7 +240,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "size": words(identity.get("size")) or "?",
         "series": "",
         "note": "",
-        "role": words(view.spec.get("role")) or "result",
+        "role": words(view.spec.get("role")) or "comparison",
         "git_commit": words(record.get("git_commit")),
         "seed": number(identity.get("seed")),
         "tokens": number(identity.get("tokens")),
@@ -283,20 +291,24 @@ def silence(status: Mapping[str, Any], now: float) -> str:
 
 
 def _views(store: RunStore, study: str, planned: Iterable[str]) -> list[RunView]:
-    """The study's runs, each read on its own, so that one that raises costs no other."""
+    """The study's runs, then those of its earlier versions; one that cannot be asked for costs no other."""
     keys = list(dict.fromkeys(planned))
-    folders = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in store.fs.ls(store.path(study), detail=True)]
-    earlier = sorted(key for key in set(folders) - set(keys) if store.fs.exists(f"{store.path(study)}/{key}/spec.json"))
-    views = []
-    for key in [*keys, *earlier]:
+    named, problems = [], {}
+    for key in keys:
         try:
-            views.append(store.run(study, key))
+            store.path(study, key)
+            named.append(key)
         except UNREADABLE as error:
-            problem = f"{key}: {error or type(error).__name__}"
-            views.append(
-                RunView(study=study, key=key, state=RunState.PLANNED, spec={}, status={}, record={}, problem=problem)
-            )
-    return views
+            problems[key] = f"{key}: {error or type(error).__name__}"
+    others = sorted(set(store.present(study)) - set(keys))
+    found = store.views(study, [*named, *others])
+    earlier = [key for key in others if found[key].spec or found[key].problem]
+    return [
+        RunView(study=study, key=key, state=RunState.PLANNED, spec={}, status={}, record={}, problem=problems[key])
+        if key in problems
+        else found[key]
+        for key in [*keys, *earlier]
+    ]
 
 
 def empty_runs() -> pd.DataFrame:

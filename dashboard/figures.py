@@ -1,4 +1,4 @@
-"""Figures: pure functions from DataFrames to Plotly figures, at most 10,000 points each.
+"""Figures of halting and training: pure functions from DataFrames to Plotly figures, at most 10,000 points each.
 
 Colour says the method; dash and marker say the series, so that no figure depends on colour alone. Backgrounds, fonts
 and grid lines are left to the page's theme, which follows the reader's light or dark mode.
@@ -7,8 +7,12 @@ and grid lines are left to the page's theme, which follows the reader's light or
 from __future__ import annotations
 
 import html
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -16,112 +20,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from haltscale.dashboard import style
-from haltscale.dashboard.data import FlopsKind, plotted, size_order
+from haltscale.dashboard.data import size_order
 
 MOST_POINTS = 10_000
-MOST_NAMES = 16
-"""More markers than this would write their sizes over each other."""
 MUTED = "rgba(128,128,128,0.9)"
 
 
-def _hover(run: pd.Series, kind: FlopsKind) -> str:
-    """A run's details for a hover box. Labels come from the store, so they are escaped."""
-    error = f" ± {style.three(run['loss_standard_error'])}" if run["loss_standard_error"] > 0 else ""
-    lines = [
-        f"<b>{html.escape(str(run['label']))}</b>",
-        f"perplexity {style.three(run['perplexity'])} · loss {style.three(run['loss'])}{error} nats/token",
-        f"{style.scientific(run[f'flops_{kind}'])} {kind} training FLOPs",
-        f"{style.compact(run['tokens_done'])} of {style.compact(run['tokens'])} tokens",
-    ]
-    if math.isfinite(run["mean_steps"]):
-        lines.append(f"{style.three(run['mean_steps'])} latent steps per token on average")
-    if run["state"] != "finished":
-        lines.append(f"{run['state']}: its last evaluation")
-    return "<br>".join(lines)
-
-
-def scaling(runs: pd.DataFrame, kind: FlopsKind) -> go.Figure:
-    """Validation perplexity against training FLOPs, log-log: a line per series through the sizes, a marker per run.
-
-    The line joins the means over seeds (geometric, as the axes are logarithmic) of finished runs. Hollow markers are
-    runs without a result yet, at their last evaluation.
-    """
-    figure = go.Figure()
-    shown, flops = plotted(runs, kind), f"flops_{kind}"
-    for name, members in shown.groupby("series", sort=False):
-        index = int(members["rank"].iloc[0])
-        color = style.method_color(str(members["method"].iloc[0]))
-        dash = style.DASHES[index % len(style.DASHES)]
-        marker = style.MARKERS[index % len(style.MARKERS)]
-        finished = members[members["state"] == "finished"]
-        logs = finished.assign(x=np.log(finished[flops]), y=np.log(finished["perplexity"]))
-        means = logs.groupby(["size", "tokens"], dropna=False)[["x", "y"]].mean().map(math.exp).sort_values("x")
-        line = {"color": color, "dash": dash, "width": 2}
-        figure.add_scatter(
-            x=means["x"], y=means["y"], mode="lines", line=line, legendgroup=name, showlegend=False, hoverinfo="skip"
-        )
-        for part, symbol, detail in (
-            (finished, marker, "result"),
-            (members[members["state"] != "finished"], f"{marker}-open", "so far"),
-        ):
-            if len(part):
-                figure.add_scatter(
-                    x=part[flops],
-                    y=part["perplexity"],
-                    mode="markers",
-                    name=f"{name}, {detail}",
-                    marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
-                    # A standard error of the loss is a factor on the perplexity.
-                    error_y={
-                        "type": "data",
-                        "array": part["perplexity"] * np.expm1(part["loss_standard_error"].fillna(0)),
-                        "visible": bool(part["loss_standard_error"].gt(0).any()),
-                        "thickness": 1.5,
-                        "width": 3,
-                    },
-                    legendgroup=name,
-                    showlegend=False,
-                    customdata=part["key"],
-                    hovertext=[_hover(run, kind) for _, run in part.iterrows()],
-                    hovertemplate="%{hovertext}<extra></extra>",
-                )
-        # The legend's entry shows line and marker together, whatever the series has so far.
-        figure.add_scatter(
-            x=[None],
-            y=[None],
-            mode="lines+markers",
-            name=html.escape(str(name)),
-            line=line,
-            marker={"color": color, "symbol": marker if len(finished) else f"{marker}-open", "size": 10},
-            legendgroup=name,
-        )
-    _log_axis(figure, "x", shown[flops], f"training FLOPs, {kind}")
-    error = np.expm1(shown["loss_standard_error"].fillna(0))
-    ends = pd.concat([shown["perplexity"] * (1 - error).clip(lower=0.5), shown["perplexity"] * (1 + error)])
-    _log_axis(figure, "y", ends, "validation perplexity")
-    figure.update_xaxes(showgrid=True)
-    _name_sizes(figure, shown, flops)
-    return _layout(figure, height=520)
-
-
-def _name_sizes(figure: go.Figure, shown: pd.DataFrame, flops: str) -> None:
-    """Write the sizes under the markers: once per series when they are few, else once each under the best run."""
-    lowest = shown.sort_values("perplexity")
-    named = lowest.drop_duplicates(["series", "size"])  # seeds stand too close for a name each
-    if len(named) > MOST_NAMES:
-        named = lowest.drop_duplicates("size")
-    for size, x, y in zip(named["size"], named[flops], named["perplexity"], strict=True):
-        figure.add_annotation(
-            x=math.log10(x),
-            y=math.log10(y),
-            text=html.escape(str(size)),
-            showarrow=False,
-            yshift=-17,
-            font={"size": 12, "color": MUTED},
-        )
-
-
-def _log_axis(figure: go.Figure, axis: str, values: pd.Series, title: str) -> None:
+def log_axis(figure: go.Figure, axis: str, values: pd.Series, title: str) -> None:
     """A logarithmic axis with a margin around the values and ticks written in full."""
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes
     update(type="log", title=title)
@@ -164,7 +69,7 @@ def steps_share(runs: pd.DataFrame) -> go.Figure:
     figure.update_layout(barmode="stack", bargap=0.25, legend={"traceorder": "normal"})
     figure.update_xaxes(title="share of validation tokens, %", range=[0, 112], tickvals=[0, 25, 50, 75, 100])
     _name_rows(figure, shown)
-    return _layout(figure, height=130 + 38 * max(len(shown), 1), legend_title="latent steps before the token")
+    return layout(figure, height=130 + 38 * max(len(shown), 1), legend_title="latent steps before the token")
 
 
 def steps_over_training(rows: pd.DataFrame) -> go.Figure:
@@ -189,7 +94,7 @@ def steps_over_training(rows: pd.DataFrame) -> go.Figure:
     figure.update_layout(hovermode="x unified", legend={"traceorder": "normal"})
     figure.update_xaxes(title="tokens trained on", tickformat=".3~s")
     figure.update_yaxes(title="share of tokens, %", range=[0, 100])
-    return _layout(figure, height=380, legend_title="latent steps")
+    return layout(figure, height=380, legend_title="latent steps")
 
 
 def easy_and_hard(runs: pd.DataFrame) -> go.Figure:
@@ -222,7 +127,7 @@ def easy_and_hard(runs: pd.DataFrame) -> go.Figure:
         )
     figure.update_xaxes(title="mean latent steps per token", rangemode="tozero")
     _name_rows(figure, shown)
-    return _layout(figure, height=150 + 34 * max(len(shown), 1), legend_title="tokens")
+    return layout(figure, height=150 + 34 * max(len(shown), 1), legend_title="tokens")
 
 
 def _name_rows(figure: go.Figure, shown: pd.DataFrame) -> None:
@@ -232,7 +137,7 @@ def _name_rows(figure: go.Figure, shown: pd.DataFrame) -> None:
         categoryorder="array",
         categoryarray=list(shown["key"]),
         tickvals=list(shown["key"]),
-        ticktext=[_short(label) for label in shown["label"]],
+        ticktext=[short(label) for label in shown["label"]],
         range=[len(shown) - 0.5, -0.5],
         automargin=True,
     )
@@ -264,7 +169,7 @@ def nll_by_steps(events: pd.DataFrame) -> go.Figure:
         )
     figure.update_xaxes(title="latent steps before the token", type="category")
     figure.update_yaxes(title="NLL of the token, nats", rangemode="tozero")
-    return _layout(figure, height=340, top=16)
+    return layout(figure, height=340, top=16)
 
 
 def steps_by_nll(events: pd.DataFrame, groups: int = 5) -> go.Figure:
@@ -291,7 +196,7 @@ def steps_by_nll(events: pd.DataFrame, groups: int = 5) -> go.Figure:
     )
     figure.update_xaxes(title="NLL of the token, nats (fifths of the probe)", type="category")
     figure.update_yaxes(title="mean latent steps", rangemode="tozero")
-    return _layout(figure, height=340, top=16)
+    return layout(figure, height=340, top=16)
 
 
 def most_steps(events: pd.DataFrame) -> int:
@@ -312,7 +217,7 @@ def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.
     most = MOST_POINTS // max(3 * len(shown), 1)
     for index, (_, run) in enumerate(shown.iterrows()):
         rows = thin(metrics[str(run["key"])], most)
-        color, name = style.method_color(str(run["method"])), _short(str(run["label"]))
+        color, name = style.shade(style.method_color(str(run["method"])), run["shade"]), short(str(run["label"]))
         for panel, (column, _) in enumerate(panels, start=1):
             if column not in rows or "tokens" not in rows:
                 continue
@@ -335,7 +240,7 @@ def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.
     figure.update_yaxes(rangemode="tozero", row=2, col=1)
     figure.update_yaxes(rangemode="tozero", row=3, col=1)
     figure.update_xaxes(title="tokens trained on", tickformat=".3~s", row=3, col=1)
-    return _layout(figure, height=720)
+    return layout(figure, height=720)
 
 
 def thin(rows: pd.DataFrame, most: int) -> pd.DataFrame:
@@ -349,12 +254,12 @@ def _steps(step: int) -> str:
     return f"{step} step" if step == 1 else f"{step} steps"
 
 
-def _short(label: str) -> str:
+def short(label: str) -> str:
     """A label for an axis: escaped, and cut when it would eat the figure."""
     return html.escape(label if len(label) <= 48 else f"{label[:47]}…")
 
 
-def _layout(figure: go.Figure, *, height: int, legend_title: str = "", top: int = 56) -> go.Figure:
+def layout(figure: go.Figure, *, height: int, legend_title: str = "", top: int = 56) -> go.Figure:
     figure.update_layout(
         height=height,
         margin={"l": 8, "r": 8, "t": top, "b": 8},
@@ -367,9 +272,31 @@ def _layout(figure: go.Figure, *, height: int, legend_title: str = "", top: int 
 
 def as_html(figure: go.Figure, title: str) -> bytes:
     """A page of its own that works without a network: the drawing library is inside."""
+    return str(_alone(figure, title).to_html(include_plotlyjs=True, full_html=True)).encode()
+
+
+def as_png(figure: go.Figure, title: str) -> bytes:
+    """A picture, twice the figure's size; needs :func:`draws_png`."""
+    os.environ.setdefault("BROWSER_PATH", _browser() or "")
+    return bytes(_alone(figure, title).to_image(format="png", width=1100, height=figure.layout.height, scale=2))
+
+
+def draws_png() -> bool:
+    """Whether this machine can make pictures: Plotly needs kaleido and a browser for them."""
+    return importlib.util.find_spec("kaleido") is not None and _browser() is not None
+
+
+@cache
+def _browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def _alone(figure: go.Figure, title: str) -> go.Figure:
     copy = go.Figure(figure)
-    copy.update_layout(template="plotly_white", title=html.escape(title), margin={"l": 60, "r": 30, "t": 110, "b": 60})
-    return str(copy.to_html(include_plotlyjs=True, full_html=True)).encode()
+    return copy.update_layout(
+        template="plotly_white", title=html.escape(title), margin={"l": 60, "r": 30, "t": 110, "b": 60}
+    )
 
 
 def point_count(figure: go.Figure) -> int:

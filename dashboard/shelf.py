@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ import pandas as pd
 import streamlit as st
 
 from haltscale.dashboard import data
-from haltscale.platform.store import RunStore, StoreError, default_root
+from haltscale.platform.store import RunStore, RunView, StoreError, default_root, run_state
 
 MOST_DOCUMENTS = 20_000
+_NOTHING: dict[str, Any] = {}
+"""One absent document for all: a row that was made of it is known again."""
 MOST_LINES = 2_000
 """Metrics and evaluations kept; the longest unused go first."""
 
@@ -70,7 +74,7 @@ class Shelf(RunStore):
     def read_json(self, path: str) -> dict[str, Any]:
         stamp = self.stamp(path)
         if not stamp:
-            return {}
+            return _NOTHING
         with self._kept.lock:
             known = self._kept.documents.get(path)
         if known is None or known[0] != stamp:
@@ -83,6 +87,22 @@ class Shelf(RunStore):
         if isinstance(known[1], StoreError):
             raise known[1]
         return known[1]
+
+    def views(self, study: str, keys: Iterable[str], *, now: float | None = None) -> dict[str, RunView]:
+        if not self._local:  # an object store answers many requests at once: that is faster than asking what changed
+            return super().views(study, keys, now=now)
+        found = {}
+        for key in dict.fromkeys(keys):
+            documents: dict[str, dict[str, Any]] = {}
+            problem = ""
+            for name in ("spec", "status", "record"):
+                try:
+                    documents[name] = self.read_json(self.path(study, key, f"{name}.json"))
+                except (StoreError, OSError) as error:
+                    documents[name], problem = _NOTHING, str(error)
+            state = run_state(documents["status"], documents["record"], now or time.time())
+            found[key] = RunView(study=study, key=key, state=state, problem=problem, **documents)
+        return found
 
     def read_lines(self, path: str) -> list[dict[str, Any]]:
         stamp = self.stamp(path)

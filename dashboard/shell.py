@@ -6,14 +6,17 @@ something new may have been written, without a reload and without touching the r
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
-from haltscale.dashboard import data, style
+from haltscale.dashboard import data, figures, style
 from haltscale.dashboard.data import StudyView
 from haltscale.dashboard.shelf import store
 
@@ -182,6 +185,71 @@ def download(label: str, content: str | Callable[[], bytes], name: str, mime: st
     st.download_button(
         label, data=content, file_name=name, mime=mime, on_click="ignore", icon=":material/download:", key=f"get-{name}"
     )
+
+
+def chart(figure: go.Figure, behind: pd.DataFrame, *, key: str, title: str, alt: str) -> None:
+    """A figure with what it takes to use it elsewhere: the data behind it as CSV and Parquet, itself as HTML and PNG.
+
+    Args:
+        behind: the data as numbers, with units in the column names where they have one.
+        key: names the figure on its page and its files.
+        title: of the figure as a page of its own.
+        alt: what a reader who does not see the figure should know.
+    """
+    st.plotly_chart(figure, key=key, config=PLOTLY, alt=alt)
+    name = f"{st.session_state['study']}-{key}"
+    with st.container(horizontal_alignment="right"), st.popover("Take along", icon=":material/download:"):
+        download("Data, CSV", lambda: csv(behind).encode(), f"{name}.csv", "text/csv")
+        download("Data, Parquet", lambda: parquet(behind), f"{name}.parquet", "application/vnd.apache.parquet")
+        download("Figure, HTML", lambda: figures.as_html(figure, title), f"{name}.html", "text/html")
+        if figures.draws_png():
+            download("Figure, PNG", lambda: figures.as_png(figure, title), f"{name}.png", "image/png")
+
+
+def table(frame: pd.DataFrame, *, key: str, alt: str, **options: Any) -> None:
+    """A table without an index, and its files."""
+    st.dataframe(frame, hide_index=True, placeholder="–", key=key, alt=alt, **options)
+
+
+def csv(frame: pd.DataFrame) -> str:
+    """A table as CSV."""
+    return str(frame.to_csv(index=False))
+
+
+def parquet(frame: pd.DataFrame) -> bytes:
+    """A table as Parquet."""
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+LATEST = "latest"
+
+
+def choose_step(found: list[int], *, key: str) -> int:
+    """A slider over the evaluations whose last place is always the newest, so that a live page follows the run."""
+    if len(found) < 2:
+        st.markdown(f"Training step  \n**{found[0]:,}**, the only evaluation so far")
+        return found[0]
+    choice = st.select_slider(
+        "Training step",
+        [*map(str, found[:-1]), LATEST],
+        value=LATEST,
+        format_func=lambda step: f"{found[-1]:,} (latest)" if step == LATEST else f"{int(step):,}",
+        key=key,
+        bind="query-params",
+    )
+    return found[-1] if choice == LATEST else int(choice)
+
+
+def refused(refusals: Mapping[str, str]) -> None:
+    """Say which numbers are not there, and why."""
+    if refusals:
+        reasons: dict[str, list[str]] = {}
+        for who, reason in refusals.items():
+            reasons.setdefault(reason, []).append(who)
+        lines = [f"- **{plain(', '.join(who))}**: {plain(reason)}" for reason, who in reasons.items()]
+        st.info("Not fitted:\n" + "\n".join(lines), icon=":material/block:")
 
 
 def pages(folder: Path) -> list[dict[str, Any]]:

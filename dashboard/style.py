@@ -15,10 +15,13 @@ METHOD_COLORS = {
     "looped": "#009E73",
     "pause": "#CC79A7",
     "ponder": "#56B4E9",
-    "ponder2": "#E69F00",
-    "mor": "#F0E442",
+    "ponder2": "#3E7CB1",
+    "mor": "#B79F00",
+    "ponder3": "#7A5195",
+    "adaponder": "#A6611A",
 }
-"""Okabe and Ito's palette, safe for colour-blind readers; grey stands for its black, which a dark page would hide."""
+"""Okabe and Ito's palette, safe for colour-blind readers, and four darker neighbours, since there are more methods than
+colours in it; grey stands for its black, which a dark page would hide. Dash and marker always differ too."""
 OTHER_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
@@ -28,6 +31,7 @@ STATE_COLORS = {
     "running": "blue",
     "planned": "gray",
     "stalled": "orange",
+    "stopped": "gray",
     "failed": "red",
     "diverged": "violet",
     "damaged": "red",
@@ -37,6 +41,7 @@ STATE_ICONS = {
     "running": ":material/play_circle:",
     "planned": ":material/schedule:",
     "stalled": ":material/pause_circle:",
+    "stopped": ":material/stop_circle:",
     "failed": ":material/error:",
     "diverged": ":material/trending_up:",
     "damaged": ":material/broken_image:",
@@ -62,12 +67,35 @@ WORDMARK = f"""<svg xmlns="http://www.w3.org/2000/svg" width="188" height="34" v
  font-weight="700" fill="#2f86c1">haltscale</text>
 </svg>"""
 
+READABLE = """<style>
+[data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * { color: light-dark(#4d5964, #a7b3be); }
+</style>"""
+"""Streamlit's own captions are too faint on a light page (WCAG asks for a contrast of 4.5)."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def method_color(method: str) -> str:
     """The method's colour; a method that is new here gets one by its name, the same on every page."""
     return METHOD_COLORS.get(method) or OTHER_COLORS[sum(method.encode()) % len(OTHER_COLORS)]
+
+
+def shade(color: str, share: float) -> str:
+    """A method's colour from dark (0) to light (1), for the values of an option; 0.5 is the colour itself.
+
+    Both ends keep their distance from black and white, so that they show on a light page and on a dark one.
+    """
+    if not math.isfinite(share):
+        return color
+    target, weight = (0, 0.45 * (0.5 - share)) if share < 0.5 else (255, 0.75 * (share - 0.5))
+    channels = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(channel + (target - channel) * weight):02x}" for channel in channels)
+
+
+def translucent(color: str, alpha: float) -> str:
+    """A colour with an opacity, as Plotly writes it."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha:g})"
 
 
 @lru_cache(maxsize=256)

@@ -12,16 +12,33 @@ const steps = count => (count === 1 ? "1 latent step" : `${count} latent steps`)
 
 const legend = data => {
   const box = make("div", "legend")
-  box.append(make("span", "caption", "latent steps before the token"))
-  data.palette.forEach((color, step) => {
-    const count = data.tokens.filter(token => token.steps === step).length
-    const chip = make("span", "chip", String(step))
-    chip.style.backgroundColor = color.background
-    chip.style.color = color.ink
-    const share = data.tokens.length ? Math.round((100 * count) / data.tokens.length) : 0
+  box.append(make("span", "caption", data.legend))
+  data.levels.forEach(level => {
+    const chip = make("span", "chip", level.name)
+    chip.style.backgroundColor = level.background
+    chip.style.color = level.ink
+    const share = data.tokens.length ? Math.round((100 * level.count) / data.tokens.length) : 0
     const entry = make("span", "entry")
     entry.append(chip, make("span", "share", `${share} %`))
     box.append(entry)
+  })
+  return box
+}
+
+// A token's way through its steps: how well it would have been predicted had it stopped after each.
+const trajectory = (data, token) => {
+  const box = make("div", "bars")
+  box.append(make("div", "caption", "NLL after each step, nats"))
+  const top = Math.max(...token.by_step, 1e-9)
+  token.by_step.forEach((nll, step) => {
+    const row = make("div", "bar")
+    const track = make("span", "track")
+    const fill = make("span", "fill")
+    fill.style.width = `${(100 * nll) / top}%`
+    fill.style.backgroundColor = data.palette[Math.min(step, data.most)].background
+    track.append(fill)
+    row.append(make("span", "step", String(step)), track, make("span", "value", three(nll)))
+    box.append(row)
   })
   return box
 }
@@ -54,6 +71,7 @@ const describe = (data, panel, token, position) => {
   fact("NLL", `${three(token.nll)} nats`)
   fact("probability", token.nll === null ? "–" : `${three(100 * Math.exp(-token.nll))} %`)
   panel.append(facts)
+  if (token.by_step.length > 1) panel.append(trajectory(data, token))
   if (token.exit.length) panel.append(bars(data, "exit: weight of each step in the output", token.exit))
   if (token.reach.length) panel.append(bars(data, "reach: probability of getting there", token.reach))
 }
@@ -72,7 +90,7 @@ export default function ({ data, parentElement }) {
   let pinned = -1
 
   const elements = data.tokens.map((token, position) => {
-    const color = data.palette[Math.min(token.steps, data.most)]
+    const color = data.levels[token.level]
     const element = make("span", "token")
     element.setAttribute("role", "option")
     element.setAttribute("aria-label", `${token.text}, ${steps(token.steps)}, NLL ${three(token.nll)} nats`)
@@ -81,7 +99,7 @@ export default function ({ data, parentElement }) {
     element.dataset.position = String(position)
     element.style.backgroundColor = color.background
     element.style.color = color.ink
-    element.append(make("span", "piece", token.text), make("span", "count", String(token.steps)))
+    element.append(make("span", "piece", token.text), make("span", "count", token.shown))
     return element
   })
   elements.forEach((element, position) => {

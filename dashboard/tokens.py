@@ -6,9 +6,11 @@ and the component puts it on the page as text, never as HTML.
 
 from __future__ import annotations
 
+import itertools
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,12 +61,57 @@ def _masses(value: object) -> list[float]:
     return [0.0 if math.isnan(mass) else round(mass, 5) for mass in masses]
 
 
-def payload(events: pd.DataFrame, *, identifier: str) -> dict[str, Any]:
+class Colour(StrEnum):
+    """What a token's colour says; the same number stands under it."""
+
+    STEPS = "steps"
+    SURPRISAL = "surprisal"
+    GAIN = "gain"
+
+    @property
+    def legend(self) -> str:
+        """Name and unit."""
+        return {
+            Colour.STEPS: "latent steps before the token",
+            Colour.SURPRISAL: "NLL of the token, nats",
+            Colour.GAIN: "what its steps gained: NLL(0) − NLL, nats",
+        }[self]
+
+
+SURPRISAL_EDGES = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0)
+GAIN_EDGES = (-0.5, -0.1, -0.01, 0.01, 0.1, 0.5)
+GAIN_COLORS = ("#b2182b", "#e08068", "#f4c4ad", "#f2f2f2", "#b3d2e5", "#5a9fcd", "#1f66a8")
+"""From lost to gained; red and blue are told apart with any colour vision, and the sign is written under the token."""
+
+
+def gain(by_step: object) -> float:
+    """Nats that the last of a token's steps gained over none; NaN where it was not read after every step."""
+    if not isinstance(by_step, list | tuple | np.ndarray) or len(by_step) == 0:
+        return math.nan
+    return number(float(by_step[0])) - number(float(by_step[-1]))
+
+
+def payload(events: pd.DataFrame, *, identifier: str, colour: Colour = Colour.STEPS) -> dict[str, Any]:
     """What the component is given: JSON only, numbers rounded to what is shown."""
     shown = events.head(MOST_TOKENS)
+    most = most_steps(shown)
+    steps_colors = [style.step_color(step, most) for step in range(most + 1)]
+    edges: tuple[float, ...]
+    if colour is Colour.STEPS:
+        values, edges, colors = shown["steps"].to_numpy(float), tuple(np.arange(most) + 0.5), steps_colors
+        names = [str(step) for step in range(most + 1)]
+    elif colour is Colour.SURPRISAL:
+        values, edges = pd.to_numeric(shown["nll"], errors="coerce").to_numpy(float), SURPRISAL_EDGES
+        colors = [style.step_color(level, len(edges)) for level in range(len(edges) + 1)]
+        names = _ranges(edges)
+    else:
+        values, edges, colors = np.array([gain(one) for one in shown["nll_by_step"]], float), GAIN_EDGES, [*GAIN_COLORS]
+        names = _ranges(edges)
+    levels = np.where(np.isnan(values), 0, np.searchsorted(edges, np.nan_to_num(values), side="right"))
     tokens = []
-    columns = ("text", "steps", "nll", "expected_steps", "reach", "exit")
-    for text, steps, nll, expected, reach, leave in zip(*(shown[name] for name in columns), strict=True):
+    columns = ("text", "steps", "nll", "expected_steps", "reach", "exit", "nll_by_step")
+    rows = zip(*(shown[name] for name in columns), values, levels, strict=True)
+    for text, steps, nll, expected, reach, leave, by_step, value, level in rows:
         tokens.append(
             {
                 "text": visible(text),
@@ -74,17 +121,35 @@ def payload(events: pd.DataFrame, *, identifier: str) -> dict[str, Any]:
                 "expected": _rounded(expected),
                 "reach": _masses(reach),
                 "exit": _masses(leave),
+                "by_step": _masses(by_step),
+                "level": int(level),
+                "shown": _under(colour, value),
             }
         )
-    most = most_steps(shown)
-    colors = [style.step_color(step, most) for step in range(most + 1)]
+    counts = np.bincount(levels, minlength=len(colors)) if len(levels) else np.zeros(len(colors), dtype=int)
     return {
-        "id": identifier,
+        "id": f"{identifier}/{colour}",
         "most": most,
         "tokens": tokens,
         "left_out": len(events) - len(shown),
-        "palette": [{"background": color, "ink": style.ink_on(color)} for color in colors],
+        "legend": colour.legend,
+        "levels": [
+            {"background": color, "ink": style.ink_on(color), "name": name, "count": int(count)}
+            for color, name, count in zip(colors, names, counts, strict=True)
+        ],
+        "palette": [{"background": color, "ink": style.ink_on(color)} for color in steps_colors],
     }
+
+
+def _ranges(edges: Sequence[float]) -> list[str]:
+    return [f"< {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges)), f"> {edges[-1]:g}"]
+
+
+def _under(colour: Colour, value: float) -> str:
+    """The number under a token."""
+    if math.isnan(value):
+        return "–"
+    return str(int(value)) if colour is Colour.STEPS else f"{value:+.2g}" if colour is Colour.GAIN else f"{value:.2g}"
 
 
 def _rounded(value: object) -> float | None:

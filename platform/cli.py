@@ -30,6 +30,7 @@ EXAMPLES = {
     "logs": "haltscale logs quickstart --follow",
     "cancel": "haltscale cancel quickstart",
     "dashboard": "haltscale dashboard --port 8501",
+    "report": "haltscale report quickstart --out quickstart.html",
 }
 """One for each verb; ``haltscale VERB --help`` shows it."""
 
@@ -69,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "study", help="the study's name"
     )
     verb("dashboard", "open the dashboard (--store, --port)", add_help=False)
+    verb("report", "a study as one HTML file (STUDY, --out, --store)", add_help=False)
 
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.verb != "dashboard":
+    if rest and options.verb not in ("dashboard", "report"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -104,9 +106,9 @@ def _dispatch(options: argparse.Namespace) -> None:
             _status(RunStore(options.store), options.study, as_json=options.json)
         case "results":
             _results(RunStore(options.store), options.study, as_json=options.json)
-        case "dashboard":
-            command = [sys.executable, "-m", "haltscale.dashboard", *options.rest]
-            os.execv(sys.executable, command)
+        case "dashboard" | "report":
+            module = "haltscale.dashboard" if options.verb == "dashboard" else "haltscale.dashboard.document"
+            os.execv(sys.executable, [sys.executable, "-m", module, *options.rest])
 
 
 class UnknownStudyError(ValueError):

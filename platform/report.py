@@ -57,7 +57,7 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
                 "size": identity.get("size"),
                 "seed": identity.get("seed"),
                 **identity.get("options", {}),
-                "role": view.spec.get("role", "result"),
+                "role": view.spec.get("role", "comparison"),
                 "parameters": record.get("parameters_total"),
                 "parameters_recurrent": recurrent,
                 "parameters_once": sum(groups.values()) - recurrent if groups else None,

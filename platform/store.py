@@ -256,7 +256,7 @@ class RunStore:
                     documents[name] = _document(path, content)
                 except StoreError as error:
                     problem = str(error)
-            state = _state(documents["status"], documents["record"], now or time.time())
+            state = run_state(documents["status"], documents["record"], now or time.time())
             views[key] = RunView(study=study, key=key, state=state, problem=problem, **documents)
         return views
 
@@ -391,7 +391,7 @@ def _rows(content: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def _state(status: Mapping[str, Any], record: Mapping[str, Any], now: float) -> RunState:
+def run_state(status: Mapping[str, Any], record: Mapping[str, Any], now: float) -> RunState:
     if record:
         return RunState.FINISHED
     if status.get("state") in (RunState.FAILED, RunState.STOPPED):

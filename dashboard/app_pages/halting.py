@@ -1,15 +1,19 @@
-"""Where the thinking went: latent steps per run, over training, and on easy against hard tokens."""
+"""Where the thinking went and whether it paid: steps by kind of token, over training, gains, controls, calibration."""
 
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, figures, shell
-from haltscale.dashboard.data import StudyView
+from haltscale.dashboard import data, figures, halting_figures, shell, style
+from haltscale.dashboard.data import StudyView, mapping, number
+from haltscale.dashboard.halting_figures import DIMENSIONS, table_of
 from haltscale.dashboard.shelf import store
+from haltscale.platform.store import StoreError
 
 TITLE = "Halting"
 ICON = ":material/hourglass_top:"
-ORDER = 2
+ORDER = 4
+MOST_ROWS = 24
+INTERVAL = ("mean", "low", "high")
 
 
 def body(view: StudyView) -> None:
@@ -22,40 +26,130 @@ def body(view: StudyView) -> None:
             icon=":material/hourglass_empty:",
         )
         return
+    every_run(counted)
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        easy_and_hard(counted)
+    with right, st.container(border=True, height="stretch"):
+        beside_controls(view)
+    one_run(view, counted)
+    shell.honest(view)
+
+
+def every_run(counted: pd.DataFrame) -> None:
+    """The distribution of steps, a bar per run."""
     with st.container(border=True):
         st.subheader("How many latent steps the tokens got", anchor=False)
-        st.plotly_chart(
-            figures.steps_share(counted),
+        shown = counted.head(MOST_ROWS)
+        shell.chart(
+            figures.steps_share(shown),
+            shown[["label", "size", "lam", "mean_steps", "expected_steps", "steps_histogram"]],
             key="steps-share",
-            config=shell.PLOTLY,
-            alt=f"Share of validation tokens by latent steps in {len(counted)} runs",
+            title="Share of validation tokens by latent steps",
+            alt=f"Share of validation tokens by latent steps in {len(shown)} runs",
         )
         st.caption(
             "Validation tokens, by the latent steps that ran before the token was emitted. A run that is not finished "
             "stands at its last evaluation; runs that cannot think are left out."
+            + (
+                f" The first {MOST_ROWS} of {len(counted)} runs: filter in the sidebar."
+                if len(counted) > MOST_ROWS
+                else ""
+            )
         )
-    left, right = st.columns(2)
-    with left, st.container(border=True, height="stretch"):
-        over_training(view, counted)
-    with right, st.container(border=True, height="stretch"):
-        easy_and_hard(counted)
-    shell.honest(view)
 
 
-def over_training(view: StudyView, counted: pd.DataFrame) -> None:
-    """The distribution of steps as training goes on, of one run."""
-    st.subheader("How halting changed in training", anchor=False)
+def easy_and_hard(counted: pd.DataFrame) -> None:
+    """Whether the steps went to the tokens that are hard."""
+    st.subheader("Easy against hard tokens", anchor=False)
+    known = counted.dropna(subset=["well_steps", "badly_steps"]).head(MOST_ROWS)
+    if known.empty:
+        st.info(
+            "Finished runs that may think show here what easy and hard tokens got.", icon=":material/hourglass_empty:"
+        )
+        return
+    shell.chart(
+        figures.easy_and_hard(known),
+        known[["label", "well_steps", "badly_steps"]],
+        key="easy-and-hard",
+        title="Mean latent steps of well- and badly-predicted tokens",
+        alt=f"Mean latent steps of well- and badly-predicted tokens in {len(known)} runs",
+    )
+    st.caption(
+        "Well predicted is the quarter of tokens with the lowest NLL, badly predicted the quarter with the highest. "
+        "A router that spends its steps where they may help gives badly-predicted tokens (diamonds) more than "
+        "well-predicted ones (circles)."
+    )
+
+
+def beside_controls(view: StudyView) -> None:
+    """Learned against shuffled and fixed halting at equal steps."""
+    st.subheader("Learned halting beside its controls", anchor=False)
+    runs = view.runs[data.sound(view.runs) & view.runs["loss"].notna() & view.runs["mean_steps"].gt(0)]
+    runs = runs.head(500)
+    shell.chart(
+        halting_figures.controls(runs),
+        runs[["label", "method", "size", "lam", "mean_steps", "loss"]],
+        key="controls",
+        title="Loss against mean latent steps",
+        alt=f"Loss against mean latent steps of {len(runs)} runs",
+    )
+    missing = [name for name in ("shuffled", "fixed") if name not in set(runs["method"])]
+    st.caption(
+        "At equal mean steps, a router that chooses well lies below *shuffled* (its steps dealt to other tokens) and "
+        "*fixed* (equally many everywhere)."
+        + (f" This study has no runs of {' and '.join(missing)}." if missing else "")
+    )
+
+
+def one_run(view: StudyView, counted: pd.DataFrame) -> None:
+    """The telemetry of one run at one evaluation."""
+    st.subheader("One run, token by token in numbers", anchor=False)
+    shelf = store()
     labels = dict(zip(counted["key"], counted["label"], strict=True))
     keys = list(labels)
-    finished = [index for index, state in enumerate(counted["state"]) if state == "finished"]
-    key = st.selectbox(
-        "Run",
-        keys,
-        index=finished[0] if finished else 0,
-        format_func=lambda key: labels.get(key, key),
-        key="halting-run",
-        bind="query-params",
-    )
+    finished = [key for key, state in zip(keys, counted["state"], strict=True) if state == "finished"]
+    telling = [key for key in finished[:MOST_ROWS] if data.halting_steps(shelf, view.name, key)]
+    first = [*telling, *finished, *keys][0]
+    left, right = st.columns(2)
+    with left:
+        key = st.selectbox(
+            "Run",
+            keys,
+            index=keys.index(first),
+            format_func=lambda key: labels.get(key, key),
+            key="halting-run",
+            bind="query-params",
+        )
+    steps = data.halting_steps(shelf, view.name, key)
+    summary: dict[str, object] = {}
+    if steps:
+        with right:
+            step = shell.choose_step(steps, key="halting-step")
+        try:
+            summary = shelf.halting_summary(view.name, key, step)
+        except StoreError as error:
+            st.warning(shell.plain(error), icon=":material/broken_image:")
+    for alarm in summary.get("alarms") or []:  # type: ignore[attr-defined]
+        st.warning(f"**Router alarm**: {shell.plain(alarm)}", icon=":material/notification_important:")
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        over_training(view, key, labels[key])
+    if not summary:
+        right.info("This run has written no per-token telemetry.", icon=":material/sensors_off:")
+        return
+    with right, st.container(border=True, height="stretch"):
+        by_kind(summary)
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        gains(summary)
+    with right, st.container(border=True, height="stretch"):
+        calibration(summary)
+
+
+def over_training(view: StudyView, key: str, label: str) -> None:
+    """The distribution of steps as training goes on, of one run."""
+    st.markdown("**How halting changed in training**")
     shelf = store()
     rows, source = data.evaluations(shelf, view.name, key), "validation tokens at each evaluation"
     if len(rows) < 2:
@@ -63,34 +157,85 @@ def over_training(view: StudyView, counted: pd.DataFrame) -> None:
     if "steps_histogram" not in rows:
         st.info("This run has written no telemetry of its steps.", icon=":material/sensors_off:")
         return
-    st.plotly_chart(
+    shell.chart(
         figures.steps_over_training(rows),
+        rows,
         key="steps-over-training",
-        config=shell.PLOTLY,
-        alt=f"Share of tokens by latent steps over training of {labels.get(key, key)}",
+        title=f"{label}: latent steps over training",
+        alt=f"Share of tokens by latent steps over training of {label}",
     )
     st.caption(f"Shares of {source}.")
 
 
-def easy_and_hard(counted: pd.DataFrame) -> None:
-    """Whether the steps went to the tokens that are hard."""
-    st.subheader("Easy against hard tokens", anchor=False)
-    known = counted.dropna(subset=["well_steps", "badly_steps"])
-    if known.empty:
-        st.info(
-            "Finished runs that may think show here what easy and hard tokens got.", icon=":material/hourglass_empty:"
-        )
-        return
-    st.plotly_chart(
-        figures.easy_and_hard(known),
-        key="easy-and-hard",
-        config=shell.PLOTLY,
-        alt=f"Mean latent steps of well- and badly-predicted tokens in {len(known)} runs",
+def by_kind(summary: dict[str, object]) -> None:
+    """Mean steps along surprisal, frequency, position or class."""
+    st.markdown("**Which tokens got the steps**")
+    dimension = st.segmented_control(
+        "By",
+        list(DIMENSIONS),
+        default="by_surprisal",
+        required=True,
+        key="by",
+        bind="query-params",
+        format_func=lambda name: name.removeprefix("by_").replace("_", " "),
+        label_visibility="collapsed",
     )
+    rows = table_of(summary.get(str(dimension)), ("value", "tokens", "mean_steps", "low", "high", "loss"))
+    shell.chart(
+        halting_figures.steps_by(rows, str(dimension)),
+        rows,
+        key=f"steps-{dimension}",
+        title=f"Mean latent steps {str(dimension).replace('_', ' ')}",
+        alt="; ".join(f"{row['value']}: {style.three(row['mean_steps'])} steps" for row in rows.to_dict("records")),
+    )
+    st.caption("Means with 95 % intervals that take tokens as independent; validation tokens.")
+
+
+def gains(summary: dict[str, object]) -> None:
+    """What each step was worth, and what the best stopping would have been."""
+    st.markdown("**Did the steps pay?**")
+    rows = table_of(summary.get("gain_by_depth"), ("depth", "step", "tokens", *INTERVAL))
+    oracle = mapping(summary.get("oracle"))
+    if rows.empty:
+        st.info("No token was read after every step.", icon=":material/sensors_off:")
+        return
+    shell.chart(
+        halting_figures.gains(rows),
+        rows,
+        key="gains",
+        title="NLL after each latent step, against none",
+        alt="; ".join(
+            f"halted after {row['depth']:.0f}, step {row['step']:.0f}: {style.three(row['mean'])} nats"
+            for row in rows.to_dict("records")
+        ),
+    )
+    told = ""
+    if oracle:
+        gap = mapping(oracle.get("gap"))
+        mean, low, high = (style.three(number(gap.get(name))) for name in INTERVAL)
+        told = (
+            f"Oracle gap: stopping each token at its best step would save {mean} nats/token [{low}, {high}]; "
+            f"{style.three(100 * number(oracle.get('stopped_there')))} % of the tokens stopped there."
+        )
+    st.caption(f"Nats of the token had it stopped after step k, against none; below 0 the steps helped. {told}")
+
+
+def calibration(summary: dict[str, object]) -> None:
+    """Whether the model knows what it knows, and how certain its router is."""
+    st.markdown("**Calibration**")
+    found = mapping(summary.get("calibration"))
+    rows = table_of(found.get("bins"), ("from", "tokens", "confidence", "accuracy"))
+    shell.chart(
+        halting_figures.calibration(rows),
+        rows,
+        key="calibration",
+        title="Calibration of the likeliest token",
+        alt=f"Calibration; expected error {style.three(number(found.get('expected_error')))}",
+    )
+    entropy = mapping(summary.get("router_entropy"))
     st.caption(
-        "Well predicted is the quarter of tokens with the lowest NLL, badly predicted the quarter with the highest. "
-        "A router that spends its steps where they may help gives badly-predicted tokens (diamonds) more than "
-        "well-predicted ones (circles)."
+        f"Expected calibration error {style.three(number(found.get('expected_error')))}; entropy of the router's exit "
+        f"masses {style.three(number(entropy.get('mean')))} nats per token (0: always certain when to stop)."
     )
 
 

@@ -1,38 +1,59 @@
-"""Validation perplexity against training compute for every method and size, and every run's numbers."""
+"""Loss against training compute: fits with bands, frontier, isoFLOP profiles, and what a latent step is worth."""
 
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, figures, shell, style
+from haltscale.dashboard import data, fits, law_figures, shell, style
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
+from haltscale.dashboard.law_figures import Measure
+from haltscale.platform import analysis
+from haltscale.platform.analysis import Estimate, Refusal
 
 TITLE = "Scaling"
 ICON = ":material/insights:"
-ORDER = 1
+ORDER = 2
+VIEWS = ("Compute", "IsoFLOP", "Multipliers", "What a step is worth", "Size and data")
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Perplexity against training compute")
-    kind = FlopsKind(
-        st.segmented_control(
-            "Count FLOPs as",
-            [kind.value for kind in FlopsKind],
-            default=FlopsKind.REALISED.value,
+    shell.heading(view, "Loss against training compute")
+    left, right = st.columns([3, 2], vertical_alignment="bottom")
+    with left:
+        part = st.segmented_control(
+            "Show",
+            VIEWS,
+            default=VIEWS[0],
             required=True,
-            key="flops",
+            key="view",
             bind="query-params",
+            label_visibility="collapsed",
         )
-    )
-    st.caption(f"**{kind.value.capitalize()}**: {kind.meaning}. Numbers of two kinds never share an axis.")
-    summary(view, kind)
-    chart(view, kind)
+    with right, st.container(horizontal=True, horizontal_alignment="right"):
+        kind = FlopsKind(
+            st.segmented_control(
+                "Count FLOPs as",
+                [kind.value for kind in FlopsKind],
+                default=FlopsKind.REALISED.value,
+                required=True,
+                key="flops",
+                bind="query-params",
+                help="  \n".join(f"**{kind.value}**: {kind.meaning}." for kind in FlopsKind)
+                + "  \nNumbers of two kinds never share an axis.",
+            )
+        )
+    runs = fits.settled(data.analysed(view.runs))
+    if part == "Compute":
+        summary(view, kind)
+        compute(view, runs, kind)
+    elif part == "IsoFLOP":
+        isoflop(runs, kind)
+    elif part == "Multipliers":
+        multipliers(runs, kind)
+    elif part == "What a step is worth":
+        worth(runs)
+    else:
+        surface(runs)
     shell.honest(view)
-    table(view, kind)
-    for problem in view.problems:
-        st.warning(
-            f"**The folder of run {shell.plain(problem.where)} is damaged.** {shell.plain(problem.what)}",
-            icon=":material/broken_image:",
-        )
 
 
 def summary(view: StudyView, kind: FlopsKind) -> None:
@@ -47,11 +68,13 @@ def summary(view: StudyView, kind: FlopsKind) -> None:
         )
         best = data.best(finished)
         st.metric(
-            "Lowest perplexity",
-            style.three(best["perplexity"]) if best is not None else "–",
+            "Lowest loss, nats/token",
+            style.three(best["loss"]) if best is not None else "–",
             border=True,
             height="stretch",
-            help=f"of {shell.plain(best['label'])}" if best is not None else None,
+            help=f"of {shell.plain(best['label'])}: perplexity {style.three(best['perplexity'])}"
+            if best is not None
+            else None,
         )
         steps = (
             f"{style.three(thinking['mean_steps'].mean())} of {thinking['l_max'].max():.0f}" if len(thinking) else "–"
@@ -72,7 +95,8 @@ def summary(view: StudyView, kind: FlopsKind) -> None:
         )
 
 
-def chart(view: StudyView, kind: FlopsKind) -> None:
+def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
+    """The page's figure: every run, the laws, the frontier."""
     shown = plotted(view.runs, kind)
     if shown.empty:
         st.info(
@@ -80,70 +104,251 @@ def chart(view: StudyView, kind: FlopsKind) -> None:
             icon=":material/hourglass_empty:",
         )
         return
-    figure = figures.scaling(view.runs, kind)
+    x = f"flops_{kind}"
+    laws, refused = fits.power_laws(runs, x)
     with st.container(border=True):
-        best = shown.sort_values("perplexity").iloc[0]
-        st.plotly_chart(
-            figure,
-            key="scaling",
-            config=shell.PLOTLY,
-            alt=f"Perplexity against {kind} training FLOPs of {len(shown)} runs; "
-            f"lowest {style.three(best['perplexity'])} for {best['label']}",
-        )
-        left, right = st.columns([5, 1], vertical_alignment="center")
-        left.caption(
-            "Each line is a method through its sizes, each marker a run; hollow markers are runs without a result yet, "
-            "at their last evaluation. Bars are one standard error of the loss over the validation tokens. Lower "
-            "and further left is better."
-        )
-        with right, st.container(horizontal_alignment="right"):
-            shell.download(
-                "Figure",
-                lambda: figures.as_html(figure, f"{view.name}: perplexity against {kind} training FLOPs"),
-                f"{view.name}-scaling-{kind}.html",
-                "text/html",
+        with st.container(horizontal=True, vertical_alignment="center"):
+            measure = Measure(
+                st.segmented_control(
+                    "Measure",
+                    [one.value for one in Measure],
+                    default=Measure.LOSS.value,
+                    required=True,
+                    key="measure",
+                    bind="query-params",
+                    label_visibility="collapsed",
+                )
             )
+            draw_laws = st.toggle("Fits with bands", value=True, key="fits", bind="query-params", disabled=not laws)
+            draw_frontier = st.toggle("Pareto frontier", value=True, key="frontier", bind="query-params")
+        figure = law_figures.scaling(
+            view.runs,
+            kind,
+            measure=measure,
+            laws=laws if draw_laws else None,
+            frontier=analysis.pareto(runs, x) if draw_frontier else None,
+        )
+        best = shown.sort_values("loss").iloc[0]
+        shell.chart(
+            figure,
+            shown[[*data.TEXT, *data.NUMBERS]],
+            key=f"scaling-{kind}",
+            title=f"{view.name}: {measure.axis} against {kind} training FLOPs",
+            alt=f"{measure.axis} against {kind} training FLOPs of {len(shown)} runs; lowest loss"
+            f" {style.three(best['loss'])} for {best['label']}",
+        )
+        st.caption(
+            "A marker per run (hollow: no result yet, at its last evaluation), a line per method and options through "
+            "the sizes; bars are one standard error over the validation tokens. The grey staircase is what no run "
+            "beats. Lower and further left is better."
+            + (" Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
+        )
+    shell.refused(refused)
+    if laws:
+        parameters(laws)
+        extrapolation(runs, x)
+    noise(runs)
 
 
-def table(view: StudyView, kind: FlopsKind) -> None:
-    """Every run's numbers; the file has all columns and all kinds of FLOPs."""
-    number = st.column_config.NumberColumn
-    columns = {
-        "state": st.column_config.MultiselectColumn(
-            "State", options=list(style.STATE_COLORS), color=list(style.STATE_COLORS.values()), width="small"
-        ),
-        "label": st.column_config.TextColumn("Run", pinned=True),
-        "size": st.column_config.TextColumn("Size"),
-        "lam": number("λ", format="%g"),
-        "l_max": number("l_max", format="%d"),
-        "tokens_done": number("Tokens", format="compact"),
-        "loss": number("Loss, nats/token", format="%.3f"),
-        "perplexity": number("Perplexity", format="%.1f"),
-        "bits_per_byte": number("Bits/byte", format="%.3f"),
-        "mean_steps": number("Latent steps", format="%.2f"),
-        "passes": number("Passes/token", format="%.2f"),
-        f"flops_{kind}": number(f"FLOPs, {kind}", format="scientific"),
-        "wall_seconds": number("Wall time, s", format="%d"),
-        "tokens_per_second": number("Tokens/s", format="compact"),
-    }
-    left, right = st.columns([5, 1], vertical_alignment="bottom")
-    left.subheader("Runs", anchor=False)
-    shown = view.runs[list(columns)].assign(state=view.runs["state"].map(lambda state: [state]))
-    st.dataframe(
-        shown,
-        column_config=columns,
-        hide_index=True,
-        placeholder="",
-        key="runs-table",
-        alt="All runs with their numbers",
+def parameters(laws: dict[str, analysis.LawFit]) -> None:
+    """The laws in numbers."""
+    st.subheader("L(C) = E + A · C^−α", anchor=False)
+    rows = [
+        {
+            "method": method,
+            **{name: told(one) for name, one in law.estimates.items()},
+            "runs": len(law.runs),
+            "left out": law.left_out or "none",
+            "starts": f"{law.starts}, spread {style.three(law.spread)}",
+        }
+        for method, law in laws.items()
+    ]
+    shell.table(pd.DataFrame(rows), key="law-table", alt="Parameters of the fitted laws with their 95 % intervals")
+
+
+def told(one: Estimate) -> str:
+    """A number with its interval, or why there is none."""
+    if not one.identifiable:
+        return one.problem
+    return f"{style.three(one.value)} [{style.three(one.low)}, {style.three(one.high)}]"
+
+
+def extrapolation(runs: pd.DataFrame, x: str) -> None:
+    """Whether the laws predict what they have not seen."""
+    found, refused = fits.held_out(runs, x)
+    st.subheader("Does the law predict a budget that it has not seen?", anchor=False)
+    if found:
+        with st.container(border=True):
+            behind = pd.concat([one.budgets.assign(method=method) for method, one in found.items()])
+            shell.chart(
+                law_figures.held_out(found),
+                behind,
+                key="held-out",
+                title="Error of predicting a held-out budget",
+                alt="; ".join(f"{m}: mean error {style.three(100 * one.error)} %" for m, one in found.items()),
+            )
+            st.caption(
+                "Each budget is predicted from all the others; stars are predicted from smaller budgets only. Mean "
+                "absolute error: "
+                + ", ".join(f"{shell.plain(m)} {style.three(100 * one.error)} %" for m, one in found.items())
+            )
+    shell.refused(refused)
+
+
+def noise(runs: pd.DataFrame) -> None:
+    """What a difference of two losses has to be compared with."""
+    found = analysis.seed_noise(runs)
+    text = (
+        f"**Seed noise**: unknown. {shell.plain(found.reason.capitalize())}."
+        if isinstance(found, Refusal)
+        else f"**Seed noise**: {told(found.deviation)} nats/token between seeds ({found.groups} configurations,"
+        f" {found.runs} runs). A difference of two losses below about three times this says nothing."
     )
-    with right, st.container(horizontal_alignment="right"):
-        shell.download("Table", csv(view.runs), f"{view.name}-runs.csv", "text/csv")
+    st.caption(f":material/casino: {text}")
 
 
-def csv(runs: pd.DataFrame) -> str:
-    columns = [*data.TEXT, *(name for name in data.NUMBERS if name != "rank")]
-    return str(runs[columns].to_csv(index=False))
+def isoflop(runs: pd.DataFrame, kind: FlopsKind) -> None:
+    """Loss against parameters at each budget."""
+    if runs.empty:
+        nothing()
+        return
+    method = st.segmented_control(
+        "Method", list(dict.fromkeys(runs["method"])), default=runs["method"].iloc[0], required=True, key="iso-method",
+        bind="query-params",
+    )  # fmt: skip
+    found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")
+    if isinstance(found, Refusal):
+        shell.refused({str(method): found.reason})
+        return
+    with st.container(border=True):
+        shell.chart(
+            law_figures.isoflop(found, kind),
+            pd.concat([profile.runs.assign(budget=profile.budget) for profile in found.profiles]),
+            key="isoflop",
+            title=f"IsoFLOP profiles of {method}, {kind} FLOPs",
+            alt=f"Loss against parameters at {len(found.profiles)} budgets; {len(found.minima)} have a minimum",
+        )
+        growth = found.exponent
+        st.caption(
+            "Parabolas of the log loss in the log parameters; a star is a budget's best size with its 95 % interval. "
+            + (
+                f"The best size grows with C^{told(growth)}."
+                if isinstance(growth, Estimate)
+                else f"No exponent: {shell.plain(growth.reason)}."
+            )
+        )
+    shell.refused({f"{style.scientific(p.budget)} FLOPs": p.problem for p in found.profiles if p.problem})
+    surfaces, _ = fits.surfaces(runs[runs["method"] == method])
+    for law in surfaces.values():
+        if warning := analysis.disagreement(found, law):
+            st.warning(shell.plain(warning), icon=":material/warning:")
+
+
+def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
+    """What one method is worth in another's compute, and in its parameters."""
+    methods = list(dict.fromkeys(runs["method"]))
+    if len(methods) < 2:
+        st.info("A multiplier compares two methods; the runs shown are of one.", icon=":material/compare_arrows:")
+        return
+    reference = st.segmented_control(
+        "Compared with",
+        methods,
+        default="vanilla" if "vanilla" in methods else methods[0],
+        required=True,
+        key="reference",
+        bind="query-params",
+    )
+    for x, title in ((f"flops_{kind}", f"Equivalent compute ({kind} FLOPs)"), ("parameters", "Equivalent parameters")):
+        st.subheader(title, anchor=False)
+        laws, refused = fits.power_laws(runs, x)
+        found = {}
+        for method, law in laws.items():
+            if method != reference and reference in laws:
+                answer = analysis.equivalent(law, laws[reference])
+                if isinstance(answer, Refusal):
+                    refused[method] = answer.reason
+                else:
+                    found[method] = answer
+        if found:
+            with st.container(border=True):
+                shell.chart(
+                    law_figures.multipliers(found, str(reference)),
+                    pd.concat([one.table.assign(method=method) for method, one in found.items()]),
+                    key=f"multipliers-{x}",
+                    title=f"{title}: what {reference} needs for the same loss",
+                    alt="; ".join(f"{method}: {told(one.mean)} times" for method, one in found.items()),
+                )
+                st.caption(
+                    f"How many times as much {shell.plain(reference)} needs for the same loss, where runs of both reach"
+                    " it; above 1 the method is the cheaper one. Geometric means: "
+                    + ", ".join(f"{shell.plain(m)} {shell.plain(told(one.mean))}" for m, one in found.items())
+                )
+        shell.refused(refused)
+
+
+def worth(runs: pd.DataFrame) -> None:
+    """phi: what a further pass is worth, in new parameters."""
+    st.markdown(
+        "L = E + A (N_once + r^φ N_rec)^−a + B D^−b, one law over all methods, φ for each: **1** where a further "
+        "pass of the stack is worth as many new parameters, **0** where it is worth nothing."
+    )
+    found = fits.recurrence(runs)
+    if isinstance(found, Refusal):
+        shell.refused({"φ": found.reason})
+        return
+    with st.container(border=True):
+        table = pd.DataFrame(
+            [{"method": m, "phi": one.value, "low": one.low, "high": one.high, "problem": one.problem}
+             for m, one in found.phi.items()]
+        )  # fmt: skip
+        shell.chart(
+            law_figures.intervals(found.phi, "φ", {0.0: "worth nothing", 1.0: "worth a new block"}),
+            table,
+            key="phi",
+            title="What a pass is worth",
+            alt="; ".join(f"{method}: {told(one)}" for method, one in found.phi.items()),
+        )
+        if found.note:
+            st.caption(shell.plain(found.note.capitalize() + "."))
+    shell.refused({method: one.problem for method, one in found.phi.items() if one.problem})
+    learned = [method for method in found.phi if method not in ("fixed", "shuffled")]
+    rows = [
+        {"method": method, "control": control, "φ minus the control's": told(found.advantage(method, control))}
+        for method in learned
+        for control in ("fixed", "shuffled")
+        if control in found.phi
+    ]
+    if rows:
+        st.subheader("Does the router beat its controls?", anchor=False)
+        shell.table(pd.DataFrame(rows), key="advantage", alt="Difference of phi between methods and their controls")
+    else:
+        st.caption("Runs of *fixed* and *shuffled* would show here whether the router beats equal steps everywhere.")
+
+
+def surface(runs: pd.DataFrame) -> None:
+    """L(N, D): the surface, observed against fitted."""
+    laws, refused = fits.surfaces(runs)
+    if laws:
+        rows = [
+            {"method": method, **{name: told(one) for name, one in law.estimates.items()}}
+            | {"N_opt grows with C^": told(analysis.optimal_exponent(law)), "runs": len(law.runs)}
+            for method, law in laws.items()
+        ]
+        shell.table(pd.DataFrame(rows), key="surface-table", alt="Parameters of L(N, D) with their 95 % intervals")
+        with st.container(border=True):
+            shell.chart(
+                law_figures.predicted(laws),
+                pd.concat([law.runs.assign(residual=law.residuals) for law in laws.values()]),
+                key="surface",
+                title="L(N, D): observed against fitted loss",
+                alt="Observed against fitted loss, and residuals against parameters",
+            )
+            st.caption("Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend.")
+    shell.refused(refused)
+
+
+def nothing() -> None:
+    st.info("No run has a result yet.", icon=":material/hourglass_empty:")
 
 
 shell.live(body)

@@ -1,17 +1,20 @@
-"""The probe text token by token: how many latent steps each token got, and how hard it was."""
+"""Text token by token: its latent steps, how hard it was, what the steps gained; and the tokens that think longest."""
+
+from pathlib import Path
 
 import pandas as pd
 import streamlit as st
 
 from haltscale.dashboard import data, figures, shell, tokens
 from haltscale.dashboard.data import StudyView
+from haltscale.dashboard.search import Order, search
 from haltscale.dashboard.shelf import store
+from haltscale.dashboard.tokens import Colour
 from haltscale.platform.store import StoreError
 
 TITLE = "Tokens"
 ICON = ":material/match_word:"
-ORDER = 3
-LATEST = "latest"
+ORDER = 5
 
 
 def body(view: StudyView) -> None:
@@ -26,6 +29,30 @@ def body(view: StudyView) -> None:
         )
         return
     labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        colour = Colour(
+            st.segmented_control(
+                "Colour by",
+                [one.value for one in Colour],
+                default=Colour.STEPS.value,
+                required=True,
+                key="colour",
+                bind="query-params",
+            )
+        )
+        beside = st.toggle("Two side by side", key="beside", bind="query-params")
+    if not beside:
+        text(view, keys, labels, steps, colour, "")
+        return
+    for column, which in zip(st.columns(2), ("", "-2"), strict=True):
+        with column:
+            text(view, keys, labels, steps, colour, which)
+
+
+def text(
+    view: StudyView, keys: list[str], labels: dict[str, str], steps: dict[str, list[int]], colour: Colour, which: str
+) -> None:
+    """One checkpoint's reading of the probe text; ``which`` tells two on one page apart."""
     left, right = st.columns(2)
     with left:
         key = st.selectbox(
@@ -33,13 +60,13 @@ def body(view: StudyView) -> None:
             keys,
             index=keys.index(preferred(view.runs, keys)),
             format_func=lambda key: labels.get(key, key),
-            key="run",
+            key=f"run{which}",
             bind="query-params",
         )
     with right:
-        step = choose_step(steps[key])
+        step = shell.choose_step(steps[key], key=f"step{which}")
     try:
-        events = shelf.events(view.name, key, step)
+        events = store().events(view.name, key, step)
     except StoreError as error:
         st.warning(shell.plain(error), icon=":material/broken_image:")
         return
@@ -47,18 +74,23 @@ def body(view: StudyView) -> None:
         st.info("The probe text of this evaluation is empty.", icon=":material/hourglass_empty:")
         return
     with st.container(border=True):
-        tokens.show(tokens.payload(events, identifier=f"{view.name}/{key}/{step}"), key="token-map")
+        tokens.show(
+            tokens.payload(events, identifier=f"{view.name}/{key}/{step}", colour=colour), key=f"token-map{which}"
+        )
         st.caption(
-            "Colour and number say how many latent steps ran before the token was emitted. Spaces, line breaks and "
+            f"Colour and number: {colour.legend}. Click a token for its way through the steps. Spaces, line breaks and "
             "control characters are spelled out; the text is shown as it is, never interpreted."
         )
+    if which or st.session_state.get("beside"):
+        return
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         st.subheader("What the steps were spent on", anchor=False)
-        st.plotly_chart(
+        shell.chart(
             figures.nll_by_steps(events),
+            events[["position", "text", "steps", "nll"]],
             key="nll-by-steps",
-            config=shell.PLOTLY,
+            title="NLL of the probe's tokens by latent steps",
             alt="NLL of the probe's tokens by the latent steps they got",
         )
         st.caption(
@@ -66,13 +98,65 @@ def body(view: StudyView) -> None:
         )
     with right, st.container(border=True, height="stretch"):
         st.subheader("What the tokens got", anchor=False)
-        st.plotly_chart(
+        shell.chart(
             figures.steps_by_nll(events),
+            events[["position", "text", "steps", "nll"]],
             key="steps-by-nll",
-            config=shell.PLOTLY,
+            title="Mean latent steps by NLL",
             alt="Mean latent steps of the probe's tokens from the best to the worst predicted fifth",
         )
         st.caption("From the best predicted fifth of the probe's tokens to the worst; bars carry a standard error.")
+    corpus(view, key)
+
+
+def corpus(view: StudyView, key: str) -> None:
+    """The held-out tokens that thought longest."""
+    shelf = store()
+    found = data.halting_steps(shelf, view.name, key)
+    st.subheader("Search the held-out text", anchor=False)
+    if not found or "file" not in shelf.fs.protocol:
+        st.info("This run has written no events of its held-out tokens on this machine.", icon=":material/sensors_off:")
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        order = Order(
+            st.selectbox("First", [one.value for one in Order], key="first", bind="query-params", width=260)
+            or Order.STEPS
+        )
+        wanted = st.text_input("Text in the token", key="find", bind="query-params", max_chars=40, width=220)
+    events = shelf.local_path(view.name, key, "halting", f"events-{found[-1]:08d}.parquet")
+    try:
+        table = _search(
+            str(events), shelf.stamp(str(events)), str(shelf.local_path(view.name, key, "model", "tokenizer.json")),
+            str(order), wanted or "",
+        )  # fmt: skip
+    except StoreError as error:
+        st.warning(shell.plain(error), icon=":material/broken_image:")
+        return
+    if table.empty:
+        st.info("No held-out token is like that.", icon=":material/search_off:")
+        return
+    shown = table.assign(token=[tokens.visible(one) for one in table["token"]])
+    number = st.column_config.NumberColumn
+    shell.table(
+        shown,
+        key="found-tokens",
+        alt=f"The first {len(shown)} held-out tokens: {order}",
+        height=320,
+        column_config={
+            "token": st.column_config.TextColumn("Token", pinned=True),
+            "steps": number("Latent steps"),
+            "expected_steps": number("Expected steps", format="%.2f"),
+            "nll": number("NLL, nats", format="%.2f"),
+            "gain": number("Gain of the steps, nats", format="%.3f"),
+            "confidence": number("Confidence", format="%.2f"),
+        },
+    )
+    shell.download("Table, CSV", lambda: shell.csv(table).encode(), f"{view.name}-{key}-tokens.csv", "text/csv")
+
+
+@st.cache_data(max_entries=32, show_spinner="Searching …")
+def _search(events: str, stamp: str, tokenizer: str, order: str, text: str) -> pd.DataFrame:
+    return search(Path(events), Path(tokenizer), Order(order), text=text)
 
 
 def preferred(runs: pd.DataFrame, keys: list[str]) -> str:
@@ -84,22 +168,6 @@ def preferred(runs: pd.DataFrame, keys: list[str]) -> str:
         if len(choice):
             return str(choice["key"].iloc[-1])
     return keys[0]
-
-
-def choose_step(found: list[int]) -> int:
-    """A slider over the evaluations whose last place is always the newest, so that a live page follows the run."""
-    if len(found) < 2:
-        st.markdown(f"Training step  \n**{found[0]:,}**, the only evaluation so far")
-        return found[0]
-    choice = st.select_slider(
-        "Training step",
-        [*map(str, found[:-1]), LATEST],
-        value=LATEST,
-        format_func=lambda step: f"{found[-1]:,} (latest)" if step == LATEST else f"{int(step):,}",
-        key="step",
-        bind="query-params",
-    )
-    return found[-1] if choice == LATEST else int(choice)
 
 
 shell.live(body)

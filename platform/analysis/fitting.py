@@ -20,7 +20,7 @@ DELTA = 1e-3
 GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4)
 """Exponents at which the other parameters are solved for."""
 PHI_GRID = (0.0, 0.3, 0.6, 1.0)
-STARTS = 6
+STARTS = 4
 """The best grid points, each refined by L-BFGS."""
 
 
@@ -62,7 +62,7 @@ def fit(form: Form, points: Points, log_loss: Floats) -> Minimum:
         slope = np.clip(residuals / DELTA, -1, 1) / DELTA
         return float(huber(residuals).sum()), slope @ jacobian[0]
 
-    options = {"maxiter": 3_000, "maxfun": 10_000, "ftol": 1e-13, "gtol": 1e-7}
+    options = {"maxiter": 1_000, "maxfun": 2_000, "ftol": 1e-10, "gtol": 1e-7}
     minima = []
     for start in grid_starts(form, points, log_loss):
         found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)

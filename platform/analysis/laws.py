@@ -280,12 +280,12 @@ class HeldOut:
     """How well a law predicts a budget that it has not seen."""
 
     budgets: pd.DataFrame
-    """A row per held-out budget: ``budget`` (geometric mean of the first input), ``runs``, ``error`` (mean of predicted
-    over observed loss, minus 1), ``extrapolated`` (all others are smaller), ``reason`` where there is no fit."""
+    """A row per held-out budget: ``budget`` (geometric mean of the input), ``runs``, ``error`` (mean of predicted over
+    observed loss, minus 1), ``extrapolated`` (all others are smaller)."""
 
     @property
     def error(self) -> float:
-        """Mean absolute relative error over the budgets that could be predicted."""
+        """Mean absolute relative error over the budgets."""
         return float(self.budgets["error"].abs().mean())
 
 
@@ -302,17 +302,21 @@ def leave_one_budget_out(frame: pd.DataFrame, x: str = "flops_realised") -> Held
     if len(set(labels)) <= MIN_BUDGETS:
         reason = f"{len(set(labels))} of the {MIN_BUDGETS + 1} budgets that leaving one out needs"
         return Refusal(reason=_told(reason, selection.why()))
-    rows = []
-    for label in range(labels.max() + 1):
-        held, rest = runs[labels == label], runs[labels != label]
-        row = {"budget": float(np.exp(np.log(column(held, x)).mean())), "runs": len(held)}
-        law = _fit(rest, (x,), bootstraps=2, seed=0)
-        if isinstance(law, Refusal):
-            rows.append(row | {"error": np.nan, "extrapolated": label == labels.max(), "reason": law.reason})
-            continue
-        ratio = law.predict(law.form.points(held)) / column(held, "loss")
-        rows.append(row | {"error": float(ratio.mean() - 1), "extrapolated": label == labels.max(), "reason": ""})
-    table = pd.DataFrame(rows)
-    if table["error"].isna().all():
-        return Refusal(reason=f"no budget can be predicted from the others: {table['reason'].iloc[0]}")
-    return HeldOut(budgets=table)
+    law = _fit(runs, (x,), bootstraps=1, seed=0)
+    if isinstance(law, Refusal):
+        return law
+    points, losses = law.form.points(runs), column(runs, "loss")
+    held = labels[None] == np.arange(labels.max() + 1)[:, None]
+    without = refine(law.form, points, np.log(losses), (~held).astype(np.float64), law.theta)
+    error = np.exp(law.form.evaluate(without, points)[0]) / losses - 1
+    flops = column(runs, x)
+    rows = [
+        {
+            "budget": float(np.exp(np.log(flops[rows]).mean())),
+            "runs": int(rows.sum()),
+            "error": float(errors[rows].mean()),
+            "extrapolated": index == labels.max(),
+        }
+        for index, (rows, errors) in enumerate(zip(held, error, strict=True))
+    ]
+    return HeldOut(budgets=pd.DataFrame(rows))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from haltscale.dashboard import data, figures, style
+from haltscale.dashboard import data, figures, law_figures, style
 from haltscale.dashboard.data import FlopsKind
 
 STUDY = "quick"
@@ -16,71 +16,6 @@ STUDY = "quick"
 def runs(author) -> pd.DataFrame:
     author.troubled_study()
     return data.load_study(author.store, STUDY).runs
-
-
-@pytest.mark.parametrize("kind", list(FlopsKind))
-def test_scaling_draws_each_run_once_at_its_flops_and_perplexity(runs, kind):
-    figure = figures.scaling(runs, kind)
-    drawn = {
-        key: (x, y)
-        for trace in figure.data
-        if trace.mode == "markers"
-        for key, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
-    }
-    shown = data.plotted(runs, kind).set_index("key")
-    assert set(drawn) == set(shown.index)
-    for key, (x, y) in drawn.items():
-        assert x == shown.loc[key, f"flops_{kind}"]
-        assert y == shown.loc[key, "perplexity"]
-    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
-    assert kind.value in figure.layout.xaxis.title.text
-
-
-def test_scaling_marks_runs_without_a_result_as_hollow(runs):
-    states = runs.set_index("key")["state"]
-    for trace in figures.scaling(runs, FlopsKind.REALISED).data:
-        if trace.mode == "markers":
-            hollow = trace.marker.symbol.endswith("-open")
-            assert all((states[key] != "finished") == hollow for key in trace.customdata)
-
-
-def test_scaling_lines_join_the_mean_over_seeds(author):
-    for seed, factor in ((0, 1.0), (1, 1.21)):
-        key = f"seed-{seed}"
-        author.begin(key, method="vanilla", lam=None)
-        loss = math.log(100 * factor)
-        author.finish(key, lam=None, loss=loss, perplexity=100 * factor)
-    author.plan(["seed-0", "seed-1"])
-    figure = figures.scaling(data.load_study(author.store, STUDY).runs, FlopsKind.REALISED)
-    (line,) = [trace for trace in figure.data if trace.mode == "lines"]
-    assert list(line.y) == pytest.approx([110.0])
-
-
-def test_a_series_keeps_its_marker_when_others_are_filtered_away(runs):
-    def marks(frame: pd.DataFrame) -> dict[str, str]:
-        return {
-            trace.legendgroup: (trace.line.dash, trace.marker.symbol)
-            for trace in figures.scaling(frame, FlopsKind.REALISED).data
-            if trace.mode == "lines+markers"
-        }
-
-    every = marks(runs)
-    assert len(set(every.values())) == len(every)
-    some = marks(runs[runs["lam"] == 1.0])
-    assert some == {name: every[name] for name in some}
-
-
-def test_scaling_of_one_run_and_of_none(runs):
-    one = figures.scaling(runs.head(1), FlopsKind.REALISED)
-    low, high = one.layout.xaxis.range
-    assert low < high
-    assert not figures.scaling(runs.head(0), FlopsKind.REALISED).data
-
-
-def test_labels_are_escaped_in_hover_boxes(runs):
-    hostile = runs.head(1).assign(label="<img src=x onerror=alert(1)>")
-    figure = figures.scaling(hostile, FlopsKind.REALISED)
-    assert "<img" not in figure.to_json().replace("\\u003c", "<")
 
 
 def test_steps_share_adds_up_to_all_tokens(runs):
@@ -153,7 +88,7 @@ def test_training_curves_without_some_telemetry(runs):
 
 
 def test_a_figure_as_a_page_of_its_own_needs_no_network(runs):
-    page = figures.as_html(figures.scaling(runs, FlopsKind.REALISED), "quick <1>").decode()
+    page = figures.as_html(law_figures.scaling(runs, FlopsKind.REALISED), "quick <1>").decode()
     assert 'src="http' not in page
     assert "&lt;1" in page or "\\u003c1" in page or "&amp;lt;1" in page
 

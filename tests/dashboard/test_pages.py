@@ -10,12 +10,16 @@ import haltscale.dashboard
 
 STUDY = "quick"
 FOLDER = Path(haltscale.dashboard.__file__).parent
-PAGES = ("scaling", "halting", "tokens", "runs")
-TITLES = dict(
-    zip(
-        PAGES, ("Perplexity against training compute", "Where the thinking went", "Token by token", "Runs"), strict=True
-    )
-)
+TITLES = {
+    "studies": "Studies",
+    "live": "Live runs",
+    "scaling": "Loss against training compute",
+    "sweeps": "What mattered",
+    "halting": "Where the thinking went",
+    "tokens": "Token by token",
+    "method": "Method card",
+}
+PAGES = tuple(TITLES)
 
 
 def open_page(name: str, **query: str | list[str]) -> AppTest:
@@ -47,7 +51,18 @@ def test_an_empty_store_says_how_to_fill_it(author, name):
     assert any("ray job submit --working-dir . -- python -m haltscale.studies.quickstart" in line for line in lines)
 
 
-@pytest.mark.parametrize(("name", "figures"), [("scaling", 1), ("halting", 3), ("tokens", 2), ("runs", 1)])
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("studies", 0),
+        ("live", 2),
+        ("scaling", 2),
+        ("sweeps", 2),
+        ("halting", 4),
+        ("tokens", 2),
+        ("method", 0),
+    ],
+)
 def test_a_finished_study(author, name, figures):
     author.finished_study()
     page = open_page(name)
@@ -72,7 +87,7 @@ def test_a_study_that_has_only_been_planned(author, name):
     author.plan(["a", "b"])
     page = open_page(name)
     assert not charts(page)
-    assert page.info
+    assert page.info or name == "studies"
     assert "2 planned" in text(page)
 
 
@@ -92,19 +107,32 @@ def test_a_run_before_its_first_evaluation(author, name):
     author.plan(["fresh"])
     page = open_page(name)
     assert "1 running" in text(page)
-    assert len(charts(page)) == (1 if name == "runs" else 0)
+    assert len(charts(page)) == (2 if name == "live" else 0)
 
 
 def test_the_kind_of_flops_is_chosen_and_named(author):
     author.finished_study()
     page = open_page("scaling")
-    runs = page.dataframe[0].value
-    assert "flops_realised" in runs
+    assert "training FLOPs, realised" in charts(page)[0]["layout"]["xaxis"]["title"]["text"]
     page.segmented_control(key="flops").set_value("paper").run()
-    assert "flops_paper" in page.dataframe[0].value
-    assert "flops_realised" not in page.dataframe[0].value
     assert "training FLOPs, paper" in charts(page)[0]["layout"]["xaxis"]["title"]["text"]
-    assert "6 · parameters · tokens" in text(page)
+
+
+def test_too_few_runs_are_refused_with_a_reason_in_place_of_numbers(author):
+    author.finished_study()
+    page = open_page("scaling")
+    assert "Not fitted" in text(page)
+    assert "3 of the 6 runs that a fit needs" in text(page)
+    for view, reason in (
+        ("IsoFLOP", "no budget of compute has 4 model sizes"),
+        ("Multipliers", "of the 6 runs"),
+        ("What a step is worth", "no method with more than one pass has 3 runs"),
+        ("Size and data", "of the 6 runs"),
+    ):
+        page = open_page("scaling", view=view)
+        assert page.segmented_control(key="view").value == view
+        assert reason in text(page)
+        assert not charts(page)
 
 
 def test_short_runs_are_called_what_they_are(author):
@@ -115,10 +143,12 @@ def test_short_runs_are_called_what_they_are(author):
 def test_the_address_restores_what_was_chosen(author):
     author.finished_study()
     author.plan([], study="another")
-    page = open_page("scaling", study=STUDY, flops="executed", method="vanilla")
+    page = open_page("scaling", study=STUDY, flops="executed", measure="perplexity", method="vanilla")
     assert page.selectbox(key="study").value == STUDY
     assert page.segmented_control(key="flops").value == "executed"
-    assert set(page.dataframe[0].value["label"]) == {"vanilla · 0.6m", "vanilla · 1.8m", "vanilla · 4.2m"}
+    chart = charts(page)[0]
+    assert "perplexity" in chart["layout"]["yaxis"]["title"]["text"]
+    assert {trace["name"] for trace in chart["data"] if trace.get("customdata")} == {"vanilla, result"}
 
 
 def test_filters_that_leave_nothing_say_so(author):
@@ -128,23 +158,30 @@ def test_filters_that_leave_nothing_say_so(author):
     assert "No run passes the filters" in text(page)
 
 
-def test_a_table_and_its_file(author):
-    author.troubled_study()
+def test_a_figure_can_be_taken_along(author):
+    author.finished_study()
     page = open_page("scaling")
-    assert len(page.dataframe[0].value) == 18
-    assert {"Figure", "Table"} <= {button.label for button in page.get("download_button")}
+    labels = {button.label for button in page.get("download_button")}
+    assert {"Data, CSV", "Data, Parquet", "Figure, HTML"} <= labels
 
 
-def test_problems_are_listed_with_what_to_do(author):
+def test_studies_list_every_run_what_went_wrong_and_the_other_studies(author):
     author.troubled_study()
-    page = open_page("scaling")
+    author.plan([], study="another")
+    page = open_page("studies", study=STUDY)
+    studies, runs = (frame.value for frame in page.dataframe)
+    assert list(studies["study"]) == [STUDY, "another"]
+    assert studies["wrong"].iloc[0] == 5
+    assert len(runs) == 18
+    assert {"CSV", "Parquet"} <= {button.label for button in page.get("download_button")}
     assert "remove the run's folder to train it again" in text(page)
     assert "schema 99" in text(page)
+    assert "ran out of memory" in text(page)
 
 
 def test_runs_show_progress_time_left_and_errors(author):
     author.troubled_study()
-    page = open_page("runs")
+    page = open_page("live")
     bar = next(bar for bar in page.progress if "left" in bar.text)
     assert bar.value == 60
     assert "4 min 10 s left" in bar.text
@@ -155,7 +192,7 @@ def test_runs_show_progress_time_left_and_errors(author):
 
 def test_chosen_curves_and_a_run_without_metrics(author):
     author.troubled_study()
-    page = open_page("runs")
+    page = open_page("live")
     page.multiselect(key="curves").set_value(["silent", "vanilla-0_6m-None"]).run()
     assert not page.exception
     assert "No training metrics: adaptive · 1.8m · λ 0.5" in text(page)
@@ -172,19 +209,19 @@ def test_tokens_follow_the_run_and_the_step(author, nasty):
     author.probe("adaptive-0_6m-0_1", step=500, histogram=[0.25] * 4, words=nasty)
     page = open_page("tokens")
     assert page.selectbox(key="run").value == "adaptive-4_2m-1_0"
-    assert shown_tokens(page) == "quick/adaptive-4_2m-1_0/400"
+    assert shown_tokens(page) == "quick/adaptive-4_2m-1_0/400/steps"
     page.selectbox(key="run").set_value("adaptive-0_6m-0_1").run()
     page.select_slider(key="step").set_value("100").run()
     assert not page.exception
     assert page.select_slider(key="step").value == "100"
-    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/100"
+    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/100/steps"
     page.select_slider(key="step").set_value("latest").run()
-    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/500"
+    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/500/steps"
     author.probe("adaptive-0_6m-0_1", step=600, histogram=[0.25] * 4)
     page.run()  # a live page's next look: the newest evaluation is still the one on show
-    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/600"
+    assert shown_tokens(page) == "quick/adaptive-0_6m-0_1/600/steps"
     page.selectbox(key="run").set_value("vanilla-0_6m-None").run()
-    assert shown_tokens(page) == "quick/vanilla-0_6m-None/400"
+    assert shown_tokens(page) == "quick/vanilla-0_6m-None/400/steps"
 
 
 def test_a_damaged_probe_is_said_not_raised(author):
@@ -198,13 +235,13 @@ def test_a_damaged_probe_is_said_not_raised(author):
 def test_new_runs_and_new_studies_show_on_the_next_look(author):
     author.whole_run("first")
     author.plan(["first"])
-    page = open_page("scaling")
-    assert len(page.dataframe[0].value) == 1
+    page = open_page("studies")
+    assert len(page.dataframe[1].value) == 1
     author.whole_run("second", lam=1.0)
     author.plan(["first", "second"])
     author.plan([], study="another")
     page.run()
-    assert len(page.dataframe[0].value) == 2
+    assert len(page.dataframe[1].value) == 2
     assert page.selectbox(key="study").options == ["another", STUDY]
     assert page.selectbox(key="study").value == STUDY
 
@@ -214,7 +251,7 @@ def test_labels_from_the_store_are_never_markdown(author):
     author.train("k", progress=0.3)
     author.status("k", step=100)
     author.plan(["k"])
-    page = open_page("runs")
+    page = open_page("live")
     assert any("\\*\\*bold\\*\\*" in block.value and "\\[link\\]" in block.value for block in page.markdown)
 
 
@@ -222,5 +259,32 @@ def test_every_page_says_what_it_is():
     from haltscale.dashboard import shell
 
     pages = shell.pages(FOLDER / "app_pages")
-    assert [entry["title"] for entry in pages] == ["Scaling", "Halting", "Tokens", "Runs"]
+    assert [entry["page"].stem for entry in pages] == list(PAGES)
     assert all(entry["help"] and entry["icon"].startswith(":material/") for entry in pages)
+
+
+def test_tokens_are_coloured_by_what_was_asked_for_and_two_runs_stand_side_by_side(author):
+    author.finished_study()
+    page = open_page("tokens", colour="gain", beside="true")
+    shown = [json.loads(one.proto.json) for one in page.get("bidi_component")]
+    assert len(shown) == 2
+    assert all(one["id"].endswith("/gain") for one in shown)
+    page.selectbox(key="run-2").set_value("vanilla-0_6m-None").run()
+    assert json.loads(page.get("bidi_component")[1].proto.json)["id"].startswith("quick/vanilla-0_6m-None/")
+
+
+def test_a_swept_option_gets_its_heat_maps(author):
+    for lam in (0.1, 1.0):
+        for beta in (0.5, 1.0):
+            key = f"k-{lam}-{beta}"
+            author.begin(
+                key,
+                identity={"method": "adaptive", "size": "1.8m", "seed": 0, "tokens": 1_000_000}
+                | {"options": {"lam": lam, "beta": beta, "l_max": 3}},
+            )
+            author.finish(key, lam=lam)
+    author.plan([f"k-{lam}-{beta}" for lam in (0.1, 1.0) for beta in (0.5, 1.0)])
+    page = open_page("sweeps")
+    maps = [trace for chart in charts(page) for trace in chart["data"] if trace["type"] == "heatmap"]
+    assert len(maps) == 2
+    assert "4 of the 8 runs that importance needs" in text(page)

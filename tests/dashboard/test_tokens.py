@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from haltscale.dashboard import data, tokens
+from haltscale.dashboard.tokens import Colour
 
 STUDY = "quick"
 
@@ -71,7 +72,31 @@ def test_payload_of_a_probe_with_missing_values(author):
         "expected": None,
         "reach": [],
         "exit": [],
+        "by_step": [],
+        "level": 0,
+        "shown": "0",
     }
+
+
+@pytest.mark.parametrize(
+    ("colour", "shown", "levels"),
+    [
+        (Colour.STEPS, ["0", "1", "2", "1"], [0, 1, 2, 1]),
+        (Colour.SURPRISAL, ["0.2", "3", "9", "–"], [0, 3, 6, 0]),
+        (Colour.GAIN, ["–", "+0.5", "-1", "+0.001"], [0, 6, 0, 3]),
+    ],
+)
+def test_a_token_carries_the_number_behind_its_colour(author, colour, shown, levels):
+    author.begin("k")
+    author.probe("k", step=1, histogram=[1.0, 0.0, 0.0], words=("a", "b", "c", "d"))
+    events = data.probe(author.store, STUDY, "k", 1).assign(
+        steps=[0, 1, 2, 1], nll=[0.2, 3.0, 9.0, None], nll_by_step=[None, [3.5, 3.0], [8.0, 8.5, 9.0], [1.001, 1.0]]
+    )
+    payload = tokens.payload(events, identifier="x", colour=colour)
+    assert [token["shown"] for token in payload["tokens"]] == shown
+    assert [token["level"] for token in payload["tokens"]] == levels
+    assert sum(level["count"] for level in payload["levels"]) == 4
+    assert len({level["background"] for level in payload["levels"]}) == len(payload["levels"])
 
 
 def test_a_long_probe_is_cut_and_says_so(author):

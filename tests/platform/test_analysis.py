@@ -225,7 +225,7 @@ def test_parameters_alone_are_refused_where_the_tokens_differ():
 
 def test_a_failing_optimiser_is_a_refusal(monkeypatch):
     def fails(*_, **__):
-        raise fitting.FitError("none of 6 starts of L-BFGS converged")
+        raise fitting.FitError("none of 4 starts of L-BFGS converged")
 
     monkeypatch.setattr(laws, "fit", fails)
     found = analysis.fit_power_law(compute_runs())

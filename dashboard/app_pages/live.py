@@ -1,4 +1,4 @@
-"""Runs as they train: progress and time left, training curves, and why a run stopped."""
+"""Runs as they train: progress, time left, curves, how the steps spread over time, and why a run stopped."""
 
 import math
 
@@ -9,27 +9,26 @@ from haltscale.dashboard import data, figures, shell, style
 from haltscale.dashboard.data import StudyView, size_order
 from haltscale.dashboard.shelf import store
 
-TITLE = "Runs"
+TITLE = "Live run"
 ICON = ":material/monitoring:"
-ORDER = 4
+ORDER = 1.5
 MOST_CURVES = 12
+MOST_CARDS = 12
 ORDER_OF_STATES = ["running", "stalled", "failed"]
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Runs")
+    shell.heading(view, "Live runs")
     runs = view.runs
-    going = runs[runs["state"].isin(["running", "stalled", "failed"])]
+    going = runs[runs["state"].isin(ORDER_OF_STATES)]
     if len(going):
+        going = going.sort_values("state", key=lambda states: states.map(ORDER_OF_STATES.index), kind="stable")
         with st.grid(2):
-            for _, run in going.sort_values("state", key=lambda states: states.map(ORDER_OF_STATES.index)).iterrows():
+            for _, run in going.head(MOST_CARDS).iterrows():
                 card(run)
+        if len(going) > MOST_CARDS:
+            st.caption(f"and {len(going) - MOST_CARDS} runs more that are not finished; the page Studies lists all.")
     curves(view)
-    apart = runs[runs["state"].isin(["diverged", "damaged"])]
-    if len(apart):
-        st.subheader("Listed, not drawn", anchor=False)
-        for _, run in apart.iterrows():
-            card(run)
     planned = runs[runs["state"] == "planned"]
     if len(planned):
         with st.expander(f"{len(planned)} planned, not begun", icon=style.STATE_ICONS["planned"]):
@@ -84,16 +83,39 @@ def curves(view: StudyView) -> None:
     found = {key: rows for key, rows in found.items() if not rows.empty}
     if found:
         with st.container(border=True):
-            st.plotly_chart(
+            shell.chart(
                 figures.training_curves(view.runs, found),
+                pd.concat([rows.assign(run=labels[key]) for key, rows in found.items()]),
                 key="training-curves",
-                config=shell.PLOTLY,
+                title=f"{view.name}: training",
                 alt=f"Training loss, latent steps and tokens per second of {len(found)} runs over tokens",
             )
+        spread(view, found)
     else:
         st.info("No run has logged a training step yet.", icon=":material/hourglass_empty:")
     if silent:
         st.caption(f":material/sensors_off: No training metrics: {shell.plain(', '.join(silent))}.")
+
+
+def spread(view: StudyView, found: dict[str, pd.DataFrame]) -> None:
+    """How the steps of one of the runs spread as it trains."""
+    thinks = [key for key, rows in found.items() if "mean_steps" in rows and rows["mean_steps"].gt(0).any()]
+    if not thinks:
+        return
+    with st.container(border=True):
+        st.subheader("How halting changed in training", anchor=False)
+        labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
+        key = st.selectbox(
+            "Run", thinks, format_func=lambda key: labels.get(key, key), key="spread", bind="query-params"
+        )
+        shell.chart(
+            figures.steps_over_training(found[key]),
+            found[key],
+            key="steps-over-training",
+            title=f"{labels[key]}: latent steps over training",
+            alt=f"Share of training tokens by latent steps over training of {labels[key]}",
+        )
+        st.caption("Shares of the training tokens at each logged step.")
 
 
 def suggested(runs: pd.DataFrame, begun: list[str]) -> list[str]:

@@ -1,0 +1,104 @@
+"""How fast the dashboard is on a generated store: first paint of each page, a filter, a search, a live look.
+
+python benchmarks/dashboard.py [--runs 1000] [--events 10000000]
+
+Every figure is a median over repeats in one process, in Streamlit's own test runner: what the server does, without the
+browser's drawing. "cold" is a first paint with nothing remembered, "warm" one after the store was read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PAGES = ("studies", "live", "scaling", "sweeps", "halting", "tokens", "evaluations", "playground", "method")
+
+
+def timed(work: Callable[..., object], *given: object) -> float:
+    began = time.perf_counter()
+    work(*given)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1_000)
+    parser.add_argument("--events", type=int, default=10_000_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HALTSCALE_STORE"] = folder
+        from generated_store import generate
+
+        began = time.perf_counter()
+        keys = generate(Path(folder), runs=options.runs, events=options.events)
+        seconds = time.perf_counter() - began
+        print(f"store: {len(keys)} runs, {options.events:,} token events, written in {seconds:.0f} s")
+        measure(Path(folder), options.repeats)
+
+
+def measure(root: Path, repeats: int) -> None:
+    import streamlit as st
+    from streamlit.testing.v1 import AppTest
+
+    import haltscale.dashboard
+    from haltscale.dashboard import data, shelf
+
+    app = Path(haltscale.dashboard.__file__).parent / "app.py"
+
+    def open_page(name: str) -> AppTest:
+        page = AppTest.from_file(str(app), default_timeout=300).run()
+        page.switch_page(f"app_pages/{name}.py").run()
+        assert not page.exception, page.exception[0].message
+        return page
+
+    def forget() -> None:
+        st.cache_data.clear()
+        st.cache_resource.clear()
+
+    open_page("studies")  # imports
+    print("page            cold, s   warm, s   filter, s   points in the largest figure")
+    for name in PAGES:
+        cold, warm, filters, most = [], [], [], 0
+        for _ in range(repeats):
+            forget()
+            cold.append(timed(open_page, name))
+            warm.append(timed(open_page, name))
+            page = open_page(name)
+            filters.append(timed(page.pills(key="size").set_value(["4m", "8m"]).run))
+            most = max([most, *(points(chart.proto.spec) for chart in page.get("plotly_chart"))])
+        row = "".join(f"{statistics.median(one):10.2f}" for one in (cold, warm, filters))
+        print(f"{name:<12}{row}{most:14,}")
+
+    store = shelf.store()
+    study = store.studies()[0]
+    store.view(study)
+    print(f"another look at a study that has not changed: {timed(store.view, study):.3f} s")
+    telling = [key for key in store.present(study) if data.halting_steps(store, study, key)]
+    if telling:
+        from haltscale.dashboard.search import Order, search
+
+        key = telling[0]
+        step = data.halting_steps(store, study, key)[-1]
+        events = store.local_path(study, key, "halting", f"events-{step:08d}.parquet")
+        for order in Order:
+            took = timed(search, events, Path("none"), order)
+            print(f"search one run's events, {order.value}: {took:.3f} s")
+
+
+def points(spec: str) -> int:
+    """Points of a figure as it goes to the browser."""
+    import plotly.io
+
+    from haltscale.dashboard.figures import point_count
+
+    return point_count(plotly.io.from_json(spec, skip_invalid=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What the numbers mean and where they come from: provenance, kinds of FLOPs, fit settings, downloads."""
+
+import json
+
+import pandas as pd
+import streamlit as st
+
+from haltscale.dashboard import data, fits, shell
+from haltscale.dashboard.data import FlopsKind, StudyView, mapping, words
+from haltscale.dashboard.shelf import store
+from haltscale.platform import analysis
+from haltscale.platform.analysis.estimates import LEVEL
+from haltscale.platform.analysis.fitting import DELTA, STARTS
+from haltscale.platform.analysis.laws import MIN_BUDGETS, MIN_RANGE, MIN_RUNS
+
+TITLE = "Method card"
+ICON = ":material/description:"
+ORDER = 9
+
+
+def body(view: StudyView) -> None:
+    shell.heading(view, "Method card")
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        st.subheader("What was counted", anchor=False)
+        lines = [f"- **FLOPs, {kind}**: {kind.meaning}." for kind in FlopsKind]
+        lines += [
+            "- **Loss**: nats per token on held-out documents; **bits per byte** compares tokenizers.",
+            "- **Latent steps**: passes of the stack on top of a token's first; **passes** are steps + 1, as trained.",
+            "- **Parameters**: all, embeddings and head too; a step uses attention, MLP and norms again.",
+        ]
+        st.markdown("\n".join(lines))
+    with right, st.container(border=True, height="stretch"):
+        st.subheader("How it was fitted", anchor=False)
+        st.markdown(
+            f"- Sum of Huber losses (δ = {DELTA:g}) of log-residuals; {STARTS} starts of L-BFGS.\n"
+            f"- {100 * LEVEL:.0f} % intervals of a bootstrap over runs, {fits.BOOTSTRAPS} resamples here.\n"
+            f"- Refused under {MIN_RUNS} runs, {MIN_BUDGETS} different values of an input, or a range below "
+            f"a factor of {MIN_RANGE:g}.\n"
+            "- Runs that are not finished, that diverged, or that only tuned hyperparameters never enter.\n"
+            "- A parameter at its bound, or an exponent whose interval is twice its value, is called not identifiable."
+        )
+    provenance(view)
+    left_out(view)
+    with st.container(border=True):
+        st.subheader("Take the study along", anchor=False)
+        every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
+        with st.container(horizontal=True):
+            shell.download("Runs, CSV", lambda: shell.csv(every).encode(), f"{view.name}-all.csv", "text/csv")
+            shell.download(
+                "Runs, Parquet",
+                lambda: shell.parquet(every),
+                f"{view.name}-all.parquet",
+                "application/vnd.apache.parquet",
+            )
+            shell.download("Records, JSON", lambda: records(view), f"{view.name}-records.json", "application/json")
+        st.caption("The whole study as one page that needs no server:")
+        st.code(f"haltscale report {view.name} --out {view.name}.html", language="bash")
+
+
+def provenance(view: StudyView) -> None:
+    """Code, versions and machines behind the runs."""
+    st.subheader("Where the numbers come from", anchor=False)
+    facts: dict[tuple[str, str, str, str], int] = {}
+    shelf = store()
+    for run in shelf.views(view.name, [key for key in view.runs["key"] if known(shelf, view.name, key)]).values():
+        if run.record:
+            machine, versions = mapping(run.record.get("machine")), mapping(run.record.get("versions"))
+            told = ", ".join(f"{name} {value}" for name, value in versions.items())
+            where = ", ".join(f"{value}" for value in machine.values() if value)
+            fact = (words(run.record.get("git_commit"))[:12], told, where, words(run.record.get("precision")))
+            facts[fact] = facts.get(fact, 0) + 1
+    rows = [
+        {"runs": count, "commit": commit, "versions": versions, "machine": machine, "precision": precision}
+        for (commit, versions, machine, precision), count in facts.items()
+    ]
+    if rows:
+        shell.table(pd.DataFrame(rows), key="provenance", alt="Commits, versions and machines of the finished runs")
+    else:
+        st.info("No run is finished yet.", icon=":material/hourglass_empty:")
+    corpus = ", ".join(f"{name} {value}" for name, value in view.corpus.items())
+    if corpus:
+        st.caption(f"Corpus: {shell.plain(corpus)}.")
+
+
+def known(shelf: object, study: str, key: str) -> bool:
+    """Whether a key can be asked for at all."""
+    try:
+        shelf.path(study, key)  # type: ignore[attr-defined]
+    except data.UNREADABLE:
+        return False
+    return True
+
+
+def left_out(view: StudyView) -> None:
+    """The runs that no fit uses."""
+    table = analysis.usable(data.analysed(view.runs), ["flops_realised", "parameters", "tokens"]).left_out
+    if len(table):
+        with st.expander(f"{len(table)} runs that no law is fitted to", icon=":material/block:"):
+            labels = view.runs.set_index("key")["label"]
+            shell.table(
+                table.assign(run=table["key"].map(labels))[["run", "reason"]],
+                key="left-out",
+                alt="Runs left out, and why",
+            )
+
+
+def records(view: StudyView) -> bytes:
+    """Every record as it stands in the store."""
+    shelf = store()
+    keys = [key for key in view.runs["key"] if known(shelf, view.name, key)]
+    found = {key: dict(run.record) for key, run in shelf.views(view.name, keys).items() if run.record}
+    return json.dumps(found, indent=1).encode()
+
+
+shell.live(body)

@@ -1,0 +1,66 @@
+"""The analysis as the pages use it: remembered while the runs behind it stay the same."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from haltscale.platform import analysis
+from haltscale.platform.analysis import HeldOut, IsoFlop, LawFit, RecurrenceFit, Refusal
+
+BOOTSTRAPS = 200
+"""On the pages; ``haltscale.platform.analysis`` defaults to 1,000."""
+COLUMNS = (
+    *("key", "state", "role", "method", "size", "seed", "loss", "mean_steps", "tokens"),
+    *("parameters", "parameters_once", "parameters_recurrent", "passes_per_token"),
+    *("flops_realised", "flops_executed", "flops_paper", "lam", "beta", "l_max", "tau"),
+)
+"""What the analysis reads: other columns must not make it fit again."""
+
+
+def settled(runs: pd.DataFrame) -> pd.DataFrame:
+    """The part of the runs that a fit depends on: a live study fits again when a run ends, not at each step."""
+    ended = runs["state"].isin(["finished", "diverged"])
+    kept = runs.loc[ended, [name for name in COLUMNS if name in runs]]
+    return kept.reset_index(drop=True)
+
+
+@st.cache_data(max_entries=64, show_spinner="Fitting …")
+def power_laws(runs: pd.DataFrame, x: str) -> tuple[dict[str, LawFit], dict[str, str]]:
+    """L(x) of every method, and why some have none."""
+    return _each(runs, lambda part: analysis.fit_power_law(part, x, bootstraps=BOOTSTRAPS))
+
+
+@st.cache_data(max_entries=64, show_spinner="Fitting …")
+def surfaces(runs: pd.DataFrame) -> tuple[dict[str, LawFit], dict[str, str]]:
+    """L(N, D) of every method, and why some have none."""
+    return _each(runs, lambda part: analysis.fit_surface(part, bootstraps=BOOTSTRAPS))
+
+
+@st.cache_data(max_entries=64, show_spinner="Predicting held-out budgets …")
+def held_out(runs: pd.DataFrame, x: str) -> tuple[dict[str, HeldOut], dict[str, str]]:
+    """Leave-one-budget-out of every method."""
+    return _each(runs, lambda part: analysis.leave_one_budget_out(part, x))
+
+
+@st.cache_data(max_entries=64, show_spinner="Fitting …")
+def isoflop(runs: pd.DataFrame, x: str) -> IsoFlop | Refusal:
+    """IsoFLOP profiles of one method."""
+    return analysis.isoflop(runs, x, bootstraps=BOOTSTRAPS)
+
+
+@st.cache_data(max_entries=64, show_spinner="Fitting …")
+def recurrence(runs: pd.DataFrame) -> RecurrenceFit | Refusal:
+    """phi of every method."""
+    return analysis.fit_recurrence(runs, bootstraps=BOOTSTRAPS)
+
+
+def _each(runs, fit):  # type: ignore[no-untyped-def]
+    found, refused = {}, {}
+    for method, part in runs.groupby("method", sort=False):
+        answer = fit(part)
+        if isinstance(answer, Refusal):
+            refused[str(method)] = answer.reason
+        else:
+            found[str(method)] = answer
+    return found, refused

@@ -1,0 +1,173 @@
+"""Figures of a sweep: pure functions from runs to Plotly figures, at most 10,000 points each."""
+
+from __future__ import annotations
+
+import html
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from haltscale.dashboard import style
+from haltscale.dashboard.data import sound
+from haltscale.dashboard.figures import MUTED, layout
+
+MOST_LINES = 500
+OPTION_NAMES = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ", "size": "size", "seed": "seed"}
+TARGETS = {"perplexity": "perplexity", "mean_steps": "mean latent steps"}
+
+
+def varying(runs: pd.DataFrame) -> list[str]:
+    """The options with at least two values among runs of one method."""
+    return [name for name in OPTION_NAMES if runs[name].nunique() > 1]
+
+
+def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figure:
+    """Perplexity (left) and mean latent steps (right) over two options, a row of maps per value of a third.
+
+    Each cell is the mean over whatever else varies and has its number written in it.
+    """
+    kept = runs[sound(runs) & runs["perplexity"].notna() & runs[x].notna() & runs[y].notna()]
+    values = sorted(kept[split].dropna().unique()) if split else [None]
+    figure = make_subplots(
+        rows=max(len(values), 1),
+        cols=2,
+        horizontal_spacing=0.14,
+        vertical_spacing=0.36 / max(len(values), 1),
+        subplot_titles=[
+            f"{title}{f' · {OPTION_NAMES[str(split)]} {value:g}' if value is not None else ''}"
+            for value in values
+            for title in TARGETS.values()
+        ],
+    )
+    for row, value in enumerate(values, start=1):
+        part = kept if value is None else kept[kept[str(split)] == value]
+        for col, (target, title) in enumerate(TARGETS.items(), start=1):
+            grid = part.pivot_table(index=y, columns=x, values=target, aggfunc="mean")
+            whole = kept.pivot_table(index=[y, *([str(split)] if split else [])], columns=x, values=target)
+            names = [
+                [f"{v:g}" if isinstance(v, float | int) else str(v) for v in axis]
+                for axis in (grid.columns, grid.index)
+            ]
+            figure.add_heatmap(
+                x=names[0],
+                y=names[1],
+                z=grid.to_numpy(),
+                zmin=float(whole.min().min()),
+                zmax=float(whole.max().max()),
+                text=[[style.three(cell) for cell in line] for line in grid.to_numpy()],
+                texttemplate="%{text}",
+                colorscale="Cividis" if target == "mean_steps" else "Cividis_r",
+                colorbar={"title": title, "x": 0.43 if col == 1 else 1.0, "len": 0.8, "thickness": 12},
+                showscale=row == 1,
+                xgap=2,
+                ygap=2,
+                hovertemplate=f"{OPTION_NAMES[x]} %{{x}}, {OPTION_NAMES[y]} %{{y}}: {title} %{{text}}<extra></extra>",
+                row=row,
+                col=col,
+            )
+    figure.update_xaxes(title=OPTION_NAMES[x], type="category")
+    figure.update_yaxes(title=OPTION_NAMES[y], type="category")
+    return layout(figure, height=70 + 290 * max(len(values), 1), top=48)
+
+
+def parallel(runs: pd.DataFrame, kind: str) -> go.Figure:
+    """Parallel coordinates: a line per run through its options and results, coloured by loss."""
+    kept = runs[sound(runs) & runs["loss"].notna()].sort_values("loss").head(MOST_LINES)
+    axes = []
+    for name in varying(kept):
+        codes = sorted(kept[name].dropna().unique())
+        places = {value: index for index, value in enumerate(codes)}
+        axes.append(
+            {
+                "label": OPTION_NAMES[name],
+                "values": kept[name].map(places).fillna(-0.5),
+                "tickvals": list(range(len(codes))),
+                "ticktext": [html.escape(f"{v:g}" if isinstance(v, float) else str(v)) for v in codes],
+            }
+        )
+    for name, label in (("mean_steps", "latent steps"), (f"flops_{kind}", f"log₁₀ FLOPs, {kind}"), ("loss", "loss")):
+        values = np.log10(kept[name]) if name.startswith("flops") else kept[name]
+        if values.notna().any():
+            axes.append({"label": label, "values": values.fillna(values.min()), "tickformat": ".3~g"})
+    figure = go.Figure(
+        go.Parcoords(
+            dimensions=axes,
+            line={
+                "color": kept["loss"],
+                "colorscale": "Cividis",
+                "reversescale": True,
+                "showscale": True,
+                "colorbar": {"title": "loss,<br>nats/token", "thickness": 12},
+            },
+            labelfont={"size": 14},
+        )
+    )
+    layout(figure, height=420, top=60)
+    figure.update_layout(margin={"l": 60, "r": 40, "t": 60, "b": 24})
+    return figure
+
+
+def importance(tables: dict[str, pd.DataFrame]) -> go.Figure:
+    """Share of variance that each parameter explains alone; the bar's tick is what chance explains."""
+    figure = go.Figure()
+    patterns = {"loss": ("#0072B2", ""), "mean_steps": ("#E69F00", "/")}
+    for target, table in tables.items():
+        color, pattern = patterns[target]
+        names = [OPTION_NAMES.get(name, name) for name in table["parameter"]]
+        figure.add_bar(
+            x=100 * table["share"],
+            y=names,
+            orientation="h",
+            name={"loss": "of the loss", "mean_steps": "of the mean steps"}[target],
+            marker={"color": color, "pattern": {"shape": pattern}},
+            text=[f"{style.three(100 * share)} %" for share in table["share"]],
+            textposition="outside",
+            cliponaxis=False,
+            customdata=100 * table["chance"],
+            hovertemplate="%{y}: %{x:.3g} %, by chance up to %{customdata:.3g} %<extra></extra>",
+        )
+        figure.add_scatter(
+            x=100 * table["chance"],
+            y=names,
+            mode="markers",
+            marker={"symbol": "line-ns-open", "size": 18, "color": MUTED, "line": {"width": 3}},
+            name="what chance explains",
+            showlegend=target == next(iter(tables)),
+            hoverinfo="skip",
+        )
+    figure.update_xaxes(title="share of variance explained alone, %", range=[0, 115])
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    rows = max((len(table) for table in tables.values()), default=1)
+    return layout(figure, height=150 + 62 * rows)
+
+
+def slice_of(runs: pd.DataFrame, table: pd.DataFrame, name: str, target: str) -> go.Figure:
+    """Every run, and the mean, at each value of an option."""
+    figure = go.Figure()
+    kept = runs[sound(runs) & runs[target].notna() & runs[name].notna()]
+    text = {value: f"{value:g}" if isinstance(value, float) else str(value) for value in table["value"]}
+    for index, (size, part) in enumerate(kept.groupby("size")):
+        figure.add_scatter(
+            x=part[name].map(lambda value: text.get(value, str(value))),
+            y=part[target],
+            mode="markers",
+            name=html.escape(str(size)),
+            marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": 9, "opacity": 0.75},
+            customdata=[html.escape(label) for label in part["label"]],
+            hovertemplate="%{customdata}: %{y:.3g}<extra></extra>",
+        )
+    figure.add_scatter(
+        x=[text[value] for value in table["value"]],
+        y=table["mean"],
+        mode="lines+markers",
+        name="mean",
+        line={"color": MUTED, "width": 3, "dash": "dash"},
+        marker={"symbol": "line-ew-open", "size": 22, "line": {"width": 3}},
+    )
+    figure.update_xaxes(
+        title=OPTION_NAMES[name], type="category", categoryorder="array", categoryarray=list(text.values())
+    )
+    figure.update_yaxes(title=TARGETS.get(target, f"{target}, nats/token"))
+    return layout(figure, height=340, legend_title="size")
