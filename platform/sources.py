@@ -9,6 +9,7 @@ What cannot be read stops the preparation with a :class:`SourceError` that names
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib
@@ -234,13 +235,21 @@ class Source:
         if not self.files:
             return [f"path {self.path} holds no {' or '.join('*' + end for end in SUFFIXES[self.kind])} file"]
         if self.kind in TOKEN_FORMATS:
-            size = TOKEN_FORMATS[self.kind].itemsize
-            return [f"{file.url} is no whole number of {self.kind}" for file in self.files if file.size % size]
+            return [f"{file.url} {problem}" for file in self.files if (problem := self._token_problem(file))]
         try:
             self._first_document()
         except SourceError as error:
             return [str(error)]
         return []
+
+    def _token_problem(self, file: File) -> str:
+        if file.compression:
+            return "is compressed: token arrays are read in parts, unpack it first"
+        if file.size % TOKEN_FORMATS[self.kind].itemsize:
+            return f"is no whole number of {self.kind}"
+        with self._open(file) as stream:
+            has_header = stream.read(6) == b"\x93NUMPY"
+        return "has a NumPy header: write the bare array with ndarray.tofile" if has_header else ""
 
     def _first_document(self) -> None:
         """Read one document of the first file that holds one, so that a wrong text field is told at once."""
@@ -533,18 +542,13 @@ def _lines(source: Source, file: File, shard: Shard, skipped: Counter[str]) -> I
             yield begun, line.removeprefix(BOM) if begun == 0 else line
 
 
-class _told:  # noqa: N801 - reads as a verb where it stands
+@contextlib.contextmanager
+def _told(file: File) -> Iterator[None]:
     """Errors of reading become ones that name the file."""
-
-    def __init__(self, file: File) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if isinstance(error, OSError | pa.ArrowInvalid | EOFError):
-            raise SourceError(f"{self.file.url} cannot be read, it may be cut short ({error})") from error
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid, EOFError) as error:
+        raise SourceError(f"{file.url} cannot be read, it may be cut short ({error})") from error
 
 
 def _field(source: Source, row: Any, where: str) -> str | None:

@@ -159,6 +159,16 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
         everything(Source(path=str(tmp_path / "a.bin"), format=Format.UINT16), vocab_size=257)
 
 
+def test_token_files_that_are_no_bare_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(9, dtype=np.uint16))
+    (tmp_path / "b.bin.gz").write_bytes(gzip.compress(b"12"))
+    (tmp_path / "c.bin").write_bytes(b"123")
+    problems = Source(path=str(tmp_path), format=Format.UINT16).file_problems()
+    assert [problem.split(" ")[0].rsplit("/")[-1] for problem in problems] == ["a.npy", "b.bin.gz", "c.bin"]
+    for problem, reason in zip(problems, ["NumPy header", "compressed", "no whole number"], strict=True):
+        assert reason in problem
+
+
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 def test_remote_files_through_fsspec(compression):
     fs = fsspec.filesystem("memory")
