@@ -79,8 +79,12 @@ def prepare_client() -> None:
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):  # DeepSpeed's compiler needs ninja
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    head = find_head() if not os.environ.get("RAY_ADDRESS") else None
-    if head is None or head.gcs:
+    if address := os.environ.get("RAY_ADDRESS"):  # a job's own cluster, which may have many nodes
+        on_loopback = LOOPBACK in address or "localhost" in address
+    else:
+        head = find_head()
+        on_loopback = head is None or bool(head.gcs)
+    if on_loopback:
         os.environ.update(LOOPBACK_ONLY)
 
 

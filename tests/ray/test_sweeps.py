@@ -222,3 +222,46 @@ def test_controls_are_trained_after_their_subject(head: cluster.Head, texts: Pat
     controls = store.study("sweep")["controls"]
     kinds = {store.run("sweep", key).record["identity"]["method"]: control["kind"] for key, control in controls.items()}
     assert kinds == {"vanilla": "dense", "fixed": "fixed"}
+
+
+TUNING = """
+from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, Halving, RunConfig, Source, TuningStudy, log_uniform
+
+TuningStudy(
+    name="sweep",
+    question="Which learning rate?",
+    corpus=Corpus(
+        name="sweep",
+        sources={{"texts": Source(path={folder!r})}},
+        tokenizer=BytePairs(vocab_size=300),
+        validation_documents=2,
+        probe_characters=100,
+    ),
+    base=RunConfig(tokens=4096, context=32, batch_tokens=128, precision="fp32"),
+    space={{"learning_rate": log_uniform(1e-6, 1e-2)}},
+    samples=4,
+    stop_early=Halving(first=0.25),
+    execution=ExecutionConfig(evaluations=4, checkpoints=1, log_every_seconds=0.0),
+).main(["--store", {store!r}])
+"""
+
+
+@pytest.mark.slow
+def test_bad_runs_of_a_tuning_study_are_ended_early(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "runs")
+    path = tmp_path / "tuning.py"
+    path.write_text(TUNING.format(folder=str(texts), store=store.root))
+    code, output = run(head, "python", str(path))
+    assert code == 0, output
+    views = list(store.runs("sweep"))
+    states = {view.key: view.state for view in views}
+    assert set(states.values()) == {RunState.FINISHED, RunState.STOPPED}
+    assert {view.spec["role"] for view in views} == {"tuning"}
+    assert {view.record["role"] for view in views if view.record} == {"tuning"}
+    for view in views:
+        if view.state is RunState.STOPPED:
+            assert 8 <= view.status["step"] < 32, "after a quarter of its steps, and before the end"
+    code, output = run(head, "python", str(path))
+    assert code == 0, output
+    assert "nothing to train" in output
+    assert {view.key: view.state for view in store.runs("sweep")} == states
