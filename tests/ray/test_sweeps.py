@@ -225,7 +225,8 @@ def test_controls_are_trained_after_their_subject(head: cluster.Head, texts: Pat
 
 
 TUNING = """
-from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, Halving, RunConfig, Source, TuningStudy, log_uniform
+from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, Halving, RunConfig, Source, TuningStudy
+from haltscale.platform.api import log_uniform
 
 TuningStudy(
     name="sweep",
