@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -17,9 +19,14 @@ BIN = Path(sys.executable).parent
 TOY_LENGTH = ["--set", "tokens=8192", "--set", "evaluations=1", "--set", "checkpoints=1"]
 
 
-def submit(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) -> subprocess.Popen[str]:
-    """`ray job submit` with this session's haltscale home."""
-    environment = json.dumps({"env_vars": {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"]}})
+def submit(
+    head: cluster.Head,
+    *entrypoint: str,
+    working_dir: str | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[str]:
+    """`ray job submit` with this session's haltscale home, and more variables for the job and its workers."""
+    environment = json.dumps({"env_vars": {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"], **variables}})
     command = [str(BIN / "ray"), "job", "submit", "--address", head.dashboard, "--runtime-env-json", environment]
     command += ["--working-dir", working_dir] if working_dir else []
     return subprocess.Popen(

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -266,3 +267,50 @@ def test_bad_runs_of_a_tuning_study_are_ended_early(head: cluster.Head, texts: P
     assert code == 0, output
     assert "nothing to train" in output
     assert {view.key: view.state for view in store.runs("sweep")} == states
+
+
+@pytest.mark.slow
+def test_a_sweep_on_object_storage(
+    head: cluster.Head, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics, checkpoints, weights and records all go to a real S3 server, and nothing to a folder."""
+    pytest.importorskip("s3fs", reason="needs haltscale[s3]")
+    pytest.importorskip("moto.server")
+    (port,) = cluster.free_ports(1)
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not _answers(port):
+            assert server.poll() is None
+            time.sleep(0.1)
+        store = RunStore("s3://bucket/runs")
+        store.fs.mkdir("bucket")
+        path = script(tmp_path / "script", texts, store, "grid(seed=range(2))")
+        for expected in ("0 of 2 runs are finished, 2 to train", "all 2 runs are finished, nothing to train"):
+            job = submit(head, "python", path, variables=variables)
+            output, _ = job.communicate()
+            assert job.returncode == 0, output
+            assert expected in output
+        for view in store.runs("sweep"):
+            assert store.metrics("sweep", view.key)["step"].tolist() == list(range(1, 9))
+            assert store.fs.exists(store.path("sweep", view.key, "model", "model.safetensors"))
+            assert store.fs.ls(store.path("sweep", view.key, "checkpoints"))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
