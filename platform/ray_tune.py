@@ -205,8 +205,8 @@ def held(study: str) -> Iterator[None]:
         except (ValueError, ray.exceptions.RayActorError):
             other = "a job that is just ending"
         raise StudyBusyError(
-            f"study {study} is already being run by {other}: follow it with `haltscale status {study}`,"
-            " or stop it with `ray job stop`"
+            f"study {study} is already being run by {other}: look with `haltscale status {study}`,"
+            f" or stop it with `haltscale cancel {study}`"
         ) from None
     try:
         yield
