@@ -43,6 +43,9 @@ class Sampling:
         ]
 
 
+GREEDY = Sampling()
+
+
 class Emitted(NamedTuple):
     """One token, as it is written."""
 
@@ -76,7 +79,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_tokens: Collection[int] = (),
     max_cache_bytes: int | None = None,
     cost: Cost | None = None,

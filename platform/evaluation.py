@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -82,10 +82,6 @@ class TokenEvents:
         return cls(**arrays, sampled=sampled, flops=sum((part.flops for part in parts), start=Flops()))
 
 
-Dictate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From the steps that the model itself takes and which positions are real, both ``(B, T)``, to the steps to take."""
-
-
 def read_events(
     model: LanguageModel,
     documents: Iterable[HeldOutDocument],
@@ -93,7 +89,6 @@ def read_events(
     context: int,
     batch_rows: int = 16,
     by_step: float = 0.0,
-    dictate: Dictate | None = None,
 ) -> Iterator[TokenEvents]:
     """Read documents and record every token, batch by batch.
 
@@ -106,30 +101,32 @@ def read_events(
         context: window length in tokens.
         batch_rows: windows per forward pass.
         by_step: share of the tokens to read after every step, spread evenly; methods without a latent chain ignore it.
-        dictate: the model's own steps are replaced by what this makes of them (a second reading of each batch).
     """
     model.eval()
-    device = next(model.parameters()).device
     seen = 0
-    for batch in _batches(documents, context, batch_rows):
-        tokens, targets, lengths = (torch.as_tensor(x, device=device) for x in batch[:3])
-        real_N = torch.nonzero((torch.arange(tokens.shape[1], device=device) < lengths[:, None]).flatten()).squeeze(1)
-        chosen_N = np.flatnonzero(_spread(seen, len(real_N), by_step))
-        sampled_S = real_N[torch.as_tensor(chosen_N, device=device)] if len(chosen_N) else None
-        seen += len(real_N)
-        reading = probing.read(model, tokens, targets, lengths_B=lengths, sampled_S=sampled_S)
-        if dictate is not None:
-            steps = dictate(reading.trace.steps_BT, reading.trace.valid_BT)
-            reading = probing.read(model, tokens, targets, lengths_B=lengths, sampled_S=sampled_S, steps_BT=steps)
-        yield _events(model, reading, batch, chosen_N)
+    for batch in batches(documents, context, batch_rows):
+        yield read_batch(model, batch, first=seen, by_step=by_step)[1]
+        seen += int(batch.lengths.sum())
 
 
-def _spread(first: int, count: int, share: float) -> npt.NDArray[np.bool_]:
-    """Which of the tokens first, first + 1, .. belong to a share of all (spread by the golden ratio, as Weyl's)."""
-    return (np.arange(first, first + count) + 1) * 0.6180339887498949 % 1.0 < share
+def read_batch(
+    model: LanguageModel, batch: Batch, *, first: int = 0, by_step: float = 0.0, steps_BT: torch.Tensor | None = None
+) -> tuple[Reading, TokenEvents]:
+    """Read one batch.
+
+    Args:
+        first: its first token's place in the whole text, by which the share ``by_step`` is spread.
+        steps_BT: latent steps by order, in place of the router's.
+    """
+    device = next(model.parameters()).device
+    tokens, targets, lengths = (torch.as_tensor(x, device=device) for x in batch[:3])
+    sampled_S, chosen_N = batch.spread(first, by_step)
+    where = None if sampled_S is None else sampled_S.to(device)
+    reading = probing.read(model, tokens, targets, lengths_B=lengths, sampled_S=where, steps_BT=steps_BT)
+    return reading, _events(model, reading, batch, chosen_N)
 
 
-def _events(model: LanguageModel, reading: Reading, batch: _Batch, chosen_N: npt.NDArray[np.int64]) -> TokenEvents:
+def _events(model: LanguageModel, reading: Reading, batch: Batch, chosen_N: npt.NDArray[np.int64]) -> TokenEvents:
     real = reading.trace.valid_BT
     at = real.cpu().numpy()
     states = reading.trace.exit_BTK.shape[2]
@@ -165,15 +162,25 @@ def read_documents(
     return TokenEvents.concatenate(list(parts))
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """Some windows of some documents, padded with zeros to the longest of them."""
+
     tokens: npt.NDArray[np.int64]  # (rows, width)
     targets: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]  # (rows,)
     document: npt.NDArray[np.int64]
     start: npt.NDArray[np.int64]  # place of each window in its document
 
+    def spread(self, first: int, share: float) -> tuple[torch.Tensor | None, npt.NDArray[np.int64]]:
+        """A share of the real tokens, the first of which is token ``first`` of the text: their indices into the batch
+        flattened (None where there are none), and among its real tokens. Spread by the golden ratio (Weyl)."""
+        real_N = np.flatnonzero(np.arange(self.tokens.shape[1]) < self.lengths[:, None])
+        chosen_N = np.flatnonzero((np.arange(first, first + len(real_N)) + 1) * 0.6180339887498949 % 1.0 < share)
+        return (torch.as_tensor(real_N[chosen_N]) if len(chosen_N) else None), chosen_N
 
-def _batches(documents: Iterable[HeldOutDocument], context: int, batch_rows: int) -> Iterator[_Batch]:
+
+def batches(documents: Iterable[HeldOutDocument], context: int, batch_rows: int) -> Iterator[Batch]:
+    """Documents in windows of the context's length, so many at a time."""
     windows = (
         (index, start, document.tokens[start : start + context + 1])
         for index, document in enumerate(documents)
@@ -187,7 +194,7 @@ def _batches(documents: Iterable[HeldOutDocument], context: int, batch_rows: int
             tokens[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
         places = np.array([(document, start) for document, start, _ in rows], dtype=np.int64)
-        yield _Batch(tokens, targets, lengths, places[:, 0], places[:, 1])
+        yield Batch(tokens, targets, lengths, places[:, 0], places[:, 1])
 
 
 class Tally:

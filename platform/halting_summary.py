@@ -100,7 +100,8 @@ def sampled_steps(events: EventsFile, l_max: int) -> tuple[npt.NDArray[np.int64]
     return np.concatenate(steps), np.concatenate(losses)
 
 
-def _interval_of(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
+def interval_of(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    """Mean and 95 % interval of some values."""
     return mean_interval(len(values), float(values.sum()), float((values**2).sum()))
 
 
@@ -110,7 +111,7 @@ def gain_by_step(steps: npt.NDArray[np.int64], nll: npt.NDArray[np.float64]) -> 
     for k in range(1, nll.shape[1]):
         gain = (nll[:, k] - nll[:, 0])[steps >= k]
         if len(gain):
-            rows.append({"step": k, "tokens": len(gain), **_interval_of(gain)})
+            rows.append({"step": k, "tokens": len(gain), **interval_of(gain)})
     return rows
 
 
@@ -122,7 +123,7 @@ def gain_by_depth(steps: npt.NDArray[np.int64], nll: npt.NDArray[np.float64]) ->
         for k in range(1, depth + 1):
             if len(halted):
                 gain = halted[:, k] - halted[:, 0]
-                rows.append({"depth": depth, "step": k, "tokens": len(halted), **_interval_of(gain)})
+                rows.append({"depth": depth, "step": k, "tokens": len(halted), **interval_of(gain)})
     return rows
 
 
@@ -142,7 +143,7 @@ def oracle(steps: npt.NDArray[np.int64], nll: npt.NDArray[np.float64]) -> dict[s
         "tokens": len(steps),
         "loss": float(own.mean()),
         "oracle_loss": float(least.mean()),
-        "gap": _interval_of(own - least),
+        "gap": interval_of(own - least),
         "mean_depth": float(best.mean()),
         "stopped_there": float((best == steps).mean()),
     }

@@ -12,6 +12,7 @@
             halting/cube-<step>.parquet    those tokens counted by steps, surprisal, position, frequency and look
             halting/summary-<step>.json    what they say about halting; written after the other two
             checkpoints/           training checkpoints, one folder a step, one shard a rank (see checkpoints.py)
+            evaluations/<name>.json        later evaluations of the finished model: tasks, controls, dial, corpora
             model/                 the finished model: model.safetensors, config.json, tokenizer.json
             record.json            the result; written last and atomically. A run without it is unfinished.
 
@@ -355,6 +356,24 @@ class RunStore:
     def halting_summary(self, study: str, key: str, step: int) -> dict[str, Any]:
         """What the cube and the events say (see ``halting_summary.summarise_halting``); ``{}`` where there is none."""
         return self.read_json(self.halting_path(study, key, "summary", step))
+
+    def evaluation_path(self, study: str, key: str, name: str) -> str:
+        """Path of an evaluation of the finished model: a task, ``controls``, ``dial``, ``held-out-<corpus>``.
+
+        Raises:
+            StoreError: the name could leave the store.
+        """
+        if not _NAME.fullmatch(name):
+            raise StoreError(f"{name!r} is no name for an evaluation: use letters, digits, '-', '_' and '.'")
+        return self.path(study, key, "evaluations", f"{name}.json")
+
+    def later_evaluations(self, study: str, key: str) -> dict[str, dict[str, Any]]:
+        """The evaluations of the finished model by name: what ``haltscale evaluate`` printed as JSON."""
+        folder = self.path(study, key, "evaluations")
+        if not self.fs.isdir(folder):
+            return {}
+        paths = sorted(path for path in self.fs.ls(folder, detail=False) if path.endswith(".json"))
+        return {path.rsplit("/", 1)[-1].removesuffix(".json"): self.read_json(path) for path in paths}
 
     def _table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame:
         with self.fs.open(path, "rb") as file:

