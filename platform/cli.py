@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from haltscale.platform import cluster
+from haltscale.platform import cluster, model_verbs
 from haltscale.platform.store import RunStore, StoreError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ EXAMPLES = {
     "cancel": "haltscale cancel quickstart",
     "dashboard": "haltscale dashboard --port 8501",
     "report": "haltscale report quickstart --out quickstart.html",
+    **model_verbs.EXAMPLES,
 }
 """One for each verb; ``haltscale VERB --help`` shows it."""
 
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb("cancel", "stop the job that runs a study; submit it again to go on").add_argument(
         "study", help="the study's name"
     )
+    model_verbs.add_verbs(verb)
     verb("dashboard", "open the dashboard (--store, --port)", add_help=False)
     verb("report", "a study as one HTML file (STUDY, --out, --store)", add_help=False)
 
@@ -106,9 +108,18 @@ def _dispatch(options: argparse.Namespace) -> None:
             _status(RunStore(options.store), options.study, as_json=options.json)
         case "results":
             _results(RunStore(options.store), options.study, as_json=options.json)
+        case "evaluate" | "generate" | "export":
+            _model_verb(options)
         case "dashboard" | "report":
             module = "haltscale.dashboard" if options.verb == "dashboard" else "haltscale.dashboard.document"
             os.execv(sys.executable, [sys.executable, "-m", module, *options.rest])
+
+
+def _model_verb(options: argparse.Namespace) -> None:
+    try:
+        model_verbs.dispatch(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 class UnknownStudyError(ValueError):

@@ -12,13 +12,13 @@ checkpoint.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 
 from haltscale.model import Flops, LanguageModel, probing
@@ -117,10 +117,9 @@ def _arm(name: str, tally: Tally, gap: Difference) -> dict[str, Any]:
 
 def _rank_correlation(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
     """Spearman's; None where one of the two never varies."""
-    import pandas as pd
-
-    found = pd.Series(a.astype(np.float64)).corr(pd.Series(b.astype(np.float64)), method="spearman")
-    return None if math.isnan(found) else float(found)
+    if len(set(a.tolist())) < 2 or len(set(b.tolist())) < 2:
+        return None
+    return float(pd.Series(a.astype(np.float64)).corr(pd.Series(b.astype(np.float64)), method="spearman"))
 
 
 def dial(

@@ -21,6 +21,8 @@ from haltscale.platform.store import RunState, RunStore
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 EXPORTED_CONFIG = "haltscale"
 """Where an exported model's ``config.json`` (see :mod:`haltscale.platform.export`) keeps the model's own."""
+EXPORTED_PREFIX = "inner."
+"""Stands before the names of an exported model's weights."""
 
 
 class ModelFolderError(ValueError):
@@ -132,6 +134,7 @@ def _weights(path: Path, model: LanguageModel) -> dict[str, Any]:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFolderError(f"{path} is damaged or no safetensors file ({error}); copy or train it again") from error
+    weights = {name.removeprefix(EXPORTED_PREFIX): weight for name, weight in weights.items()}
     expected = model.state_dict()
     found = [f"{name} is missing" for name in expected if name not in weights]
     found += [f"{name} is not the model's" for name in weights if name not in expected]

@@ -102,9 +102,14 @@ def marked(token: WrittenToken) -> Text:
     return shown.append(str(token.steps).translate(SUPERSCRIPTS) if token.steps else "", style="dim")
 
 
-def show(console: Console, prompt: str, tokens: Iterator[WrittenToken]) -> list[WrittenToken]:
-    """Print one prompt and its continuation as it is written."""
-    console.print(Text(prompt, style="bold"), end="", soft_wrap=True)
+def show(console: Console, prompts: Sequence[str], tokens: Iterator[WrittenToken]) -> list[WrittenToken]:
+    """Print prompts and their continuations: one prompt's as it is written, those of several one after another."""
+    if len(prompts) > 1:
+        every = list(tokens)
+        for index, prompt in enumerate(prompts):
+            show(console, [prompt], (token for token in every if token.prompt == index))
+        return every
+    console.print(Text(prompts[0], style="bold"), end="", soft_wrap=True)
     written = []
     for token in tokens:
         written.append(token)

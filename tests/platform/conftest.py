@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -10,8 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
-from haltscale.model import Method
+from haltscale.model import METHODS, AdaptiveOptions, LanguageModel, Method, ModelConfig, Shape, build_model
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.corpus import Corpus
 from haltscale.platform.sources import Source
@@ -137,3 +143,46 @@ def store(tmp_path: Path) -> RunStore:
 @pytest.fixture
 def author(store: RunStore) -> Author:
     return Author(store)
+
+
+def tiny_tokenizer(size: int, *, end: str = "<|endoftext|>") -> Tokenizer:
+    """Bytes, then numbers up to the size; end-of-text is token 0."""
+    made = Tokenizer(BPE({symbol: index for index, symbol in enumerate([end, *sorted(ByteLevel.alphabet())])}, []))
+    made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    made.add_special_tokens([end])
+    made.add_tokens([f"[{index}]" for index in range(made.get_vocab_size(), size)])
+    return made
+
+
+def tiny_model(method: Method = Method.ADAPTIVE, *, vocab_size: int = 260, context: int = 64) -> LanguageModel:
+    """A model of random weights, its router's included, so that halting is ragged; its logits are far apart."""
+    options = (
+        AdaptiveOptions(l_max=2, tau=0.25, router_bias=0.5) if method is Method.ADAPTIVE else METHODS[method].options()
+    )
+    shape = Shape(layers=3, d=16, heads=2, kv_heads=2, ffn=24)
+    config = ModelConfig(method=method, shape=shape, vocab_size=vocab_size, context=context, options=options)
+    model = build_model(config, seed=0)
+    stream = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name and name.endswith("weight"):
+                parameter.copy_(torch.randn(parameter.shape, generator=stream))
+            if name == "head.weight":
+                parameter.mul_(20)
+    return model.eval()
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the folder of a finished model of a method."""
+
+    def write(method: Method = Method.ADAPTIVE, folder: Path | None = None, **changes: Any) -> Path:
+        folder = folder or tmp_path / f"finished-{method}"
+        folder.mkdir(parents=True, exist_ok=True)
+        model = tiny_model(method, **changes)
+        save_file(model.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+        tiny_tokenizer(model.config.vocab_size).save(str(folder / "tokenizer.json"))
+        return folder
+
+    return write

@@ -1,0 +1,192 @@
+"""The verbs of the command line that work on finished models: evaluate, generate, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from haltscale.platform.store import RunStore
+
+if TYPE_CHECKING:
+    from haltscale.platform.corpus import PreparedCorpus
+    from haltscale.platform.models import LoadedModel
+
+EXAMPLES = {
+    "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
+    "generate": 'haltscale generate quickstart/adaptive-0.6m "The state of the union"',
+    "export": "haltscale export quickstart/adaptive-0.6m ./exported",
+}
+MODEL_HELP = "STUDY/RUN in the store (the beginning of a run's key will do), or the folder of a finished model"
+
+
+def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verbs to the command line's parser."""
+    evaluate = verb("evaluate", "held-out loss, tasks, controls and compute dial of a finished model")
+    evaluate.add_argument("model", help=MODEL_HELP)
+    evaluate.add_argument("--tasks", default="", help="comma-separated: lambada, piqa, ..., all; or JSON-lines files")
+    evaluate.add_argument("--shots", default="0,5", help="examples before each question (default: 0,5)")
+    evaluate.add_argument("--limit", type=int, help="only so many items of each task")
+    evaluate.add_argument("--corpus", action="append", help="folder of a prepared corpus (default: the run's own)")
+    evaluate.add_argument("--controls", action="store_true", help="learned halting against shuffled, fixed and full")
+    evaluate.add_argument("--dial", action="store_true", help="loss against inference FLOPs: tau, and maximum depth")
+    evaluate.add_argument("--tokens", type=int, help="held-out tokens for controls and dial (default: all)")
+    generate = verb("generate", "continue a prompt, and show the latent steps before every token")
+    generate.add_argument("model", help=MODEL_HELP)
+    generate.add_argument("prompt", nargs="+", help="one or more texts to continue")
+    generate.add_argument("--tokens", type=int, help="at most so many (default: as the context has room)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely token")
+    generate.add_argument("--top-k", type=int, default=0, help="draw among the k most likely")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw among those that hold so much probability")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--stop", action="append", default=[], help="a token that ends the text")
+    generate.add_argument("--max-cache-mib", type=int, default=2048, help="refuse to set aside more keys and values")
+    export = verb("export", "write a model for transformers: safetensors, config, tokenizer, code, model card")
+    export.add_argument("model", help=MODEL_HELP)
+    export.add_argument("target", help="a new folder")
+    for command in (evaluate, generate, export):
+        command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
+        if command is not export:
+            command.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def dispatch(options: argparse.Namespace) -> None:
+    """Run a verb.
+
+    Raises:
+        ValueError: something of the user's making is wrong; the message is a sentence for the user.
+    """
+    from haltscale.platform.models import load_model, model_folder
+
+    store = RunStore(options.store)
+    verbs = {"evaluate": _evaluate, "generate": _generate, "export": _export}
+    with model_folder(options.model, store) as folder:
+        verbs[options.verb](options, store, load_model(folder))
+
+
+def _run_of(name: str, store: RunStore) -> tuple[str, str] | None:
+    """(study, key) of STUDY/RUN; None for a folder."""
+    from haltscale.platform.models import find_run
+
+    study, _, run = name.partition("/")
+    return (study, find_run(store, study, run)) if study in store.studies() and run else None
+
+
+def _evaluate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
+    from haltscale.platform.evaluating import EvaluationError, evaluations, open_corpus, own_corpus
+    from haltscale.platform.tasks import find_tasks
+
+    run = _run_of(options.model, store)
+    folders = options.corpus or ([own_corpus(store, *run)] if run else [])
+    corpora: list[PreparedCorpus] = [open_corpus(folder, loaded) for folder in folders]
+    try:
+        shots = [int(count) for count in options.shots.split(",")]
+    except ValueError:
+        raise EvaluationError(f"--shots {options.shots}: needs numbers with commas between them, such as 0,5") from None
+    tasks = find_tasks([name for name in options.tasks.split(",") if name], shots)
+    if not corpora and not tasks:
+        raise EvaluationError("nothing to evaluate on: name tasks with --tasks, or a prepared corpus with --corpus")
+    results: dict[str, dict[str, Any]] = {}
+    for name, result in evaluations(
+        loaded,
+        corpora=corpora,
+        tasks=tasks,
+        limit=options.limit,
+        controls=options.controls,
+        with_dial=options.dial,
+        tokens=options.tokens,
+    ):
+        results[name] = result
+        if run:
+            store.write_json(store.evaluation_path(*run, name), {**result, "time": time.time()})
+        if not options.json:
+            _show(name, result)
+    if options.json:
+        print(json.dumps(results, indent=1))
+
+
+COLUMNS = {
+    "name": "halting",
+    "dial": "dial",
+    "value": "value",
+    "loss": "nats/token",
+    "mean_steps": "steps",
+    "flops_realised": "FLOPs/token",
+    "seconds": "s/token",
+    "own": "trained with",
+}
+"""What the terminal shows of controls and dial; the rest is in the JSON."""
+
+
+def _show(name: str, result: dict[str, Any]) -> None:
+    """One result for the eye."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = result.get("arms") or result.get("points")
+    if rows:
+        columns = [key for key in COLUMNS if key in rows[0]]
+        table = Table(*(COLUMNS[key] for key in columns), title=name, title_justify="left")
+        for row in rows:
+            table.add_row(*(_number(row[key]) for key in columns))
+    else:
+        table = Table("", "value", title=name, title_justify="left", show_header=False)
+        for key, value in result.items():
+            if isinstance(value, int | float | str):
+                table.add_row(key.replace("_", " "), _number(value))
+    Console().print(table)
+    for row in result.get("arms", ()):
+        if gap := row["minus_learned"]:
+            low, high = gap["low"], gap["high"]
+            print(f"{row['name']} minus learned: {gap['mean']:+.4f} nats, 95 % from {low:+.4f} to {high:+.4f}")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _generate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
+    from rich.console import Console
+
+    from haltscale.model.generation import Cost, Sampling
+    from haltscale.platform import writing
+
+    cost, began = Cost(), time.perf_counter()
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    tokens = writing.write(
+        loaded,
+        options.prompt,
+        new_tokens=options.tokens,
+        sampling=sampling,
+        stop=options.stop,
+        max_cache_bytes=options.max_cache_mib << 20,
+        cost=cost,
+    )
+    if options.json:
+        written = list(tokens)
+        trace = [token.to_dict() for token in written]
+        told = writing.summary(written, cost, time.perf_counter() - began)
+        print(json.dumps({"prompts": options.prompt, "tokens": trace, "summary": told}, indent=1))
+        return
+    console = Console(highlight=False)
+    written = writing.show(console, options.prompt, tokens)
+    told = writing.summary(written, cost, time.perf_counter() - began)
+    console.print(writing.legend(max((token.steps for token in written), default=0)))
+    console.print(
+        f"{told['tokens']} tokens, {told['mean_steps']:.2f} latent steps and {told['mean_nll']:.2f} nats each;"
+        f" {told['flops_realised']:.3g} realised FLOPs a token, {told['tokens_per_second']:.0f} tokens a second,"
+        f" {told['cache_bytes'] / 2**20:.1f} MiB of keys and values",
+        style="dim",
+    )
+
+
+def _export(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
+    from haltscale.platform.export import export
+
+    run = _run_of(options.model, store)
+    target = export(loaded, options.target, record=store.run(*run).record if run else None)
+    print(f"exported to {target}; its README.md says how to load it")

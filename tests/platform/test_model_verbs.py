@@ -1,0 +1,161 @@
+"""`haltscale evaluate`, `generate` and `export` as a user calls them."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from haltscale.model.generation import GenerationError
+from haltscale.platform import cli
+from haltscale.platform.models import load_model
+from haltscale.platform.writing import WrittenToken, legend, marked, write
+
+
+@pytest.fixture
+def run_folder(store, author, finished) -> Path:
+    """A finished run ``quick/finished`` with a model."""
+    author.every_state()
+    return finished(folder=Path(store.path("quick", "finished", "model")))
+
+
+@pytest.fixture
+def prepared(tmp_path, run_folder) -> Path:
+    """A prepared corpus of the model's tokenizer."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text((run_folder / "tokenizer.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps({"name": "tiny", "vocab_size": 260, "rows": 1}))
+    documents = {"document": ["a", "b"], "bytes": [100, 60], "tokens": [[0, *range(1, 101)], [0, *range(60)]]}
+    pq.write_table(pa.table(documents), folder / "validation.parquet")
+    return folder
+
+
+def call(capsys, *arguments: str) -> str:
+    cli.main(arguments)
+    return capsys.readouterr().out
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    return str(stop.value.code)
+
+
+def test_evaluate_writes_what_it_prints(store, run_folder, prepared, tmp_path, capsys):
+    task = tmp_path / "general.jsonl"
+    task.write_text(json.dumps({"query": "a", "choices": ["b", "c"], "gold": 0}))
+    arguments = ["evaluate", "quick/fin", "--store", store.root, "--corpus", str(prepared), "--tasks", str(task)]
+    printed = json.loads(call(capsys, *arguments, "--controls", "--dial", "--json"))
+    assert list(printed) == ["held-out-tiny", "controls", "dial", "general"]
+    assert printed["held-out-tiny"]["tokens_evaluated"] == 160
+    assert [row["name"] for row in printed["controls"]["arms"]] == ["learned", "shuffled", "fixed", "full"]
+    assert printed["general"]["items"] == 1
+    stored = store.later_evaluations("quick", "finished")
+    assert sorted(stored) == sorted(printed)
+    for name, result in printed.items():
+        assert {key: stored[name][key] for key in result} == result
+    shown = call(capsys, *arguments, "--controls")
+    assert "shuffled minus learned" in shown
+    assert "gold bits per byte" in shown
+
+
+def test_evaluate_a_folder_stores_nothing(store, finished, prepared, capsys):
+    folder = finished()
+    before = sorted(folder.iterdir())
+    printed = json.loads(
+        call(capsys, "evaluate", str(folder), "--store", store.root, "--corpus", str(prepared), "--json")
+    )
+    assert list(printed) == ["held-out-tiny"]
+    assert sorted(folder.iterdir()) == before
+
+
+def test_what_evaluate_refuses(store, run_folder, prepared, finished, tmp_path):
+    base = ["--store", store.root]
+    assert "no run is called 'x'" in refused("evaluate", "quick/x", *base)
+    assert "nothing to evaluate on" in refused("evaluate", str(finished()), *base)
+    assert "controls and dial read held-out text" in refused(
+        "evaluate", str(finished()), "--controls", "--tasks", str(_task(tmp_path)), *base
+    )
+    assert "no prepared corpus" in refused("evaluate", "quick/fin", "--corpus", str(tmp_path), *base)
+    assert "no task 'lambda'" in refused("evaluate", str(run_folder), "--tasks", "lambda", *base)
+    assert "needs numbers" in refused("evaluate", str(run_folder), "--shots", "many", *base)
+    (prepared / "tokenizer.json").write_text("{}")
+    assert "another tokenizer" in refused("evaluate", "quick/fin", "--corpus", str(prepared), *base)
+
+
+def _task(folder: Path) -> Path:
+    path = folder / "t.jsonl"
+    path.write_text(json.dumps({"query": "a", "choices": ["b", "c"], "gold": 0}))
+    return path
+
+
+def test_generate_shows_steps_and_a_summary(store, run_folder, capsys):
+    shown = call(capsys, "generate", "quick/fin", "Once upon", "--tokens", "20", "--store", store.root)
+    assert shown.startswith("Once upon")
+    assert "latent steps before a token:" in shown
+    assert "tokens, " in shown
+    assert "MiB of keys and values" in " ".join(shown.split())
+    assert any(mark in shown for mark in "¹²"), "the steps must be readable without colour"
+
+
+def test_generate_as_json(store, run_folder, capsys):
+    base = ["generate", "quick/fin", "One", "Another text", "--tokens", "8", "--store", store.root]
+    printed = json.loads(call(capsys, *base, "--json"))
+    assert printed["prompts"] == ["One", "Another text"]
+    for prompt, text in enumerate(printed["prompts"]):
+        [own] = [[t for t in printed["tokens"] if t["prompt"] == prompt]]
+        alone = json.loads(call(capsys, "generate", "quick/fin", text, *base[4:], "--json"))["tokens"]
+        assert [(t["token_id"], t["steps"], t["text"]) for t in own] == [
+            (t["token_id"], t["steps"], t["text"]) for t in alone
+        ]
+    assert printed["summary"]["tokens"] == len(printed["tokens"])
+    drawn = [call(capsys, *base, "--json", "--temperature", "3", "--seed", seed) for seed in ("1", "1", "2")]
+    tokens = [[t["token_id"] for t in json.loads(one)["tokens"]] for one in drawn]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_what_generate_refuses(store, run_folder):
+    base = ["--store", store.root]
+    assert "prompt 0 is empty" in refused("generate", "quick/fin", "", *base)
+    assert "more than the model's context of 64" in refused("generate", "quick/fin", "x" * 64, *base)
+    assert "room for" in refused("generate", "quick/fin", "x", "--tokens", "64", *base)
+    assert "top_p" in refused("generate", "quick/fin", "x", "--top-p", "0", *base)
+    assert "2 tokens of this tokenizer" in refused("generate", "quick/fin", "x", "--stop", "ab", *base)
+    assert "bytes, 0 are allowed" in refused("generate", "quick/fin", "x", "--max-cache-mib", "0", *base)
+
+
+def test_characters_of_several_tokens_come_when_they_are_complete(finished, monkeypatch):
+    loaded = load_model(finished())
+    [first, second] = loaded.tokenizer.encode("ß").ids
+    script = [first, second, *loaded.tokenizer.encode("x").ids]
+    choose = iter(script)
+    monkeypatch.setattr("haltscale.model.generation.choose", lambda *_: next(choose))
+    assert [token.text for token in write(loaded, ["a"], new_tokens=3)] == ["", "ß", "x"]
+
+
+def test_a_stop_ends_the_text(finished):
+    loaded = load_model(finished())
+    tokens = [token.token_id for token in write(loaded, ["ab"], new_tokens=20)]
+    with pytest.raises(GenerationError, match="0 tokens"):
+        write(loaded, ["ab"], stop=[""])
+    stop = loaded.tokenizer.decode([tokens[3]])
+    if len(loaded.tokenizer.encode(stop).ids) == 1:
+        cut = [token.token_id for token in write(loaded, ["ab"], new_tokens=20, stop=[stop])]
+        assert cut == tokens[: tokens.index(tokens[3]) + 1]
+
+
+def test_marks_do_not_rely_on_colour():
+    def token(steps: int) -> WrittenToken:
+        return WrittenToken(prompt=0, token_id=1, text=" word", steps=steps, nll=1.0)
+
+    assert [marked(token(steps)).plain for steps in (0, 1, 12)] == [" word", " word¹", " word¹²"]
+    assert legend(2).plain.count("¹") == 1
+
+
+def test_export_tells_where(store, run_folder, tmp_path, capsys):
+    out = call(capsys, "export", "quick/fin", str(tmp_path / "there"), "--store", store.root)
+    assert f"exported to {tmp_path / 'there'}" in out
+    assert "| held-out loss (nats per token) | 4.25 |" in (tmp_path / "there" / "README.md").read_text()
+    assert "exists" in refused("export", "quick/fin", str(tmp_path / "there"), "--store", store.root)
