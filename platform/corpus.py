@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -204,11 +204,22 @@ class PreparedCorpus:
 
     def validation(self) -> list[HeldOutDocument]:
         """The held-out documents, in the corpus's order."""
-        table = pq.read_table(self.folder / "validation.parquet").to_pydict()
-        return [
-            HeldOutDocument(name=name, bytes=size, tokens=np.asarray(tokens, dtype=np.int64))
-            for name, size, tokens in zip(table["document"], table["bytes"], table["tokens"], strict=True)
-        ]
+        return list(self.stream_validation())
+
+    def validation_names(self) -> list[str]:
+        """The held-out documents' names."""
+        names: list[str] = pq.read_table(self.folder / "validation.parquet", columns=["document"])[
+            "document"
+        ].to_pylist()
+        return names
+
+    def stream_validation(self) -> Iterator[HeldOutDocument]:
+        """The same, a few at a time."""
+        with pq.ParquetFile(self.folder / "validation.parquet") as file:
+            for batch in file.iter_batches(batch_size=64, columns=["document", "bytes", "tokens"]):
+                for name, size, tokens in zip(*batch.columns, strict=True):
+                    values = tokens.values.to_numpy().astype(np.int64)
+                    yield HeldOutDocument(name=name.as_py(), bytes=size.as_py(), tokens=values)
 
     def probe(self) -> HeldOutDocument:
         """The probe text."""

@@ -36,9 +36,8 @@ def open_corpus(folder: str | Path, loaded: LoadedModel) -> PreparedCorpus:
 
 def own_corpus(store: RunStore, study: str, key: str) -> Path:
     """The folder of the corpus that a run was trained on, as the study prepared it on this machine."""
-    identity = store.run(study, key).spec["identity"]
-    name = f"{identity['corpus']}-{identity['corpus_fingerprint']}-{identity['context']}"
-    return haltscale_home() / "corpora" / name
+    about, identity = store.study(study)["corpus"], store.run(study, key).spec["identity"]
+    return haltscale_home() / "corpora" / f"{about['name']}-{about['fingerprint']}-{identity['context']}"
 
 
 def evaluations(
@@ -80,13 +79,13 @@ def evaluations(
 
 def held_out(loaded: LoadedModel, corpus: PreparedCorpus) -> dict[str, Any]:
     """The held-out documents of a corpus: loss and halting (see ``Tally.row``), FLOPs and seconds per token."""
-    documents, tally, began = corpus.validation(), Tally(), time.perf_counter()
-    for events in read_events(loaded.model, documents, context=loaded.model.config.context):
+    tally, began = Tally(), time.perf_counter()
+    for events in read_events(loaded.model, corpus.stream_validation(), context=loaded.model.config.context):
         tally.add(events)
     seconds = time.perf_counter() - began
     return {
         "corpus": corpus.counts["name"],
-        **tally.row(text_bytes=sum(document.bytes for document in documents)),
+        **tally.row(text_bytes=int(corpus.counts["validation_bytes"])),
         "flops_realised": tally.flops.realised / tally.tokens,
         "seconds": seconds / tally.tokens,
     }

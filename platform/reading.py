@@ -45,15 +45,14 @@ def read_split(
     Args:
         step: the training step that the files are named for.
     """
-    documents, kinds = corpus.validation(), TokenKinds.of_corpus(corpus)
-    tokens = sum(len(document.tokens) - 1 for document in documents)
+    kinds = TokenKinds.of_corpus(corpus)
+    by_step = share_by_step(int(corpus.counts["validation_tokens"]))
     tally, quantiles = Tally(), Quantiles()
     l_max = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.parquet"
-        names = [document.name for document in documents]
-        writer = EventsWriter(path, kinds, step=step, context=context, documents=names)
-        for events in read_events(model, documents, context=context, by_step=share_by_step(tokens)):
+        writer = EventsWriter(path, kinds, step=step, context=context, documents=corpus.validation_names())
+        for events in read_events(model, corpus.stream_validation(), context=context, by_step=by_step):
             tally.add(events)
             quantiles.add(events.nll)
             writer.add(events)
@@ -67,7 +66,7 @@ def read_split(
         recorder.telemetry(step, Path(folder), summary)
     probe = corpus.probe()
     recorder.probe(step, probe_table(read_documents(model, [probe], context=context, by_step=1.0), probe, kinds))
-    row = tally.row(text_bytes=sum(document.bytes for document in documents))
+    row = tally.row(text_bytes=int(corpus.counts["validation_bytes"]))
     return SplitResult(row=row, summary=summary, flops=tally.flops)
 
 
