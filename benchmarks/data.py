@@ -38,7 +38,7 @@ from figures import Figure, interleaved, machine, show
 from tokenizers import Tokenizer
 
 from haltscale.model import build_model
-from haltscale.platform import preparing, ray_data
+from haltscale.platform import ray_data, shard_jobs
 from haltscale.platform.api import BytePairs, Corpus, RunConfig, Source
 from haltscale.platform.corpus import PreparedCorpus, RowReader
 from haltscale.platform.order import global_batches
@@ -94,7 +94,7 @@ def tokenising(options: argparse.Namespace, folder: Path) -> None:
     def ours() -> float:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             jobs = [
-                preparing.TokeniseJob(
+                shard_jobs.TokeniseJob(
                     index=index,
                     name="text",
                     source=source.bare(),
@@ -106,7 +106,7 @@ def tokenising(options: argparse.Namespace, folder: Path) -> None:
                 for index, shard in enumerate(source.shards())
             ]
             began = time.perf_counter()
-            results = list(ray_data.spread(preparing.tokenise_shard, jobs))
+            results = list(ray_data.spread(shard_jobs.tokenise_shard, jobs))
             assert sum(result["documents"] for result in results) == len(table["train"])
             return size / (time.perf_counter() - began)
 

@@ -4,7 +4,8 @@ from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method
 from haltscale.platform.config import ConfigError, Precision, RunConfig, Schedule
 from haltscale.platform.corpus import Corpus, sotu
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
-from haltscale.platform.sources import RECIPES, Format, InvalidUtf8, Source, hugging_face
+from haltscale.platform.formats import Format, InvalidUtf8
+from haltscale.platform.sources import RECIPES, Source, hugging_face
 from haltscale.platform.store import RunStore
 from haltscale.platform.study import Halving, Study
 from haltscale.platform.sweep import (

@@ -31,9 +31,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from haltscale.platform.config import ConfigError
+from haltscale.platform.formats import Format
 from haltscale.platform.identity import digest
 from haltscale.platform.order import Mixture
-from haltscale.platform.sources import Format, Source
+from haltscale.platform.sources import Source
 from haltscale.platform.store import haltscale_home
 from haltscale.platform.tokenization import BytePairs, Pretrained
 

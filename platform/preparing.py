@@ -1,32 +1,24 @@
 """Prepare a corpus: read and tokenise its shards, choose what is held out, pack rows, and publish, in that order.
 
-Tokenising and packing are maps over shards, which any runner can spread over processes (Ray Data's is in
-:mod:`haltscale.platform.ray_data`; the default works in this process). A shard's result is a file, written whole or not
-at all, and found again by a later attempt. The rows do not depend on how a source was cut into shards: packing gives
-each row to the shard that it begins in. No process holds more than a few megabytes of tokens, whatever the corpus.
+Tokenising and packing are maps over shards (:mod:`.shard_jobs`), which any runner can spread over processes (Ray Data's
+is in :mod:`.ray_data`; the default works in this process). The rows do not depend on how a source was cut into shards:
+packing gives each row to the shard that it begins in. No process holds more than a few megabytes of tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
@@ -34,41 +26,31 @@ from tokenizers import Tokenizer
 from haltscale.platform import leakage
 from haltscale.platform.corpus import Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.document_plan import DocumentPlan, plan_documents
+from haltscale.platform.formats import SourceError
 from haltscale.platform.progress import clock
-from haltscale.platform.sources import Shard, Source, SourceError
-from haltscale.platform.tokenization import BytePairs, encode
+from haltscale.platform.shard_jobs import (
+    UNWRITABLE,
+    PackJob,
+    Result,
+    TokeniseJob,
+    end_of_text_id,
+    kept_result,
+    name_hash,
+    pack_shard,
+    read_document,
+    tokenise_shard,
+    whole,
+    write_json,
+)
+from haltscale.platform.tokenization import BytePairs
 
 log = logging.getLogger(__name__)
 
-Uint32 = npt.NDArray[np.uint32]
-Result = dict[str, Any]
 Runner = Callable[[Callable[[Any], Result], list[Any]], Iterable[Result]]
 """Maps a function over jobs, in any processes, and gives the results in the order of the jobs."""
 
-LEAST_TOKENS = 2
-"""A shorter document is skipped and counted as ``too_short``."""
-BATCH_CHARACTERS = 1 << 20
-GROUP_TOKENS = 8192
-"""Size of a row group: what reading one row decodes."""
 SAMPLED_SHARDS = 16
 PROGRESS_SECONDS = 5.0
-UNWRITABLE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-}
-
-DOCUMENTS = pa.schema(
-    {
-        "shard": pa.int32(),
-        "position": pa.int32(),
-        "name": pa.string(),
-        "name_hash": pa.uint64(),
-        "content": pa.binary(16),
-        "bytes": pa.int64(),
-        "n_tokens": pa.int64(),
-        "tokens": pa.list_(pa.uint32()),
-    }
-)
 
 
 def in_process(function: Callable[[Any], Result], jobs: list[Any]) -> Iterator[Result]:
@@ -132,22 +114,6 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.close()
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes its place when all is written."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, document: Any) -> None:
-    with _whole(path) as partial:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-
-
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +145,8 @@ class _Preparation:
         tokenizer = self._tokenizer()
         shards = self._tokenise(tokenizer)
         plan = plan_documents(self.corpus, shards, self.work)
-        end = _end_of_text(tokenizer, self.corpus.tokenizer.end_of_text)
-        held_out = [_document(self.work, each["shard"], each["position"]) for each in plan.held_out]
+        end = end_of_text_id(tokenizer, self.corpus.tokenizer.end_of_text)
+        held_out = [read_document(self.work, each["shard"], each["position"]) for each in plan.held_out]
         windows = leakage.window_hashes([document["tokens"] for document in held_out])
         np.save(self.work / "windows.npy", windows)
         rows, packed = self._pack(plan, end)
@@ -192,13 +158,13 @@ class _Preparation:
             "tokens": [np.concatenate([[end], document["tokens"]]).astype(np.uint32) for document in held_out],
         }
         pq.write_table(pa.table(columns), self.ready / "validation.parquet", compression="zstd")
-        _write_json(self.ready / "probe.json", self._probe(plan, tokenizer, end))
+        write_json(self.ready / "probe.json", self._probe(plan, tokenizer, end))
         counts = np.zeros(self.corpus.vocab_size, dtype=np.int64)
         for index in (result["index"] for result in packed):
             counts += np.load(self.work / f"packed-{index:06d}.npy")
         np.save(self.ready / "token_counts.npy", counts)
         parts = [{"file": result["file"], "rows": result["rows"]} for result in packed if result["rows"]]
-        _write_json(self.ready / "parts.json", parts)
+        write_json(self.ready / "parts.json", parts)
         found = sorted({window for result in packed for window in result["leaked"]})
         lengths = [len(document["tokens"]) for document in held_out]
         statistics = {
@@ -216,7 +182,7 @@ class _Preparation:
             "leakage": leakage.report(windows[found], [document["tokens"] for document in held_out]),
             "prepared": self.corpus.identity(),
         }
-        _write_json(self.ready / "corpus.json", statistics)
+        write_json(self.ready / "corpus.json", statistics)
 
     # ---- tokenizer --------------------------------------------------------------------------------------------------
 
@@ -229,7 +195,7 @@ class _Preparation:
                 text = spec.train(self._sample(spec.sample_bytes)).to_str()
             else:
                 text = spec.json
-            with _whole(path) as partial:
+            with whole(path) as partial:
                 partial.write_text(text, encoding="utf-8")
         return Tokenizer.from_file(str(path))
 
@@ -338,7 +304,7 @@ class _Preparation:
 
     def _told(self, what: str, function: Callable[[Any], Result], jobs: list[Any], stem: str) -> Iterator[Result]:
         """Run the jobs that have no result yet, telling how far they are; all results, in the order of the jobs."""
-        kept = {job.index: _result(self.work, stem, job.index) for job in jobs}
+        kept = {job.index: kept_result(self.work, stem, job.index) for job in jobs}
         fresh = iter(self.run(function, [job for job in jobs if kept[job.index] is None]))
         began = told = time.monotonic()
         done = before = sum(result is not None for result in kept.values())
@@ -364,7 +330,7 @@ class _Preparation:
                 )
 
     def _probe(self, plan: DocumentPlan, tokenizer: Tokenizer, end: int) -> Result:
-        document = _document(self.work, plan.probe["shard"], plan.probe["position"])
+        document = read_document(self.work, plan.probe["shard"], plan.probe["position"])
         text = tokenizer.decode(document["tokens"].tolist(), skip_special_tokens=False)
         return {
             "document": self.corpus.document_name(plan.probe["source"], plan.probe["name"]),
@@ -388,276 +354,3 @@ def probe_text(text: str, tokenizer: Tokenizer, end: int, characters: int) -> Re
             text[start : min(stop, following)] for (start, stop), following in zip(offsets, starts, strict=True)
         ],
     }
-
-
-# ---- jobs: what the runner's processes do ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokeniseJob:
-    """Read one shard and tokenise it."""
-
-    index: int
-    name: str
-    source: Source
-    shard: Shard
-    work: str
-    tokenizer: str
-    end_of_text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackJob:
-    """Pack the rows that begin in one shard."""
-
-    index: int
-    work: str
-    ready: str
-    context: int
-    end_of_text: int
-    vocab_size: int
-    first_row: int
-    rows: int
-    skip: int
-    """Tokens of the shard before its first row: they belong to a row of a shard before it."""
-    takes: tuple[tuple[int, int], ...]
-    """This shard and those that follow it in its source, with how many documents each gives."""
-
-
-def _attempted(work: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Failures that the user can mend come back as results, so that all of them are told together."""
-
-    def attempt(job: Any) -> Result:
-        try:
-            return {"index": job.index, **work(job)}
-        except SourceError as error:
-            return {"index": job.index, "problem": str(error)}
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            return {"index": job.index, "errno": error.errno, "strerror": os.strerror(error.errno or 0)}
-
-    return attempt
-
-
-def _result(work: Path, stem: str, index: int) -> Result | None:
-    try:
-        result: Result = json.loads((work / f"{stem}-{index:06d}.json").read_text())
-    except FileNotFoundError:
-        return None
-    return result
-
-
-def name_hash(name: str) -> int:
-    """Orders documents for what is held out: the first 8 bytes of the SHA-256 of the name."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-@lru_cache(maxsize=2)
-def _tokenizer_of(path: str, modified: int) -> Tokenizer:
-    return Tokenizer.from_file(path)
-
-
-def _tokenise(job: TokeniseJob) -> Result:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread: the runner has a process for every core
-    tokenizer = _tokenizer_of(job.tokenizer, os.stat(job.tokenizer).st_mtime_ns)
-    work, skipped = Path(job.work), Counter[str]()
-    documents = job.source.documents_of(
-        job.shard,
-        skipped,
-        end_of_text=_end_of_text(tokenizer, job.end_of_text),
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-    )
-    position = 0
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(stack.enter_context(_whole(work / f"tokens-{job.index:06d}.parquet")), "wb"))
-        writer = stack.enter_context(pq.ParquetWriter(file, DOCUMENTS, compression="lz4"))
-        for batch in _batches(documents):
-            kept = []
-            for (name, content), tokens in zip(batch, _tokens_of(tokenizer, batch), strict=True):
-                if len(tokens) < LEAST_TOKENS:
-                    skipped["too_short"] += 1
-                elif job.source.documents is None or position < job.source.documents:
-                    kept.append(_row(job.index, position, name, content, tokens, tokenizer))
-                    position += 1
-            if kept:
-                writer.write_table(pa.Table.from_pylist(kept, schema=DOCUMENTS))
-            if position == job.source.documents:
-                break
-    result = {"index": job.index, "source": job.name, "documents": position, "skipped": dict(skipped)}
-    _write_json(work / f"tokens-{job.index:06d}.json", result)
-    return result
-
-
-def _end_of_text(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    assert found is not None, "checked before"
-    return int(found)
-
-
-def _tokens_of(tokenizer: Tokenizer, batch: list[tuple[str, Any]]) -> list[Uint32]:
-    if isinstance(batch[0][1], str):
-        return encode(tokenizer, [text for _, text in batch])
-    return [tokens for _, tokens in batch]
-
-
-def _row(shard: int, position: int, name: str, content: Any, tokens: Uint32, tokenizer: Tokenizer) -> dict[str, Any]:
-    if isinstance(content, str):
-        raw = content.encode()
-        size = len(raw)
-    else:
-        raw, size = tokens.tobytes(), len(tokenizer.decode(tokens.tolist(), skip_special_tokens=False).encode())
-    return {
-        "shard": shard,
-        "position": position,
-        "name": name,
-        "name_hash": name_hash(name),
-        "content": hashlib.sha256(raw).digest()[:16],
-        "bytes": size,
-        "n_tokens": len(tokens),
-        "tokens": tokens,
-    }
-
-
-def _batches(documents: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
-    batch: list[tuple[str, Any]] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document[1])
-        if held >= BATCH_CHARACTERS:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _documents(work: Path, shard: int, take: int) -> Iterator[Uint32]:
-    """The tokens of a shard's training documents, in order."""
-    dropped = pq.read_table(work / "dropped.parquet", filters=[("shard", "==", shard)])["position"].to_pylist()
-    left_out = set(dropped)
-    position = 0
-    with pq.ParquetFile(work / f"tokens-{shard:06d}.parquet") as file:
-        for group in range(file.num_row_groups):
-            if position >= take:
-                return
-            for tokens in file.read_row_group(group, columns=["tokens"], use_threads=False)["tokens"]:
-                if position < take and position not in left_out:
-                    yield tokens.values.to_numpy()
-                position += 1
-
-
-def _document(work: Path, shard: int, position: int) -> dict[str, Any]:
-    """One document: its bytes and tokens."""
-    with pq.ParquetFile(work / f"tokens-{shard:06d}.parquet") as file:
-        for group in range(file.num_row_groups):
-            if position < (rows := file.metadata.row_group(group).num_rows):
-                table = file.read_row_group(group, columns=["bytes", "tokens"])
-                return {
-                    "bytes": table["bytes"][position].as_py(),
-                    "tokens": table["tokens"][position].values.to_numpy(),
-                }
-            position -= rows
-    raise IndexError(f"shard {shard} has no document {position}")
-
-
-def _pack(job: PackJob) -> Result:
-    work = Path(job.work)
-    hashes = np.load(work / "windows.npy")
-    counts = np.zeros(job.vocab_size, dtype=np.int64)
-    leaked: set[int] = set()
-    end = np.array([job.end_of_text], dtype=np.uint32)
-    name = f"part-{job.index:06d}.parquet"
-    with RowWriter(Path(job.ready) / name, job) as writer:
-        for tokens in _documents(work, *job.takes[0]):
-            counts += np.bincount(tokens, minlength=job.vocab_size)
-            counts[job.end_of_text] += 1
-            leaked.update(leakage.found_in(tokens, hashes).tolist())
-            writer.add(end, tokens)
-        for following in job.takes[1:]:
-            if writer.is_full:
-                break
-            for tokens in _documents(work, *following):
-                writer.add(end, tokens)
-                if writer.is_full:
-                    break
-    with _whole(work / f"packed-{job.index:06d}.npy") as partial, open(partial, "wb") as file:
-        np.save(file, counts)
-    result = {"index": job.index, "file": name, "rows": job.rows, "leaked": sorted(leaked)}
-    _write_json(work / f"packed-{job.index:06d}.json", result)
-    return result
-
-
-tokenise_shard = _attempted(_tokenise)
-pack_shard = _attempted(_pack)
-
-
-class RowWriter:
-    """Cuts a stream of tokens into rows of context+1 and writes one part; consecutive rows overlap by one token."""
-
-    SCHEMA = staticmethod(
-        lambda context: pa.schema(
-            {
-                "seq_id": pa.int64(),
-                "tokens": pa.list_(pa.uint32(), context + 1),
-                "starts": pa.list_(pa.uint32()),
-            }
-        )
-    )
-
-    def __init__(self, path: Path, job: PackJob) -> None:
-        self._path, self._job = path, job
-        self._group = max(1, GROUP_TOKENS // (job.context + 1))
-        self._skip = job.skip
-        self._pending: list[Uint32] = []
-        self._held = self._written = 0
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> RowWriter:
-        if self._job.rows:
-            file = self._stack.enter_context(open(self._stack.enter_context(_whole(self._path)), "wb"))
-            schema = self.SCHEMA(self._job.context)
-            options = {"compression": "none", "use_dictionary": False, "write_statistics": ["seq_id"]}
-            self._writer = self._stack.enter_context(pq.ParquetWriter(file, schema, **options))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self._write(self._job.rows - self._written)
-        self._stack.__exit__(*error)
-
-    @property
-    def is_full(self) -> bool:
-        """All rows of this part are complete."""
-        return self._held > (self._job.rows - self._written) * self._job.context
-
-    def add(self, *pieces: Uint32) -> None:
-        """Append tokens."""
-        for piece in pieces:
-            left_out = min(self._skip, len(piece))
-            self._skip -= left_out
-            self._pending.append(piece[left_out:])
-            self._held += len(piece) - left_out
-        block = self._group * max(1, (1 << 18) // GROUP_TOKENS)
-        if self._held > block * self._job.context:
-            self._write(min(self._held - 1, block * self._job.context) // self._job.context)
-
-    def _write(self, rows: int) -> None:
-        rows = min(rows, self._job.rows - self._written)
-        if rows < 1:
-            return
-        context = self._job.context
-        stream = np.concatenate(self._pending)
-        windows = np.lib.stride_tricks.sliding_window_view(stream, context + 1)[::context][:rows]
-        row, start = np.nonzero(windows == self._job.end_of_text)
-        offsets = np.searchsorted(row, np.arange(rows + 1)).astype(np.int32)
-        first = self._job.first_row + self._written
-        columns = [
-            pa.array(np.arange(first, first + rows)),
-            pa.FixedSizeListArray.from_arrays(pa.array(windows.ravel()), context + 1),
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(start.astype(np.uint32))),
-        ]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=self.SCHEMA(context)), self._group)
-        self._pending = [stream[rows * context :]]
-        self._held = len(self._pending[0])
-        self._written += rows

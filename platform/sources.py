@@ -1,7 +1,7 @@
 """Where documents come from: files of any common format, local or remote, and Hugging Face datasets.
 
 A source is a description. It lists its files, cuts them into shards that are read independently of each other, and
-reads a shard's documents in a fixed order under stable names, holding no more than a document at a time.
+reads a shard's documents (:mod:`haltscale.platform.formats`).
 
 What cannot be read stops the preparation with a :class:`SourceError` that names file and place; what is no document
 (an empty file, a null, a text that a filter refuses) is skipped and counted by reason. ``docs/corpora.md`` lists both.
@@ -9,17 +9,14 @@ What cannot be read stops the preparation with a :class:`SourceError` that names
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import hashlib
 import importlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
@@ -27,94 +24,27 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from haltscale.platform.formats import (
+    READERS,
+    SUFFIXES,
+    TOKEN_FORMATS,
+    File,
+    Format,
+    InvalidUtf8,
+    Shard,
+    SourceError,
+    bare_name,
+    open_parquet,
+    read_tokens,
+)
 from haltscale.platform.identity import digest, encodable
 from haltscale.platform.store import haltscale_home
 
-CHUNK_BYTES = 1 << 20
 SHARD_BYTES = 8 << 20
-"""Least size of a shard; what the cache holds does not depend on it."""
+"""Least size of a shard; the rows do not depend on it."""
 MOST_SHARDS = 4096
 """Of a source: in larger ones, shards grow."""
-BOM = b"\xef\xbb\xbf"
-
-
-class SourceError(ValueError):
-    """A source cannot be read; the message names the file and the place in it."""
-
-
-class Format(StrEnum):
-    """How a source's files hold documents."""
-
-    AUTO = "auto"
-    """By the files' suffixes: .txt, .jsonl/.ndjson, .csv/.tsv, .parquet."""
-    TEXT = "text"
-    """One document a file."""
-    LINES = "lines"
-    """One document a line."""
-    JSONL = "jsonl"
-    CSV = "csv"
-    PARQUET = "parquet"
-    UINT16 = "uint16"
-    """Token ids as the authors store them: a flat little-endian array, documents divided by end-of-text."""
-    UINT32 = "uint32"
-    HUGGING_FACE = "hugging-face"
-    """``path`` is a dataset's name on the Hub, or a folder with data files, read by ``datasets`` as a stream."""
-
-
-SUFFIXES = {
-    Format.TEXT: (".txt",),
-    Format.LINES: (".txt",),
-    Format.JSONL: (".jsonl", ".ndjson"),
-    Format.CSV: (".csv", ".tsv"),
-    Format.PARQUET: (".parquet",),
-    Format.UINT16: (".bin", ".npy"),
-    Format.UINT32: (".bin", ".npy"),
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-TOKEN_FORMATS: dict[Format, np.dtype[Any]] = {Format.UINT16: np.dtype("<u2"), Format.UINT32: np.dtype("<u4")}
-
-
-class InvalidUtf8(StrEnum):
-    """What happens to a text that is not valid UTF-8."""
-
-    ERROR = "error"
-    """The corpus is refused; the message names file and byte."""
-    REPLACE = "replace"
-    """Each invalid sequence becomes U+FFFD, and the document is counted under ``replaced_utf8``."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of a source."""
-
-    name: str
-    """Relative to the source's path: part of its documents' names, the same wherever the source lies."""
-    url: str
-    """The path on its filesystem."""
-    size: int
-    """Bytes, as stored."""
-
-    @property
-    def compression(self) -> str | None:
-        return next((codec for suffix, codec in COMPRESSIONS.items() if self.name.endswith(suffix)), None)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of a source that one task reads."""
-
-    files: tuple[File, ...]
-    """Several small text files; else one."""
-    first: int = 0
-    """Byte, row group, token or shard (Hugging Face) at which to begin."""
-    last: int | None = None
-    """Where to stop, exclusive; None: at the end."""
-
-
-Document = tuple[str, str | None]
-"""A name, and its text; None where the source has a null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +94,9 @@ class Source:
         """The format, read off the suffixes where it is AUTO; AUTO where they do not tell."""
         if self.format is not Format.AUTO:
             return self.format
-        found = {kind for kind, ends in SUFFIXES.items() for file in self._all_files if _bare(file.name).endswith(ends)}
+        found = {
+            kind for kind, ends in SUFFIXES.items() for file in self._all_files if bare_name(file.name).endswith(ends)
+        }
         found -= {Format.LINES, *TOKEN_FORMATS}
         return found.pop() if len(found) == 1 else Format.AUTO
 
@@ -189,7 +121,7 @@ class Source:
     def files(self) -> list[File]:
         """The files that hold documents, in the order of their names."""
         ends = SUFFIXES.get(self.kind, ())
-        named = [file for file in self._all_files if _bare(file.name).endswith(ends)]
+        named = [file for file in self._all_files if bare_name(file.name).endswith(ends)]
         single = self.kind is Format.HUGGING_FACE or (len(self._all_files) == 1 and self.format is not Format.AUTO)
         return self._all_files if single else named  # a file that is named itself may be called anything
 
@@ -247,7 +179,7 @@ class Source:
             return "is compressed: token arrays are read in parts, unpack it first"
         if file.size % TOKEN_FORMATS[self.kind].itemsize:
             return f"is no whole number of {self.kind}"
-        with self._open(file) as stream:
+        with self.open(file) as stream:
             has_header = stream.read(6) == b"\x93NUMPY"
         return "has a NumPy header: write the bare array with ndarray.tofile" if has_header else ""
 
@@ -256,7 +188,7 @@ class Source:
         if self.kind in (Format.TEXT, Format.LINES):
             return
         for file in self.files[:8]:
-            if next(_READERS[self.kind](self, Shard(files=(file,)), Counter()), None):
+            if next(READERS[self.kind](self, Shard(files=(file,)), Counter()), None):
                 return
 
     # ---- identity ---------------------------------------------------------------------------------------------------
@@ -284,7 +216,9 @@ class Source:
     def shards(self) -> list[Shard]:
         """The source cut into parts, in order."""
         if self.kind is Format.HUGGING_FACE:
-            return [Shard(files=(), first=index, last=index + 1) for index in range(self._hugging_face().num_shards)]
+            return [
+                Shard(files=(), first=index, last=index + 1) for index in range(self.load_hugging_face().num_shards)
+            ]
         least = max(SHARD_BYTES, sum(file.size for file in self.files) // MOST_SHARDS)
         if self.kind is Format.TEXT:
             return list(_grouped(self.files, least))
@@ -297,8 +231,8 @@ class Source:
         if self.kind is Format.PARQUET:
             if not self.is_local:
                 return [Shard(files=(file,))]
-            with self._open(file) as stream:
-                groups = _parquet(stream, file).metadata.num_row_groups
+            with self.open(file) as stream:
+                groups = open_parquet(stream, file).metadata.num_row_groups
             each = max(1, groups * least // file.size)
             return [Shard(files=(file,), first=n, last=min(n + each, groups)) for n in range(0, groups, each)]
         size = TOKEN_FORMATS[self.kind].itemsize if self.kind in TOKEN_FORMATS else 1
@@ -320,11 +254,11 @@ class Source:
             SourceError: something cannot be read.
         """
         if self.kind in TOKEN_FORMATS:
-            yield from _read_tokens(self, shard, skipped, end_of_text, vocab_size)
+            yield from read_tokens(self, shard, skipped, end_of_text, vocab_size)
             return
         keep = _predicate(self.keep) if self.keep else None
         most = self.max_characters or sys.maxsize
-        for name, text in _READERS[self.kind](self, shard, skipped):
+        for name, text in READERS[self.kind](self, shard, skipped):
             if text is None:
                 skipped["null"] += 1
             elif not text:
@@ -345,11 +279,13 @@ class Source:
             return str(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return str(text)
 
-    def _open(self, file: File) -> Any:
+    def open(self, file: File) -> Any:
+        """A file's bytes, unpacked."""
         raw = self._filesystem[0].open(file.url, "rb")
         return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), file.compression) if file.compression else raw
 
-    def _decode(self, content: bytes, where: str, offset: int, skipped: Counter[str]) -> str:
+    def decode(self, content: bytes, where: str, offset: int, skipped: Counter[str]) -> str:
+        """A text from its bytes, which begin at ``offset`` of ``where``."""
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -358,7 +294,8 @@ class Source:
             skipped["replaced_utf8"] += 1
             return content.decode("utf-8", "replace")
 
-    def _hugging_face(self) -> Any:
+    def load_hugging_face(self) -> Any:
+        """The dataset as a stream."""
         import datasets  # takes seconds
 
         options = {"name": self.config, "split": self.split, "revision": self.revision}
@@ -383,195 +320,6 @@ RECIPES = {
 """Well-known corpora by name. They need a network; ``dataclasses.replace`` changes a field."""
 
 
-# ---- readers: one per format ----------------------------------------------------------------------------------------
-
-
-def _read_texts(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    for file in shard.files:
-        with _told(file), source._open(file) as stream:
-            content = stream.read(source.longest_document_bytes + 1)
-        if len(content) > source.longest_document_bytes:
-            skipped["too_long"] += 1
-        else:
-            yield file.name, source._decode(content, file.url, 0, skipped)
-
-
-def _read_lines(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    (file,) = shard.files
-    for offset, line in _lines(source, file, shard, skipped):
-        yield f"{file.name}@{offset}", source._decode(line, file.url, offset, skipped)
-
-
-def _read_jsonl(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    (file,) = shard.files
-    for offset, line in _lines(source, file, shard, skipped):
-        text = source._decode(line, file.url, offset, skipped).strip()
-        if not text:
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise SourceError(f"{file.url} is no JSON in the line at byte {offset} ({error})") from None
-        yield f"{file.name}@{offset}", _field(source, row, f"{file.url}, the line at byte {offset}")
-
-
-def _read_csv(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    (file,) = shard.files
-    csv.field_size_limit(source.longest_document_bytes)
-    lines = (
-        source._decode(line, file.url, offset, skipped) + "\n" for offset, line in _lines(source, file, shard, skipped)
-    )
-    rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in file.name else ",", strict=True)
-    try:
-        for index, row in enumerate(rows):
-            yield f"{file.name}#{index}", _field(source, row, f"{file.url}, row {index}")
-    except csv.Error as error:
-        raise SourceError(f"{file.url} is no CSV at line {rows.line_num} ({error})") from None
-
-
-def _read_parquet(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    (file,) = shard.files
-    with _told(file), source._open(file) as stream:
-        table = _parquet(stream, file)
-        names = table.schema_arrow.names
-        if source.text_field not in names:
-            raise SourceError(_no_field(source, names, file.url))
-        kind = table.schema_arrow.field(source.text_field).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise SourceError(f"{file.url}: field {source.text_field!r} is {kind}, not text")
-        groups = range(shard.first, table.num_row_groups if shard.last is None else shard.last)
-        index = sum(table.metadata.row_group(group).num_rows for group in range(shard.first))
-        for batch in table.iter_batches(batch_size=64, columns=[source.text_field], row_groups=list(groups)):
-            for content in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
-                name = f"{file.name}#{index}"
-                yield name, content if content is None else source._decode(content, f"{file.url}#{index}", 0, skipped)
-                index += 1
-
-
-def _read_hugging_face(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    stream = source._hugging_face()
-    stream = stream.shard(num_shards=stream.num_shards, index=shard.first)
-    for index, row in enumerate(stream):
-        name = f"{shard.first}#{index}"
-        yield name, _field(source, row, f"{source.path}, shard {shard.first}, row {index}")
-
-
-_READERS: dict[Format, Callable[[Source, Shard, Counter[str]], Iterator[Document]]] = {
-    Format.TEXT: _read_texts,
-    Format.LINES: _read_lines,
-    Format.JSONL: _read_jsonl,
-    Format.CSV: _read_csv,
-    Format.PARQUET: _read_parquet,
-    Format.HUGGING_FACE: _read_hugging_face,
-}
-
-
-def _read_tokens(
-    source: Source, shard: Shard, skipped: Counter[str], end_of_text: int, vocab_size: int
-) -> Iterator[tuple[str, npt.NDArray[np.uint32]]]:
-    """Documents whose first token lies in the shard; they may end behind it."""
-    (file,) = shard.files
-    kind = TOKEN_FORMATS[source.kind]
-    last = file.size // kind.itemsize if shard.last is None else shard.last
-    longest = source.longest_document_bytes // 4
-    with _told(file), source._open(file) as stream:
-        begin = max(0, shard.first - 1)  # the token before tells whether a document begins right here
-        stream.seek(begin * kind.itemsize)
-        pending: list[npt.NDArray[np.uint32]] = []
-        started, held, position, too_long = shard.first == 0, 0, begin, False
-        begun = begin
-        while True:
-            tokens = np.frombuffer(stream.read(CHUNK_BYTES), dtype=kind).astype(np.uint32)
-            if len(tokens) and tokens.max() >= vocab_size:
-                at = position + int(np.argmax(tokens >= vocab_size))
-                raise SourceError(f"{file.url}: token {tokens.max()} at {at} is not in a vocabulary of {vocab_size}")
-            ends = np.flatnonzero(tokens == end_of_text)
-            for cut, end in zip([0, *(ends + 1)], [*ends, len(tokens)], strict=True):
-                if started and not too_long:
-                    pending.append(tokens[cut:end])
-                    held += end - cut
-                    too_long = held > longest
-                    pending = [] if too_long else pending
-                complete = end < len(tokens) or not len(tokens)
-                if complete:
-                    if too_long:
-                        skipped["too_long"] += 1
-                    elif held:
-                        yield f"{file.name}@{begun}", np.concatenate(pending)
-                    pending, held, too_long, started, begun = [], 0, False, True, position + int(end) + 1
-                    if begun >= last:
-                        return
-            position += len(tokens)
-            if not len(tokens):
-                return
-
-
-def _lines(source: Source, file: File, shard: Shard, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of the lines that begin in the shard; one that is too long is counted and never held."""
-    with _told(file), source._open(file) as stream:
-        offset = 0
-        if shard.first:
-            stream.seek(shard.first - 1)  # a line that begins before the shard is another's
-            offset = shard.first - 1
-        parts: list[bytes] = []
-        held, own = 0, not shard.first
-        begun = offset
-        while chunk := stream.read(CHUNK_BYTES):
-            cut = 0
-            while (end := chunk.find(b"\n", cut)) >= 0:
-                if own and held + end - cut <= source.longest_document_bytes:
-                    line = b"".join([*parts, chunk[cut:end]]).removesuffix(b"\r")
-                    yield begun, line.removeprefix(BOM) if begun == 0 else line
-                elif own:
-                    skipped["too_long"] += 1
-                own, parts, held, cut, begun = True, [], 0, end + 1, offset + end + 1
-                if shard.last is not None and begun >= shard.last:
-                    return
-            held += len(chunk) - cut
-            if own and held <= source.longest_document_bytes:
-                parts.append(chunk[cut:])
-            else:
-                parts = []
-            offset += len(chunk)
-        if own and held > source.longest_document_bytes:
-            skipped["too_long"] += 1
-        elif own and held:
-            line = b"".join(parts).removesuffix(b"\r")
-            yield begun, line.removeprefix(BOM) if begun == 0 else line
-
-
-@contextlib.contextmanager
-def _told(file: File) -> Iterator[None]:
-    """Errors of reading become ones that name the file."""
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid, EOFError) as error:
-        raise SourceError(f"{file.url} cannot be read, it may be cut short ({error})") from error
-
-
-def _field(source: Source, row: Any, where: str) -> str | None:
-    if not isinstance(row, Mapping):
-        raise SourceError(f"{where} is no object with fields")
-    if source.text_field not in row:
-        raise SourceError(_no_field(source, list(row), where))
-    text = row[source.text_field]
-    if text is not None and not isinstance(text, str):
-        raise SourceError(f"{where}: field {source.text_field!r} is {type(text).__name__}, not text")
-    return text
-
-
-def _no_field(source: Source, names: list[str], where: str) -> str:
-    there = ", ".join(repr(name) for name in names)
-    return f"{where} has no field {source.text_field!r}; there are: {there}. Give one of them as text_field"
-
-
-def _parquet(stream: Any, file: File) -> pq.ParquetFile:
-    with _told(file):
-        return pq.ParquetFile(stream)
-
-
 def _grouped(files: list[File], least: int) -> Iterator[Shard]:
     group: list[File] = []
     size = 0
@@ -589,11 +337,6 @@ def _predicate(path: str) -> Callable[[str], bool]:
     module, _, name = path.partition(":")
     found: Callable[[str], bool] = getattr(importlib.import_module(module), name)
     return found
-
-
-def _bare(name: str) -> str:
-    """A file's name without its compression."""
-    return next((name.removesuffix(suffix) for suffix in COMPRESSIONS if name.endswith(suffix)), name)
 
 
 def _remote_version(fs: Any, file: File) -> str:

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from haltscale.platform.sources import RECIPES, Format
+from haltscale.platform.formats import Format
+from haltscale.platform.sources import RECIPES
 
 from jobs import ROOT
 

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from haltscale.platform import document_plan, preparing, sources
+from haltscale.platform import document_plan, shard_jobs, sources
 from haltscale.platform.corpus import Corpus, CorpusError, PreparedCorpus, RowReader
-from haltscale.platform.preparing import in_process, name_hash, prepare
+from haltscale.platform.preparing import in_process, prepare
+from haltscale.platform.shard_jobs import name_hash
 from haltscale.platform.sources import Source
 from haltscale.platform.tokenization import BytePairs, Pretrained
 
@@ -72,7 +73,7 @@ def test_rows_are_the_documents_end_to_end(tmp_path_factory, monkeypatch, conten
     folder = tmp_path_factory.mktemp("texts")
     monkeypatch.setenv("HALTSCALE_HOME", str(folder / "home"))
     monkeypatch.setattr(sources, "SHARD_BYTES", shard_bytes)
-    monkeypatch.setattr(preparing, "GROUP_TOKENS", group)
+    monkeypatch.setattr(shard_jobs, "GROUP_TOKENS", group)
     contents = {f"{index:02d}.txt": text for index, text in enumerate(contents)}
     corpus = plain(texts(folder / "texts", contents), remove_duplicates=False)
     left = by_hash(contents)[2:]
@@ -214,7 +215,7 @@ def test_a_limit_takes_the_first_documents_and_reads_no_further(tmp_path, monkey
             yield function(job)
 
     prepared = prepare(plain(Source(path=source.path, documents=7)), 4, run=watched)
-    assert len([job for job in started if isinstance(job, preparing.TokeniseJob)]) == 3
+    assert len([job for job in started if isinstance(job, shard_jobs.TokeniseJob)]) == 3
     kept = [name for name in sorted(contents)[:7] if name not in by_hash(sorted(contents)[:7])[:2]]
     assert rows_of(prepared) == packed([[0, *byte_tokens(contents[name])] for name in kept], 4)
 
@@ -305,7 +306,10 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch, stage)
 
     def killed_on_the_way(function, jobs):
         for number, job in enumerate(jobs):
-            if number == 4 and function is {"tokens": preparing.tokenise_shard, "packed": preparing.pack_shard}[stage]:
+            if (
+                number == 4
+                and function is {"tokens": shard_jobs.tokenise_shard, "packed": shard_jobs.pack_shard}[stage]
+            ):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield function(job)
 
@@ -320,7 +324,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch, stage)
         return in_process(function, jobs)
 
     prepared = prepare(corpus, 4, run=counted)
-    again = preparing.tokenise_shard if stage == "tokens" else preparing.pack_shard
+    again = shard_jobs.tokenise_shard if stage == "tokens" else shard_jobs.pack_shard
     assert began == 4
     assert len([job for function, job in done if function is again]) == 9 - 4
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
@@ -378,7 +382,7 @@ def test_no_space_left_on_device(corpus, home, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing.pq.ParquetWriter, "write_table", full)
+        patch.setattr(shard_jobs.pq.ParquetWriter, "write_table", full)
         with pytest.raises(CorpusError, match="No space left on device"):
             prepare(corpus(), 8)
     assert prepare(corpus(), 8).rows

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from haltscale.platform import sources
+from haltscale.platform import formats, sources
 from haltscale.platform.corpus import Corpus, CorpusError
+from haltscale.platform.formats import Format, SourceError
 from haltscale.platform.preparing import prepare
-from haltscale.platform.sources import RECIPES, Format, Source, SourceError, hugging_face
+from haltscale.platform.sources import RECIPES, Source, hugging_face
 from haltscale.platform.tokenization import Pretrained
 
 TEXTS = [f'document {n}: naïve 東京, "quoted"\nsecond line {"x" * n}' for n in range(12)]
@@ -100,7 +101,7 @@ def test_names_do_not_depend_on_how_a_file_is_cut(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path / name, TEXTS)
     whole = everything(Source(path=str(tmp_path / name)))
     monkeypatch.setattr(sources, "SHARD_BYTES", 1)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 7)
     assert everything(Source(path=str(tmp_path / name))) == whole
 
 
@@ -113,7 +114,7 @@ def test_names_do_not_depend_on_how_a_file_is_cut(tmp_path, monkeypatch, name):
 )
 def test_lines_however_they_are_cut(tmp_path_factory, monkeypatch, lines, last, cut, data):
     monkeypatch.setattr(sources, "SHARD_BYTES", cut)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", data.draw(st.integers(1, 30)))
+    monkeypatch.setattr(formats, "CHUNK_BYTES", data.draw(st.integers(1, 30)))
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_bytes("\n".join(lines).encode() + (b"\n" if last else b""))
     expected = [line.removesuffix("\r") for line in lines]
@@ -130,10 +131,10 @@ def test_lines_however_they_are_cut(tmp_path_factory, monkeypatch, lines, last, 
 def test_token_arrays_are_divided_at_end_of_text(tmp_path_factory, monkeypatch, documents, leading, cut, kind):
     """With end-of-text before each document or behind it, wherever shards and reads begin."""
     monkeypatch.setattr(sources, "SHARD_BYTES", cut)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 4 * max(1, cut // 5))
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 4 * max(1, cut // 5))
     flat = [token for each in documents for token in ([0, *each] if leading else [*each, 0])]
     path = tmp_path_factory.mktemp("tokens") / "a.bin"
-    np.array(flat, dtype=sources.TOKEN_FORMATS[kind]).tofile(path)
+    np.array(flat, dtype=formats.TOKEN_FORMATS[kind]).tofile(path)
     if not flat:
         return
     found, _ = everything(Source(path=str(path), format=kind))
@@ -351,7 +352,7 @@ def test_empty_files_are_counted_and_empty_corpora_refused(tmp_path):
 
 
 def test_a_long_line_is_never_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 64)
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["before", "x" * 5000, "after"]))
     found, skipped = everything(Source(path=str(path), longest_document_bytes=1000))
