@@ -24,11 +24,11 @@ class SweepProgress:
         self._first_share = self._share_done(self._runs())
 
     def lines(self) -> list[str]:
-        """What is new: a line for each run that ended since the last call, and one for the sweep."""
+        """What is new: a line for each run that ended since the last call, for each that trains, and for the sweep."""
         runs = self._runs()
         told = [self._ended(run) for run in runs if run.key not in self._told and _has_ended(run)]
         self._told |= {run.key for run in runs if _has_ended(run)}
-        return [*told, self._summary(runs)]
+        return [*told, *(_bar(run) for run in runs if run.state is RunState.RUNNING), self._summary(runs)]
 
     def _runs(self) -> list[RunView]:
         return [self._store.run(self._study, key) for key in self._planned]
@@ -50,8 +50,7 @@ class SweepProgress:
         done = self._share_done(runs)
         gained, elapsed = done - self._first_share, self._now() - self._began
         left = f"about {clock(elapsed / gained * (1 - done))} left" if gained > 0.01 else "time left: not known yet"
-        active = [describe(run) for run in runs if run.state is RunState.RUNNING]
-        return " | ".join([f"{ended}/{len(runs)} runs", f"{100 * done:3.0f} %", left, *active])
+        return " | ".join([f"{ended}/{len(runs)} runs", f"{100 * done:3.0f} %", left])
 
 
 def _has_ended(run: RunView) -> bool:
@@ -62,6 +61,28 @@ def _share(run: RunView) -> float:
     if _has_ended(run):
         return 1.0
     return float(run.status.get("step") or 0) / float(run.status.get("steps") or 1)
+
+
+def _bar(run: RunView) -> str:
+    """A run that trains: how far it is, what it is like, how fast, how long still."""
+    done, status = round(10 * _share(run)), run.status
+    parts = [f"  {'█' * done}{'░' * (10 - done)} {describe(run)}"]
+    for name, unit in (("tokens_per_second", " tokens/s"), ("flops_per_second", "FLOP/s")):
+        if status.get(name):
+            parts.append(f"{_short(status[name])}{unit}")
+    if status.get("seconds_left") is not None:
+        parts.append(f"{clock(status['seconds_left'])} left")
+    if status.get("events"):
+        parts.append(f"! {status['events'][-1]['what']}")
+    return " | ".join(parts)
+
+
+def _short(value: float) -> str:
+    """A number to three digits with its prefix: 12300 is ``12.3 k``."""
+    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.3g} {prefix}"
+    return f"{value:.3g}"
 
 
 def describe(run: RunView) -> str:

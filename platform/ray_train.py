@@ -29,7 +29,7 @@ from haltscale.platform.schedule import share
 from haltscale.platform.sinks import open_sinks
 from haltscale.platform.store import RunStore
 from haltscale.platform.training import Hooks, Progress, train
-from haltscale.platform.trouble import TrainingDivergedError
+from haltscale.platform.trouble import TrainingDivergedError, memory_explained
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
         step=progress.step,
     )
     try:
-        with sinks as write:
+        with sinks as write, memory_explained(execution):
             train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
     except TrainingDivergedError as diverged:
         recorder.fail(str(diverged))  # trying again would diverge again

@@ -53,7 +53,8 @@ class RunRecorder:
         if not self.enabled:
             return
         self.store.append_lines(self._path("metrics.jsonl"), [row])
-        told = {"loss": row["cross_entropy"], "mean_steps": row["mean_steps"], "events": list(events)}
+        told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second")}
+        told |= {"loss": row["cross_entropy"], "events": list(events)}
         self._status(RunState.RUNNING, step=row["step"], share=share, **told)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:

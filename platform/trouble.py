@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from haltscale.model import LanguageModel
 from haltscale.platform.execution import ExecutionConfig, OnTrouble
@@ -80,3 +83,31 @@ class Watch:
         progress.events.append({"step": progress.step, "what": what})
         if policy is OnTrouble.STOP:
             raise TrainingDivergedError(f"{what} at step {progress.step}")
+
+
+class RunMemoryError(RuntimeError):
+    """There was not enough memory for a step; the message says what takes less."""
+
+
+@contextlib.contextmanager
+def memory_explained(execution: ExecutionConfig) -> Iterator[None]:
+    """Say, where a block runs out of memory, which settings need less.
+
+    Raises:
+        RunMemoryError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # PyTorch has an exception of its own for GPUs only
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not exhausted:
+            raise
+        advice = [f"micro_batch_sequences below {execution.micro_batch_sequences}"]
+        advice += [] if execution.activation_checkpointing else ["activation_checkpointing"]
+        advice += (
+            [] if execution.zero_stage == 3 else [f"a zero_stage above {execution.zero_stage} with several workers"]
+        )
+        raise RunMemoryError(
+            f"out of memory: try {', '.join(advice)} (none changes the result, checkpoints are kept);"
+            f" it was: {str(error).splitlines()[0] if str(error) else 'MemoryError'}"
+        ) from error

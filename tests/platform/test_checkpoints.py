@@ -21,6 +21,7 @@ from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.engine import full_weights, snapshot, start
 from haltscale.platform.store import RunStore
 from haltscale.platform.training import Progress
+from haltscale.platform.trouble import RunMemoryError, memory_explained
 
 from looping import LARGE, RUNS, Listener, batches, engine_of, execution_of, go, timeless
 
@@ -245,3 +246,24 @@ def test_a_store_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "runs").write_text("a file where a folder should be")
     with pytest.raises(CheckpointError, match=r"step 1 could not be written.*untouched: none"):
         written(RunStore(tmp_path / "runs"), 1)
+
+
+def test_out_of_memory_is_told_and_leaves_what_was_there(store):
+    """The allocator itself refuses, in the middle of the fifth step."""
+    run, checkpoints, listener = RUNS["adaptive"], opened(store), Listener()
+    engine = engine_of(run, vocabulary=LARGE)
+    listener.at_checkpoint = lambda progress: checkpoints.write(snapshot(engine), progress.to_dict())
+    calls = iter(range(99))
+    engine.module.register_forward_hook(lambda *_: torch.empty(2**60 if next(calls) == 4 else 1))
+    execution = execution_of(run, checkpoints=2)
+    advice = r"micro_batch_sequences below 8.*activation_checkpointing"
+    with pytest.raises(RunMemoryError, match=advice), memory_explained(execution):
+        go(engine, run, batches(run), listener=listener, checkpoints=2)
+    checkpoints.wait()
+    _, progress = begin(run, opened(store))
+    assert progress.step == 3
+
+
+def test_other_errors_are_left_alone():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), memory_explained(execution_of(RUNS["vanilla"])):
+        raise RuntimeError("shapes differ")
