@@ -54,6 +54,9 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile a collective for CPUs that only inference uses, under a lock file. A process that is killed
+    # meanwhile leaves the file behind, and every later start on that machine would wait for it, for ever and silently.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if execution.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

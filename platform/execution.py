@@ -8,7 +8,7 @@ from enum import StrEnum
 from importlib.util import find_spec
 from typing import Any
 
-from haltscale.platform.config import RunConfig, is_number, typed
+from haltscale.platform.config import Precision, RunConfig, is_number, typed
 
 
 class Offload(StrEnum):
@@ -107,6 +107,10 @@ class ExecutionConfig:
         found += self._choice_problems()
         if found:
             return found
+        if not self.gpus_per_worker and any(run.precision is Precision.FP16 for run in runs):
+            found.append(
+                "precision fp16 needs gpus_per_worker: DeepSpeed has it on GPUs only; use bf16 or fp32 on CPUs"
+            )
         for batch in sorted({run.batch_sequences for run in runs}):
             if batch % self.workers:
                 found.append(f"a batch of {batch} sequences cannot be shared by {self.workers} workers evenly")

@@ -116,14 +116,17 @@ def train_worker(config: Mapping[str, Any]) -> None:
     recorder.begin(progress.step, share(run, progress.spent))
     is_preempted = False
 
-    def save(progress: Progress) -> None:
-        checkpoints.write(snapshot(engine), progress.to_dict())
-        if is_preempted:
-            checkpoints.wait()
+    def prune(progress: Progress) -> None:
         keep = set(progress.pinned)
         if execution.keep_best and rank == 0 and (best := recorder.best_step(checkpoints.complete())) is not None:
             keep.add(best)
         checkpoints.prune(keep, execution.keep_last)
+
+    def save(progress: Progress) -> None:
+        checkpoints.write(snapshot(engine), progress.to_dict())
+        if is_preempted:
+            checkpoints.wait()
+        prune(progress)
         ray.train.report({"step": progress.step})
 
     def evaluate(progress: Progress) -> None:

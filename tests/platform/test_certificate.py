@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -34,8 +35,12 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def started(folder: Path) -> subprocess.Popen[bytes]:
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, SCRIPT, str(folder), *STAGES], stdout=subprocess.DEVNULL)
+    """A process that trains; one that was killed while DeepSpeed compiled has left its lock."""
+    lock = folder / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    return subprocess.Popen([sys.executable, SCRIPT, str(folder), *STAGES], stdout=subprocess.DEVNULL, env=environment)
 
 
 def certify(tmp_path: Path, *, kills: int, seed: int) -> None:

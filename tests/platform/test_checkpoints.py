@@ -254,7 +254,11 @@ def test_out_of_memory_is_told_and_leaves_what_was_there(store):
     engine = engine_of(run, vocabulary=LARGE)
     listener.at_checkpoint = lambda progress: checkpoints.write(snapshot(engine), progress.to_dict())
     calls = iter(range(99))
-    engine.module.register_forward_hook(lambda *_: torch.empty(2**60 if next(calls) == 4 else 1))
+
+    def greedy(*_: Any) -> None:
+        torch.empty(2**60 if next(calls) == 4 else 1)
+
+    engine.module.register_forward_hook(greedy)
     execution = execution_of(run, checkpoints=2)
     advice = r"micro_batch_sequences below 8.*activation_checkpointing"
     with pytest.raises(RunMemoryError, match=advice), memory_explained(execution):

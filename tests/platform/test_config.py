@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltscale.model import AdaptiveOptions, Method, VanillaOptions
-from haltscale.platform.config import ConfigError, RunConfig, Schedule, apply_point
+from haltscale.platform.config import ConfigError, Precision, RunConfig, Schedule, apply_point
 from haltscale.platform.execution import ExecutionConfig, Offload, Sink
 
 GOOD = RunConfig(size="0.6m", tokens=1024, context=16, batch_tokens=64)
@@ -218,6 +218,12 @@ def test_wrong_execution_is_named_with_what_is_allowed(changes, words):
     problem = only(ExecutionConfig(**changes).problems([GOOD]))
     for word in words:
         assert word in problem
+
+
+def test_fp16_is_refused_on_cpus():
+    half = replace(GOOD, precision=Precision.FP16)
+    assert "fp16 needs gpus_per_worker" in only(ExecutionConfig().problems([half]))
+    assert ExecutionConfig(gpus_per_worker=1).problems([half]) == []
 
 
 def test_execution_survives_json():
