@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 
 from haltscale.model import LanguageModel
-from haltscale.model.backbone import Block
 from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
@@ -54,18 +53,14 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile a collective for CPUs that only inference uses, under a lock file. A process that is killed
-    # meanwhile leaves the file behind, and every later start on that machine would wait for it, for ever and silently.
+    # DeepSpeed would compile a collective for CPUs that only inference uses, under a lock file. Killed meanwhile,
+    # a process leaves the file behind, and every later start on that machine would wait for it, for ever and silently.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if execution.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     model.activation_checkpointing_(execution.activation_checkpointing)
-    if execution.compile:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()  # the rows that are still active differ from pass to pass
     if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
         # The loop runs a data-dependent number of times: gather its parameters once, as one leaf.
         deepspeed.utils.set_z3_leaf_modules(model, [type(loop)])

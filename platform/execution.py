@@ -64,8 +64,6 @@ class ExecutionConfig:
     optimizer: Optimizer = Optimizer.FUSED
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its inside: less memory, more time."""
-    compile: bool = False
-    """Compile the blocks with ``torch.compile``: minutes at the start, fewer and larger kernels afterwards."""
     deterministic: bool = False
     """Refuse kernels whose result differs from call to call, at some cost of speed. CPUs need it not."""
     evaluations: int = 5

@@ -223,7 +223,6 @@ EXECUTIONS: dict[str, dict[str, Any]] = {
     "optimizer on the CPU, stage 1": {"offload_optimizer": Offload.CPU},
     "optimizer on the CPU, stage 2": {"offload_optimizer": Offload.CPU, "zero_stage": 2},
     "all on the CPU": {"offload_optimizer": Offload.CPU, "offload_parameters": Offload.CPU, "zero_stage": 3},
-    "compiled": {"compile": True},
 }
 
 
