@@ -133,26 +133,32 @@ def calibration(rows: pd.DataFrame) -> go.Figure:
 
 
 def controls(runs: pd.DataFrame) -> go.Figure:
-    """Loss against mean latent steps of the learned router and of what it must beat, a line per method and size."""
+    """Loss against mean latent steps of the learned router and of what it must beat, a line per method, size and budget."""
     figure = go.Figure()
     kept = runs[runs["loss"].notna() & runs["mean_steps"].notna()]
     kept = kept.assign(order=kept["size"].map(size_order)).sort_values(["order", "mean_steps"])
-    for (size, method), part in kept.groupby(["size", "method"], sort=False):
-        index = list(dict.fromkeys(kept["method"])).index(method)
+    methods = list(dict.fromkeys(kept["method"]))
+    named: set[str] = set()
+    for (method, size, tokens), part in kept.groupby(["method", "size", "tokens"], sort=False, dropna=False):
+        index = methods.index(method)
+        detail = html.escape(f"{size}, {style.compact(float(tokens))} tokens")
         figure.add_scatter(
             x=part["mean_steps"],
             y=part["loss"],
             mode="lines+markers",
-            name=html.escape(f"{method} · {size}"),
+            name=html.escape(str(method)),
+            legendgroup=str(method),
+            showlegend=method not in named,
             line={
                 "color": style.method_color(str(method)),
                 "dash": style.DASHES[index % len(style.DASHES)],
-                "width": 1.5,
+                "width": 1,
             },
-            marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": 10},
+            marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": 9},
             customdata=[html.escape(label) for label in part["label"]],
-            hovertemplate="%{customdata}: %{y:.3f} nats/token at %{x:.3g} latent steps<extra></extra>",
+            hovertemplate=f"%{{customdata}} ({detail}): %{{y:.3f}} nats/token, %{{x:.3g}} latent steps<extra></extra>",
         )
+        named.add(str(method))
     figure.update_xaxes(title="mean latent steps per token", rangemode="tozero")
     figure.update_yaxes(title="validation loss, nats/token")
     return layout(figure, height=400)

@@ -106,7 +106,7 @@ def test_no_page_has_serious_barriers(author, browser, dark):
                 ]
                 if ours:
                     found.setdefault(name, []).append(f"{violation['id']}: {ours[0][:300]}")
-    assert not found
+    assert not found, "\n".join(f"{name}: {one}" for name, every in found.items() for one in every)
 
 
 def test_hostile_tokens_are_only_text(author, browser, nasty):

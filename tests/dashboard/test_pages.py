@@ -17,6 +17,8 @@ TITLES = {
     "sweeps": "What mattered",
     "halting": "Where the thinking went",
     "tokens": "Token by token",
+    "evaluations": "What the models can do, and for how much",
+    "playground": "Watch a model think",
     "method": "Method card",
 }
 PAGES = tuple(TITLES)
@@ -60,6 +62,8 @@ def test_an_empty_store_says_how_to_fill_it(author, name):
         ("sweeps", 2),
         ("halting", 4),
         ("tokens", 2),
+        ("evaluations", 0),
+        ("playground", 0),
         ("method", 0),
     ],
 )
@@ -288,3 +292,26 @@ def test_a_swept_option_gets_its_heat_maps(author):
     maps = [trace for chart in charts(page) for trace in chart["data"] if trace["type"] == "heatmap"]
     assert len(maps) == 2
     assert "4 of the 8 runs that importance needs" in text(page)
+
+
+def test_later_evaluations_are_shown_and_a_damaged_one_is_said(author):
+    author.finished_study()
+    key = "adaptive-4_2m-0_1"
+    folder = Path(author.store.path(STUDY, key, "evaluations"))
+    point = {"dial": "tau", "own": True, "loss": 4.1, "mean_steps": 1.0, "flops_realised": 1e7}
+    author.store.write_json(
+        str(folder / "dial.json"),
+        {"points": [point | {"value": 0.01}, point | {"value": 0.1, "own": False, "loss": 4.2, "flops_realised": 8e6}]},
+    )
+    arms = [{"name": "learned", "loss": 4.1, "mean_steps": 1.0, "minus_learned": None}]
+    arms.append({"name": "shuffled", "loss": 4.3, "mean_steps": 1.0} | {"minus_learned": {"mean": 0.2, "low": 0.1, "high": 0.3}})
+    author.store.write_json(str(folder / "controls.json"), {"arms": arms, "oracle": None})
+    author.store.write_json(str(folder / "sciq.json"), {"task": "sciq", "items": 9, "accuracy": 0.3, "chance": 0.25})
+    page = open_page("evaluations")
+    (chart,) = charts(page)
+    assert list(chart["data"][0]["marker"]["symbol"]) == ["circle", "star"]
+    tasks, controls = (frame.value for frame in page.dataframe)
+    assert tasks["accuracy"].tolist() == [0.3]
+    assert controls["minus learned, nats"].tolist() == ["–", "0.200 [0.100, 0.300]"]
+    (folder / "sciq.json").write_text("{")
+    assert "cannot be read" in text(open_page("evaluations"))

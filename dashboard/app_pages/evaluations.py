@@ -1,0 +1,167 @@
+"""What finished models can do, and for how many inference FLOPs: held-out loss, tasks, the compute dial."""
+
+import pandas as pd
+import streamlit as st
+
+from haltscale.dashboard import halting_figures, shell, style
+from haltscale.dashboard.data import UNREADABLE, FlopsKind, StudyView, mapping, number, words
+from haltscale.dashboard.halting_figures import table_of
+from haltscale.dashboard.shelf import store
+
+TITLE = "Evaluations"
+ICON = ":material/checklist:"
+ORDER = 6
+MOST_READ = 60
+TASK = (
+    "task",
+    "items",
+    "accuracy",
+    "accuracy_normalised",
+    "chance",
+    "gold_bits_per_byte",
+    "mean_steps",
+    "flops_realised",
+)
+DIAL = ("dial", "value", "own", "loss", "loss_standard_error", "mean_steps", "flops_realised")
+
+
+def body(view: StudyView) -> None:
+    shell.heading(view, "What the models can do, and for how much")
+    kind = FlopsKind(
+        st.segmented_control(
+            "Count FLOPs as",
+            [kind.value for kind in FlopsKind],
+            default=FlopsKind.REALISED.value,
+            required=True,
+            key="flops",
+            bind="query-params",
+        )
+    )
+    finished = view.runs[(view.runs["state"] == "finished") & view.runs["loss"].notna()]
+    if finished.empty:
+        st.info(
+            "No run is finished: a finished run brings its model and its evaluation.", icon=":material/hourglass_empty:"
+        )
+        return
+    held_out(view, finished, kind)
+    found, unread = later(view, finished)
+    tasks(found)
+    dials(found)
+    controls(found)
+    if not found:
+        st.info(
+            "No model of these runs has been evaluated further. Tasks, the compute dial and the controls of one "
+            "checkpoint appear here after:",
+            icon=":material/checklist:",
+        )
+        st.code(f"haltscale evaluate {view.name}/{finished['key'].iloc[-1]} --controls --dial", language="bash")
+    if unread:
+        st.warning(f"Evaluations of {unread} runs cannot be read.", icon=":material/broken_image:")
+
+
+def held_out(view: StudyView, finished: pd.DataFrame, kind: FlopsKind) -> None:
+    """Held-out loss against the FLOPs of reading a token."""
+    column = f"inference_flops_{kind}"
+    if not finished[column].gt(0).any():
+        return
+    with st.container(border=True):
+        st.subheader("Held-out loss against inference FLOPs", anchor=False)
+        shell.chart(
+            halting_figures.inference(finished, kind),
+            finished[["label", "method", "size", "loss", "loss_standard_error", "bits_per_byte", "mean_steps", column]],
+            key="inference",
+            title=f"{view.name}: loss against inference FLOPs per token",
+            alt=f"Validation loss against {kind} inference FLOPs per token of {len(finished)} runs",
+        )
+        st.caption("A marker per finished run. FLOPs of one forward reading of a held-out token, halting included.")
+
+
+def later(view: StudyView, finished: pd.DataFrame) -> tuple[dict[str, dict[str, dict]], int]:
+    """Evaluations after the end of training, by run label and name, and how many runs have unreadable ones."""
+    shelf, found, unread = store(), {}, 0
+    for run in finished.head(MOST_READ).to_dict("records"):
+        try:
+            one = shelf.later_evaluations(view.name, str(run["key"]))
+        except UNREADABLE:
+            unread += 1
+            continue
+        if one:
+            found[str(run["label"])] = one
+    return found, unread
+
+
+def tasks(found: dict[str, dict[str, dict]]) -> None:
+    """Scores of tasks."""
+    rows = [
+        {"run": label, "task": name, **{column: number(one.get(column)) for column in TASK[1:]}}
+        for label, every in found.items()
+        for name, one in every.items()
+        if "accuracy" in one
+    ]
+    if not rows:
+        return
+    st.subheader("Tasks", anchor=False)
+    table = pd.DataFrame(rows)
+    percent = st.column_config.NumberColumn
+    shell.table(
+        table,
+        key="tasks",
+        alt=f"{len(table)} task scores",
+        column_config={
+            "run": st.column_config.TextColumn("Run", pinned=True),
+            "task": st.column_config.TextColumn("Task"),
+            "items": percent("Items"),
+            "accuracy": percent("Accuracy", format="percent"),
+            "accuracy_normalised": percent("Accuracy, length-normalised", format="percent"),
+            "chance": percent("Chance", format="percent"),
+            "gold_bits_per_byte": percent("Bits/byte of the answers", format="%.3f"),
+            "mean_steps": percent("Latent steps", format="%.2f"),
+            "flops_realised": percent("FLOPs per token, realised", format="scientific"),
+        },
+    )
+    st.caption("Small models are near chance on multiple choice: bits per byte of the right answers tell them apart.")
+    shell.download("Table, CSV", lambda: shell.csv(table).encode(), "tasks.csv", "text/csv")
+
+
+def dials(found: dict[str, dict[str, dict]]) -> None:
+    """Loss against inference FLOPs of single checkpoints."""
+    tables = {label: table_of(every["dial"].get("points"), DIAL) for label, every in found.items() if "dial" in every}
+    tables = {label: table for label, table in tables.items() if len(table)}
+    if not tables:
+        return
+    with st.container(border=True):
+        st.subheader("The compute dial: one checkpoint at many prices", anchor=False)
+        shell.chart(
+            halting_figures.dial(tables),
+            pd.concat([table.assign(run=label) for label, table in tables.items()]),
+            key="dial",
+            title="Loss against inference FLOPs as tau or l_max is turned",
+            alt=f"Loss against inference FLOPs per token of {len(tables)} checkpoints",
+        )
+        st.caption("Solid: tau is turned; dotted: l_max; a star is the value that the model was trained with.")
+
+
+def controls(found: dict[str, dict[str, dict]]) -> None:
+    """The learned halting of one checkpoint against shuffled, fixed and full."""
+    rows = []
+    for label, every in found.items():
+        for arm in mapping(every.get("controls")).get("arms") or []:
+            one = mapping(arm)
+            gap = mapping(one.get("minus_learned"))
+            mean, low, high = (style.three(number(gap.get(name))) for name in ("mean", "low", "high"))
+            rows.append(
+                {
+                    "run": label,
+                    "halting": words(one.get("name")),
+                    "loss, nats/token": number(one.get("loss")),
+                    "latent steps": number(one.get("mean_steps")),
+                    "minus learned, nats": f"{mean} [{low}, {high}]" if gap else "–",
+                }
+            )
+    if rows:
+        st.subheader("One checkpoint, its steps dealt otherwise", anchor=False)
+        shell.table(pd.DataFrame(rows), key="arms", alt="Learned halting against shuffled, fixed and full")
+        st.caption("Paired differences over the same tokens with 95 % intervals; above 0 the learned router is better.")
+
+
+shell.live(body)
