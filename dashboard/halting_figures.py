@@ -133,7 +133,7 @@ def calibration(rows: pd.DataFrame) -> go.Figure:
 
 
 def controls(runs: pd.DataFrame) -> go.Figure:
-    """Loss against mean latent steps of the learned router and of what it must beat, a line per method, size and budget."""
+    """Loss against mean latent steps of the router and of what it must beat, a line per method, size and budget."""
     figure = go.Figure()
     kept = runs[runs["loss"].notna() & runs["mean_steps"].notna()]
     kept = kept.assign(order=kept["size"].map(size_order)).sort_values(["order", "mean_steps"])
@@ -141,7 +141,7 @@ def controls(runs: pd.DataFrame) -> go.Figure:
     named: set[str] = set()
     for (method, size, tokens), part in kept.groupby(["method", "size", "tokens"], sort=False, dropna=False):
         index = methods.index(method)
-        detail = html.escape(f"{size}, {style.compact(float(tokens))} tokens")
+        detail = html.escape(f"{size}, {style.compact(number(tokens))} tokens")
         figure.add_scatter(
             x=part["mean_steps"],
             y=part["loss"],

@@ -44,7 +44,7 @@ def body(view: StudyView) -> None:
             "Temperature", 0.0, 1.5, 0.8, 0.1, key="temperature", help="0 takes the likeliest token."
         )
         seed = right.number_input("Seed", 0, 10_000, 0, key="sampling-seed")
-        go = st.form_submit_button("Write", icon=":material/edit:", type="primary")
+        go = st.form_submit_button("Write", icon=":material/edit:")
     if go:
         st.session_state["written"] = written(view.name, str(key), prompt, count, temperature, int(seed))
     found = st.session_state.get("written")

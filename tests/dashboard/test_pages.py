@@ -304,7 +304,9 @@ def test_later_evaluations_are_shown_and_a_damaged_one_is_said(author):
         {"points": [point | {"value": 0.01}, point | {"value": 0.1, "own": False, "loss": 4.2, "flops_realised": 8e6}]},
     )
     arms = [{"name": "learned", "loss": 4.1, "mean_steps": 1.0, "minus_learned": None}]
-    arms.append({"name": "shuffled", "loss": 4.3, "mean_steps": 1.0} | {"minus_learned": {"mean": 0.2, "low": 0.1, "high": 0.3}})
+    arms.append(
+        {"name": "shuffled", "loss": 4.3, "mean_steps": 1.0} | {"minus_learned": {"mean": 0.2, "low": 0.1, "high": 0.3}}
+    )
     author.store.write_json(str(folder / "controls.json"), {"arms": arms, "oracle": None})
     author.store.write_json(str(folder / "sciq.json"), {"task": "sciq", "items": 9, "accuracy": 0.3, "chance": 0.25})
     page = open_page("evaluations")
