@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haltscale.platform.store import RunState, RunStore
+from haltscale.platform.store import RunState, RunStore, RunView
 
 PRINTED = {
     "run": "run",
@@ -40,7 +41,11 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
     Args:
         keys: the runs and their order; all of the study's by default.
     """
-    views = store.views(study, keys).values() if keys is not None else store.runs(study)
+    return table(store.views(study, keys).values() if keys is not None else store.runs(study))
+
+
+def table(views: Iterable[RunView]) -> pd.DataFrame:
+    """:func:`results` of runs that have been read already."""
     rows = []
     for view in views:
         record = view.record

@@ -96,6 +96,11 @@ class RunView:
     def label(self) -> str:
         return str(self.spec.get("label", self.key))
 
+    @classmethod
+    def absent(cls, study: str, key: str) -> RunView:
+        """A run that has no folder."""
+        return cls(study=study, key=key, state=RunState.PLANNED, spec={}, status={}, record={})
+
 
 class RunStore:
     """Reads and writes the store. Paths inside it are built here and nowhere else."""

@@ -247,12 +247,17 @@ class Study:
 
     def results(self, store: RunStore | None = None) -> pd.DataFrame:
         """One row per run of this study, finished or not; see :func:`haltscale.platform.report.results`."""
-        store = store or RunStore()
-        return report.results(store, self.name, [self.key(entry.run) for entry in self.planned(store) if entry.run])
+        return self._results(self._views(store or RunStore()))
+
+    def _results(self, views: Mapping[str, RunView]) -> pd.DataFrame:
+        keys = [self.key(entry.run) for entry in self._planned(views) if entry.run]
+        return report.table([views.get(key) or RunView.absent(self.name, key) for key in keys])
 
     def missing(self, store: RunStore) -> dict[str, PlannedRun]:
         """What is to be trained now, by key, cheapest first: known and without a result."""
-        views = self._views(store)
+        return self._missing(self._views(store))
+
+    def _missing(self, views: Mapping[str, RunView]) -> dict[str, PlannedRun]:
         planned = {self.key(entry.run): entry for entry in self._planned(views) if entry.run}
         ended = {key for key, view in views.items() if view.state in (RunState.FINISHED, RunState.STOPPED)}
         return {key: entry for key, entry in planned.items() if key not in ended}
@@ -269,8 +274,9 @@ class Study:
             StudyBusyError: another process is running this study.
         """
         store = store or RunStore()
-        problems = self.problems(views=self._views(store))
-        if problems or self.missing(store):
+        views = self._views(store)  # read once: a thousand finished runs are thousands of files
+        problems = self.problems(views=views)
+        if problems or self._missing(views):
             from haltscale.platform import ray_tune  # Ray takes seconds to import; a finished study needs none
 
             with ray_tune.connected() as cluster:
@@ -278,9 +284,10 @@ class Study:
                     raise ConfigError(problems)
                 with ray_tune.held(self.name):
                     self._train(store, ray_tune.run_missing)
-        else:
-            log.info("%s: all %d runs are finished, nothing to train", self.name, len(self.planned(store)))
-        return self.results(store)
+            return self.results(store)
+        results = self._results(views)
+        log.info("%s: all %d runs are finished, nothing to train", self.name, len(results))
+        return results
 
     def _train(self, store: RunStore, train: Train) -> None:
         """Train what is missing; what that makes known is the next stage."""

@@ -1,4 +1,4 @@
-"""Sweeps on a real cluster: killed again and again, interrupted, spread over nodes, shipped to it, in two stages."""
+"""Sweeps on a real cluster: killed again and again, interrupted, shipped to it, in two stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from haltscale.platform import cluster
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.study import StudyBusyError
 
-from jobs import BIN, ROOT, command_line, run, submit
+from jobs import ROOT, command_line, run, submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -107,49 +107,6 @@ def test_a_driver_killed_three_times_leaves_the_table_of_one_left_alone(
     assert code == 0, output
     assert len(table(alone)) == 12
     assert table(killed) == table(alone)
-
-
-@pytest.mark.slow
-def test_trials_are_placed_on_both_nodes(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
-    (agent,) = cluster.free_ports(1)
-    command = [str(BIN / "ray"), "start", f"--address={head.gcs}", f"--node-ip-address={cluster.LOOPBACK}"]
-    command += ["--num-cpus=2", f"--dashboard-agent-listen-port={agent}", "--block", "--disable-usage-stats"]
-    output = open(tmp_path / "node.txt", "w")  # noqa: SIM115
-    node = subprocess.Popen(command, env=cluster.head_environment(), stdout=output, stderr=output)
-    try:
-        while not (raylets := _raylets_of(node.pid)):
-            assert node.poll() is None, (tmp_path / "node.txt").read_text()
-            time.sleep(0.1)
-        store = RunStore(tmp_path / "runs")
-        job = submit(head, "python", script(tmp_path / "script", texts, store, "grid(seed=range(4))"))
-        parents: set[int] = set()
-        while job.poll() is None:
-            workers = [p for p in psutil.process_iter() if "RayTrainWorker" in command_line(p)]
-            parents |= {pid for p in workers if (pid := _parent(p))}
-            time.sleep(0.05)
-        assert job.returncode == 0, job.communicate()[0]
-        assert len(finished(store)) == 4
-        assert len(parents) == 2, "workers of both raylets trained"
-        assert {raylet.pid for raylet in raylets} < parents
-    finally:
-        node.terminate()
-        node.wait()
-        output.close()
-
-
-def _raylets_of(pid: int) -> list[psutil.Process]:
-    try:
-        children = psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
-    return [process for process in children if "raylet/raylet" in command_line(process)]
-
-
-def _parent(process: psutil.Process) -> int:
-    try:
-        return int(process.ppid())
-    except psutil.Error:  # it has gone
-        return 0
 
 
 @pytest.mark.slow
