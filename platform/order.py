@@ -20,7 +20,7 @@ Ids = npt.NDArray[np.int64]
 
 ROUNDS = 8
 BLOCK = 1024
-"""Positions of a mixture over which every source has its share, to within one sequence."""
+"""Positions of a mixture over which every source has its share, to within one sequence; the heaviest has the rest."""
 
 
 @dataclass(frozen=True)
