@@ -71,7 +71,7 @@ def generate(folder: Path, megabytes: int) -> None:
 
 
 def start_ray() -> None:
-    ray.init(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False, logging_level="ERROR")
     ray_data.quiet_ray_data()
 
 
