@@ -31,7 +31,7 @@ def log_axis(figure: go.Figure, axis: str, values: pd.Series, title: str) -> Non
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes
     update(type="log", title=title)
     if len(values):
-        margin = max(0.08 * math.log10(values.max() / values.min()), 0.03)
+        margin = max(0.12 * math.log10(values.max() / values.min()), 0.006)
         low, high = math.log10(values.min()) - margin, math.log10(values.max()) + margin
         ticks, names = style.log_ticks(10**low, 10**high)
         update(range=[low, high], tickvals=ticks, ticktext=names)

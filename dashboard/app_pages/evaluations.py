@@ -54,7 +54,7 @@ def body(view: StudyView) -> None:
             "checkpoint appear here after:",
             icon=":material/checklist:",
         )
-        st.code(f"haltscale evaluate {view.name}/{finished['key'].iloc[-1]} --controls --dial", language="bash")
+        st.code(f"haltscale evaluate {view.name}/{finished['key'].iloc[-1]} --controls --dial", language=None)
     if unread:
         st.warning(f"Evaluations of {unread} runs cannot be read.", icon=":material/broken_image:")
 

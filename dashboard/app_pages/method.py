@@ -55,7 +55,7 @@ def body(view: StudyView) -> None:
             )
             shell.download("Records, JSON", lambda: records(view), f"{view.name}-records.json", "application/json")
         st.caption("The whole study as one page that needs no server:")
-        st.code(f"haltscale report {view.name} --out {view.name}.html", language="bash")
+        st.code(f"haltscale report {view.name} --out {view.name}.html", language=None)
 
 
 def provenance(view: StudyView) -> None:
