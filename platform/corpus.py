@@ -217,10 +217,10 @@ class PreparedCorpus:
     def stream_validation(self) -> Iterator[HeldOutDocument]:
         """The same, a few at a time."""
         with pq.ParquetFile(self.folder / "validation.parquet") as file:
-            for batch in file.iter_batches(batch_size=64, columns=["document", "bytes", "tokens"]):
-                for name, size, tokens in zip(*batch.columns, strict=True):
+            for batch in file.iter_batches(batch_size=64, columns=["document", "source", "bytes", "tokens"]):
+                for name, source, size, tokens in zip(*batch.columns, strict=True):
                     values = tokens.values.to_numpy().astype(np.int64)
-                    yield HeldOutDocument(name=name.as_py(), bytes=size.as_py(), tokens=values)
+                    yield HeldOutDocument(name=name.as_py(), source=source.as_py(), bytes=size.as_py(), tokens=values)
 
     def probe(self) -> HeldOutDocument:
         """The probe text."""
@@ -247,6 +247,8 @@ class HeldOutDocument:
     """Length of its text in UTF-8: the denominator of bits per byte."""
     tokens: Tokens
     """``(n + 1,)``: end-of-text, then the document's n tokens."""
+    source: str = ""
+    """Where it comes from, among the corpus's sources."""
     pieces: list[str] = field(default_factory=list)
     """For the probe: what each of the n tokens adds to the text."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from haltscale.platform.controls import control, dial, first_tokens
-from haltscale.platform.corpus import PreparedCorpus
+from haltscale.platform.corpus import HeldOutDocument, PreparedCorpus
 from haltscale.platform.evaluation import Tally, read_events
 from haltscale.platform.models import LoadedModel
 from haltscale.platform.scoring import score
@@ -78,14 +79,36 @@ def evaluations(
 
 
 def held_out(loaded: LoadedModel, corpus: PreparedCorpus) -> dict[str, Any]:
-    """The held-out documents of a corpus: loss and halting (see ``Tally.row``), FLOPs and seconds per token."""
+    """The held-out documents of a corpus: loss and halting (see ``Tally.row``), FLOPs and seconds per token; and where
+    it has several sources, under ``sources``, loss and halting of each."""
     tally, began = Tally(), time.perf_counter()
-    for events in read_events(loaded.model, corpus.stream_validation(), context=loaded.model.config.context):
-        tally.add(events)
+    parts: dict[str, Tally] = {}
+    sizes: dict[str, int] = {}
+    for source, documents in itertools.groupby(corpus.stream_validation(), key=lambda document: document.source):
+        part = parts.setdefault(source, Tally())
+        kept = Sizes(documents)
+        for events in read_events(loaded.model, kept, context=loaded.model.config.context):
+            tally.add(events)
+            part.add(events)
+        sizes[source] = sizes.get(source, 0) + kept.bytes
     seconds = time.perf_counter() - began
+    several = {name: part.row(text_bytes=sizes[name]) for name, part in parts.items() if part.tokens}
     return {
         "corpus": corpus.counts["name"],
-        **tally.row(text_bytes=int(corpus.counts["validation_bytes"])),
+        **tally.row(text_bytes=sum(sizes.values())),
         "flops_realised": tally.flops.realised / tally.tokens,
         "seconds": seconds / tally.tokens,
+        **({"sources": several} if len(parts) > 1 else {}),
     }
+
+
+class Sizes:
+    """Documents as they pass, and the bytes of those that have."""
+
+    def __init__(self, documents: Iterable[HeldOutDocument]) -> None:
+        self._documents, self.bytes = documents, 0
+
+    def __iter__(self) -> Iterator[HeldOutDocument]:
+        for document in self._documents:
+            self.bytes += document.bytes
+            yield document

@@ -32,7 +32,12 @@ def prepared(tmp_path, run_folder) -> Path:
     folder.mkdir()
     (folder / "tokenizer.json").write_text((run_folder / "tokenizer.json").read_text())
     (folder / "corpus.json").write_text(json.dumps({"name": "tiny", "validation_bytes": 160}))
-    documents = {"document": ["a", "b"], "bytes": [100, 60], "tokens": [[0, *range(1, 101)], [0, *range(60)]]}
+    documents = {
+        "document": ["a", "b"],
+        "source": ["x", "x"],
+        "bytes": [100, 60],
+        "tokens": [[0, *range(1, 101)], [0, *range(60)]],
+    }
     pq.write_table(pa.table(documents), folder / "validation.parquet")
     return folder
 

@@ -11,15 +11,17 @@ from safetensors.torch import load_file
 from haltscale.model import AdaptiveOptions, Method, build_model
 from haltscale.platform import telemetry
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.corpus import HeldOutDocument
-from haltscale.platform.evaluating import open_corpus, own_corpus
+from haltscale.platform.corpus import Corpus, HeldOutDocument
+from haltscale.platform.evaluating import held_out, open_corpus, own_corpus
 from haltscale.platform.evaluation import Tally, read_documents, read_events
 from haltscale.platform.finishing import evaluate_run, finish
 from haltscale.platform.models import load_model, model_folder
 from haltscale.platform.preparing import prepare
 from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.sources import Source
 from haltscale.platform.telemetry import EVENT_COLUMNS, EventsFile, EventsWriter, Quantiles
 from haltscale.platform.token_kinds import TokenClass, TokenKinds
+from haltscale.platform.tokenization import Pretrained
 from haltscale.platform.training import Progress
 
 RUN = RunConfig(
@@ -120,3 +122,22 @@ def test_memory_stays_flat_and_tokens_are_small(finished, tmp_path, monkeypatch)
     file, long = written(model, tmp_path, 32768)
     assert long < short * 1.2
     assert file.path.stat().st_size / 32768 <= 40
+
+
+def test_a_mixtures_sources_are_told_apart(documents, finished, tmp_path):
+    loaded = load_model(finished())
+    other = tmp_path / "other"
+    other.mkdir()
+    for index in range(4):
+        (other / f"{index}.txt").write_text("0123456789 " * (index + 3))
+    sources = {"words": Source(path=str(documents)), "numbers": Source(path=str(other))}
+    bytes_ = Pretrained(name="bytes")
+    corpus = prepare(Corpus(name="mixed", sources=sources, tokenizer=bytes_, validation_documents=1), 16)
+    found = held_out(loaded, corpus)
+    assert sorted(found["sources"]) == ["numbers", "words"]
+    for name, row in found["sources"].items():
+        own = [document for document in corpus.validation() if document.source == name]
+        nll = read_documents(loaded.model, own, context=64).nll
+        assert row["loss"] == pytest.approx(nll.mean(dtype=np.float64), rel=1e-6)
+        assert row["bits_per_byte"] == pytest.approx(nll.sum() / np.log(2) / sum(one.bytes for one in own), rel=1e-5)
+    assert found["tokens_evaluated"] == sum(row["tokens_evaluated"] for row in found["sources"].values())

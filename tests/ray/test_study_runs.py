@@ -187,6 +187,8 @@ def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
         assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("step-*"))
         evaluations = store.evaluations("quickstart", view.key)
         assert evaluations["step"].tolist() == [8] == store.probe_steps("quickstart", view.key)
+        assert store.halting_steps("quickstart", view.key) == [8]
+        assert store.halting_cube("quickstart", view.key, 8)["tokens"].sum() == view.record["tokens_evaluated"]
         probe = store.probe("quickstart", view.key, 8)
         assert (probe["exit"].map(sum) - 1).abs().max() < 1e-3
         adaptive = view.record["identity"]["method"] == "adaptive"
