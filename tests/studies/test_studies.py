@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import haltscale.studies
+from haltscale.platform import cli
 from haltscale.platform.api import RunStore, Study, sotu
 
 RUNS = {
@@ -20,6 +21,7 @@ RUNS = {
     "quickstart": 6,
     "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
     "seed_noise": 3 * 2 * 8,
+    "tau_sweep": 1 + 3,
 }
 """Runs and controls of each study."""
 
@@ -62,3 +64,16 @@ def test_the_question_stands_on_top(name: str) -> None:
     assert "?" in first
     assert load(name).question.endswith("?")
     assert load(name).name == name.replace("_", "-")
+
+
+def test_the_sweep_of_a_checkpoint_is_a_command_that_exists() -> None:
+    study = load("tau_sweep")
+    command = study.note.partition(": ")[2]
+    verb, run, dial = command.removeprefix("haltscale ").split()
+    assert command.startswith("haltscale evaluate ")
+    assert (verb, dial) == ("evaluate", "--dial")
+    name, _, key = run.partition("/")
+    assert name == study.name
+    assert [study.key(planned).startswith(key) for planned in study.runs].count(True) == 1
+    assert verb in cli.EXAMPLES
+    assert dial in cli.EXAMPLES[verb]
