@@ -30,6 +30,7 @@ import torch.distributed as dist
 from figures import Figure, machine, show
 
 from haltscale.model import build_model
+from haltscale.platform.api import BytePairs, Source
 from haltscale.platform.config import Precision, RunConfig, apply_point
 from haltscale.platform.corpus import Corpus, PreparedCorpus, RowReader
 from haltscale.platform.engine import build_engine
@@ -47,7 +48,8 @@ def texts(folder: Path) -> Corpus:
     words = ["".join(stream.choices("abcdefghijklmnop", k=stream.randint(2, 9))) for _ in range(8000)]
     for index in range(200):
         (folder / f"{index:03d}.txt").write_text(" ".join(stream.choices(words, k=2000)), encoding="utf-8")
-    return Corpus(name="benchmark", folder=str(folder), vocab_size=4096, validation_documents=2)
+    sources = {"words": Source(path=str(folder))}
+    return Corpus(name="benchmark", sources=sources, tokenizer=BytePairs(vocab_size=4096), validation_documents=2)
 
 
 def in_the_platform(study: Study, store: RunStore) -> float:
@@ -82,8 +84,10 @@ def member(arm: str, folder: Path, rank: int) -> None:
     corpus = PreparedCorpus.open(Path(task["corpus"]))
     assert corpus is not None
     reader = RowReader(corpus.folder)
-    ids = global_batches(seed=run.seed, rows=corpus.rows, batch=run.batch_sequences, first_step=0, steps=steps)
-    mine = [torch.as_tensor(np.asarray(reader.read(row))).long() for row in rank_share(ids, rank=rank, world=world)]
+    ids = global_batches(seed=run.seed, mixture=corpus.mixture, batch=run.batch_sequences, first_step=0, steps=steps)
+    mine = [
+        torch.as_tensor(np.asarray(reader.read(row), dtype=np.int64)) for row in rank_share(ids, rank=rank, world=world)
+    ]
     model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
     _, pieces = execution.accumulation(run.batch_sequences)
     take_step = deepspeed_step(model, run, execution) if arm == "deepspeed" else pytorch_step(model, run, pieces, world)

@@ -21,12 +21,18 @@ from looping import CLOCK
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STUDY = """
-from haltscale.platform.api import Corpus, ExecutionConfig, RunConfig, Study, grid
+from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, RunConfig, Source, Study, grid
 
 Study(
     name="survivor",
     question="Does it live?",
-    corpus=Corpus(name="toy", folder={folder!r}, vocab_size=300, validation_documents=2, probe_characters=200),
+    corpus=Corpus(
+        name="toy",
+        sources={{"texts": Source(path={folder!r})}},
+        tokenizer=BytePairs(vocab_size=300),
+        validation_documents=2,
+        probe_characters=200,
+    ),
     base=RunConfig(tokens=64 * 512, context=64, batch_tokens=512, learning_rate=1e-2),
     sweep=grid(method="adaptive", lam=1.0, tau=0.2),
     execution=ExecutionConfig(
