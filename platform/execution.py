@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -90,7 +91,8 @@ class ExecutionConfig:
     """Optimizer steps in a row after which a router counts as collapsed."""
 
     def problems(self, runs: list[RunConfig], cluster: Mapping[str, float] | None = None) -> list[str]:
-        """Everything wrong, given the runs and what the cluster has (``CPU``, ``GPU``)."""
+        """Everything wrong, given the runs and what the cluster has (``CPU``, ``GPU``; ``node_cpus`` of its largest node,
+        where that is known)."""
         found = []
         counts = ("workers", "cpus_per_worker", "micro_batch_sequences", "evaluations", "checkpoints", "keep_last")
         for name in (*counts, "collapse_steps"):
@@ -112,6 +114,10 @@ class ExecutionConfig:
         for batch in sorted({run.batch_sequences for run in runs}):
             if batch % self.workers:
                 found.append(f"a batch of {batch} sequences cannot be shared by {self.workers} workers evenly")
+        if cluster is not None and self.cpus_per_worker > cluster.get("node_cpus", math.inf):
+            found.append(
+                f"cpus_per_worker {self.cpus_per_worker}: no node has as many, the largest has {cluster['node_cpus']:g}"
+            )
         if cluster is not None:
             for resource, each in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)):
                 needed, there = self.workers * each, cluster.get(resource, 0)

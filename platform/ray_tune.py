@@ -45,7 +45,7 @@ NAMESPACE = "haltscale"
 @contextlib.contextmanager
 def connected() -> Iterator[dict[str, float]]:
     """A connection to a Ray cluster; gives what the cluster has in all (``CPU``, ``GPU``),
-    and the memory of its largest node (``node_memory``, bytes).
+    and the memory (``node_memory``, bytes) and CPUs (``node_cpus``) of its largest nodes.
 
     A submitted job joins its own cluster (``RAY_ADDRESS``); other processes join the local head, or start a Ray of
     their own that ends with them.
@@ -57,8 +57,9 @@ def connected() -> Iterator[dict[str, float]]:
         address = os.environ.get("RAY_ADDRESS") or (head.gcs if head else "local")
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     ray_data.quiet_ray_data()
-    memory = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    yield {**ray.cluster_resources(), "node_memory": memory}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    memory, cpus = (max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("memory", "CPU"))
+    yield {**ray.cluster_resources(), "node_memory": memory, "node_cpus": cpus}
 
 
 def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore) -> None:

@@ -240,6 +240,13 @@ def test_a_run_that_the_cluster_cannot_hold_is_refused():
     assert "GPU" in only(ExecutionConfig(gpus_per_worker=1).problems([GOOD], {"CPU": 8}))
 
 
+def test_a_worker_that_no_node_can_hold_is_refused():
+    """Ray would wait for such a node for ever."""
+    execution = ExecutionConfig(cpus_per_worker=4)
+    assert "largest has 3" in only(execution.problems([GOOD], {"CPU": 6, "node_cpus": 3}))
+    assert execution.problems([GOOD], {"CPU": 8, "node_cpus": 4}) == []
+
+
 def test_a_batch_that_cannot_be_shared_is_refused():
     assert "4 sequences cannot be shared by 3 workers" in only(ExecutionConfig(workers=3).problems([GOOD, ADAPTIVE]))
 
