@@ -91,8 +91,8 @@ class ExecutionConfig:
     """Optimizer steps in a row after which a router counts as collapsed."""
 
     def problems(self, runs: list[RunConfig], cluster: Mapping[str, float] | None = None) -> list[str]:
-        """Everything wrong, given the runs and what the cluster has (``CPU``, ``GPU``; ``node_cpus`` of its largest node,
-        where that is known)."""
+        """Everything wrong, given the runs and what the cluster has: ``CPU``, ``GPU`` and, where known,
+        the ``node_cpus`` of its largest node."""
         found = []
         counts = ("workers", "cpus_per_worker", "micro_batch_sequences", "evaluations", "checkpoints", "keep_last")
         for name in (*counts, "collapse_steps"):
