@@ -27,9 +27,9 @@ def test_a_reader_follows_a_growing_study(author, browser):
         # A link restores its view: three runs pass the filter. Taking the filter away shows all.
         browser.settled(page)
         markers = page.locator('[data-testid="stPlotlyChart"] .scatterlayer .points path.point')
-        page.get_by_text("3 of 3").wait_for()
+        page.get_by_text("3 of 3", exact=True).wait_for()
         page.get_by_test_id("stSidebar").get_by_role("button", name="0.6m").click()
-        page.get_by_text("9 of 9").wait_for()
+        page.get_by_text("9 of 9", exact=True).wait_for()
         page.wait_for_function("() => !location.search.includes('size=')")
         browser.settled(page)
         assert markers.count() >= len(keys)
@@ -38,7 +38,7 @@ def test_a_reader_follows_a_growing_study(author, browser):
         # Pointing at a run names it.
         markers.first.hover(force=True)
         page.locator(".hoverlayer .hovertext").first.wait_for()
-        assert "nats/token" in page.locator(".hoverlayer").inner_text()
+        assert "nats/token" in "".join(page.locator(".hoverlayer").all_text_contents())
 
         # Another kind of FLOPs: the axis says so, and so does the address.
         page.get_by_role("radio", name="paper").or_(page.get_by_role("button", name="paper", exact=True)).first.click()
