@@ -256,7 +256,7 @@ class HeldOutDocument:
 class RowReader:
     """Reads packed rows by sequence id.
 
-    Parts are memory-mapped, uncompressed parquet with small row groups, so that a row costs a few kilobytes of reading
+    Parts are uncompressed parquet with small row groups, so that a row costs a few kilobytes of reading
     wherever it lies; a few hundred parts stay open. Memory does not grow with the corpus.
     """
 
@@ -285,7 +285,7 @@ class RowReader:
         if index not in self._opened:
             if len(self._opened) >= self.OPEN:
                 self._opened.pop(next(iter(self._opened)))[0].close()
-            part = pq.ParquetFile(self._folder / self._parts[index], memory_map=True)
+            part = pq.ParquetFile(self._folder / self._parts[index])
             self._opened[index] = part, part.metadata.row_group(0).num_rows
         part, group_rows = self._opened[index]
         place = index, row // group_rows
