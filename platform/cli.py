@@ -16,8 +16,6 @@ from haltscale.platform import cluster, model_verbs
 from haltscale.platform.store import RunStore, StoreError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
-
     from haltscale.platform.study import Study
 
 EXAMPLES = {
@@ -140,7 +138,7 @@ def load_study(name: str) -> Study:
     return study
 
 
-def _connected() -> tuple[cluster.Head, JobSubmissionClient]:
+def _connected() -> tuple[cluster.Head, cluster.JobSubmissionClient]:
     """The head to talk to, and its job client.
 
     Raises:

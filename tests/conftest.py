@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 # Before anything imports Ray, which reads these then. DeepSpeed's compiler needs ninja from this environment.
 os.environ["HALTSCALE_HOME"] = tempfile.mkdtemp(prefix="haltscale-test-")
@@ -22,6 +23,8 @@ from haltscale.platform import cluster  # noqa: E402
 
 from jobs import TOY_LENGTH, command_line, run  # noqa: E402
 
+settings.register_profile("haltscale", deadline=None)  # how long a test takes says nothing of what it holds
+settings.load_profile("haltscale")
 os.environ.update(cluster.LOOPBACK_ONLY)
 cluster.use_token_authentication()
 

@@ -51,12 +51,13 @@ def test_sharded_parameters_can_be_read_after_every_step(mixture: Mixture, tie_e
         options=options,
         tie_embeddings=tie_embeddings,
     )
-    run = RunConfig(method=Method.ADAPTIVE, options=options, precision=Precision.FP32)
+    run = RunConfig(method=Method.ADAPTIVE, options=options, precision=Precision.FP32, context=16, batch_tokens=64)
     tokens = torch.randint(VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(0))
     lengths, sampled = torch.full((4,), 16), torch.arange(0, 64, 5)
     found = []
     for stage in (0, 3):
-        engine = build_engine(build_model(config, seed=0), run, zero_stage=stage, micro_batch=4, accumulation=1)
+        execution = ExecutionConfig(zero_stage=stage, micro_batch_sequences=4)
+        engine = build_engine(build_model(config, seed=0), run, execution)
         reading = probing.read(engine.module, tokens[:, :-1], tokens[:, 1:], lengths_B=lengths, sampled_S=sampled)
         found.append(reading.nll_by_step_SK)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5, equal_nan=True)

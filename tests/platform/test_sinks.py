@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def events(file: Path, kind: Any) -> list[Any]:
 def test_wandb_writes_its_files_offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     write(Sink.WANDB, ROWS)
+    importlib.import_module("wandb").teardown()  # waits for the process that writes the file
     (log,) = (home / "wandb").rglob("*.wandb")
     assert log.stat().st_size > 0
     assert b"loss" in log.read_bytes()
