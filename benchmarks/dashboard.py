@@ -12,13 +12,13 @@ import argparse
 import base64
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from figures import Figure, show
 
 PAGES = ("studies", "live", "scaling", "sweeps", "halting", "tokens", "evaluations", "playground", "method")
 
@@ -66,7 +66,6 @@ def measure(root: Path, repeats: int) -> None:
         st.cache_resource.clear()
 
     open_page("studies")  # imports
-    print("page            cold, s   warm, s   filter, s   points in the largest figure")
     for name in PAGES:
         cold, warm, filters, most = [], [], [], 0
         for _ in range(repeats):
@@ -76,13 +75,16 @@ def measure(root: Path, repeats: int) -> None:
             page = open_page(name)
             filters.append(timed(page.pills(key="method").set_value(["vanilla", "adaptive"]).run))
             most = max([most, *(points(chart.proto.spec) for chart in page.get("plotly_chart"))])
-        row = "".join(f"{statistics.median(one):10.2f}" for one in (cold, warm, filters))
-        print(f"{name:<12}{row}{most:14,}")
+        show(Figure(name=f"{name}: first paint, nothing read before", values=cold, unit="s"))
+        show(Figure(name=f"{name}: first paint, store read before", values=warm, unit="s", at_most=2))
+        show(Figure(name=f"{name}: filter", values=filters, unit="s", at_most=1))
+        show(Figure(name=f"{name}: points in the largest figure", values=[most], at_most=10_000))
 
     store = shelf.store()
     study = store.studies()[0]
     store.view(study)
-    print(f"another look at a study that has not changed: {timed(store.view, study):.3f} s")
+    looks = [timed(store.view, study) for _ in range(repeats)]
+    show(Figure(name="another look at a study that has not changed", values=looks, unit="s"))
     telling = [key for key in store.present(study) if data.halting_steps(store, study, key)]
     if telling:
         from haltscale.dashboard.search import Order, search
@@ -91,8 +93,8 @@ def measure(root: Path, repeats: int) -> None:
         step = data.halting_steps(store, study, key)[-1]
         events = store.local_path(study, key, "halting", f"events-{step:08d}.parquet")
         for order in Order:
-            took = timed(search, events, Path("none"), order)
-            print(f"search one run's events, {order.value}: {took:.3f} s")
+            took = [timed(search, events, Path("none"), order) for _ in range(repeats)]
+            show(Figure(name=f"search one run's events, {order.value}", values=took, unit="s"))
 
 
 def points(spec: str) -> int:

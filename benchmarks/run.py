@@ -30,6 +30,11 @@ COMMANDS: dict[str, list[str]] = {
         "benchmarks/model_memory.py",
     ],
     "data": ["benchmarks/data.py"],
+    "training": ["benchmarks/training.py", "benchmarks/training.py --method adaptive --stages 1 --workers 1"],
+    "evaluation": ["benchmarks/evaluation.py"],
+    "studies": ["benchmarks/studies.py"],
+    "laws": ["benchmarks/scaling_laws.py time coverage"],
+    "dashboard": ["benchmarks/dashboard.py"],
 }
 """Group -> scripts with their arguments, run from the top of the repository."""
 

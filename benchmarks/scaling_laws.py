@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pandas as pd
+from figures import Figure, show
 
 from haltscale.platform.analysis import Refusal, fit_power_law, fit_recurrence, fit_surface, leave_one_budget_out
 
@@ -67,7 +68,7 @@ def timings(count: int, bootstraps: int) -> None:
         found = fit(runs, bootstraps=bootstraps)
         seconds = time.perf_counter() - began
         assert not isinstance(found, Refusal), found.reason
-        print(f"{name}: {count} runs, {bootstraps} bootstraps: {seconds:.2f} s")
+        show(Figure(name=f"{name}: {count} runs, {bootstraps} bootstraps", values=[seconds], unit="s", at_most=30))
         law = getattr(found, "law", found)
         for parameter, value in law.estimates.items():
             known = TRUTH.get(parameter) if name != "L(C)" else {"E": 1.8, "alpha": 0.15}.get(parameter)
@@ -101,8 +102,11 @@ def coverage(data_sets: int) -> None:
                 fitted += 1
                 for parameter, value in truth.items():
                     inside[parameter] += estimates[parameter].low <= value <= estimates[parameter].high
-            shares = ", ".join(f"{parameter} {100 * hits / max(fitted, 1):.0f} %" for parameter, hits in inside.items())
-            print(f"{name}, {count} runs: {shares} of {fitted} fits ({data_sets - fitted} refused)")
+            for parameter, hits in inside.items():
+                covered = 100 * hits / max(fitted, 1)
+                detail = f"of {fitted} fits, {data_sets - fitted} refused"
+                name_of = f"{name}, {count} runs: 95 % interval of {parameter} holds the truth"
+                show(Figure(name=name_of, values=[covered], unit="%", detail=detail))
 
 
 def main() -> None:

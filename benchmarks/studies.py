@@ -14,7 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+
+from figures import Figure, show
 
 from haltscale.platform.api import RunConfig, RunStore, Study, grid, log_uniform, sample
 from haltscale.platform.corpus import sotu
@@ -62,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         empty, full = Path(folder) / "empty", Path(folder) / "full"
         finish(study(options.runs), RunStore(full))
-        for store, what in ((empty, "nothing finished: plan"), (full, "all finished: plan, and run again")):
+        for store, what in ((empty, "nothing finished"), (full, "all finished")):
             inside, whole = [], []
             for _ in range(options.repeats):
                 began = time.perf_counter()
@@ -70,10 +73,11 @@ def main() -> None:
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
                 whole.append(time.perf_counter() - began)
                 inside.append((float(output[1]), float(output[2])))
-            plan, again = (statistics.median(column) for column in zip(*inside, strict=True))
-            print(
-                f"{output[0]} runs, {what}: {plan:.2f} s, {again:.2f} s; with imports {statistics.median(whole):.2f} s"
-            )
+            (plan, again), count = zip(*inside, strict=True), output[0]
+            first = Figure(name=f"plan of {count} runs, {what}", values=list(plan), unit="s", at_most=2)
+            show(replace(first, detail=f"{statistics.median(whole):.2f} s with imports"))
+            if store is full:
+                show(Figure(name=f"{count} finished runs listed and skipped", values=list(again), unit="s", at_most=3))
 
 
 if __name__ == "__main__":
