@@ -32,7 +32,7 @@ def surface(seed: int, count: int, noise: float) -> pd.DataFrame:
 def compute(seed: int, count: int, noise: float) -> pd.DataFrame:
     """Runs of a known L(C)."""
     random = np.random.default_rng(seed)
-    flops = np.repeat(np.geomspace(1e17, 1e21, count // 4), 4)
+    flops = np.repeat(np.geomspace(1e17, 1e21, 10), count // 10)
     return finished(1.8 + 4 * (flops / 1e15) ** -0.15, random, noise, flops_realised=flops, method="vanilla")
 
 
