@@ -127,7 +127,7 @@ class RunConfig:
         """Everything wrong with this run, each naming its field and the allowed values."""
         found = []
         if self.size not in SIZES:
-            found.append(f"size {self.size!r} is not on the ladder{_did_you_mean(self.size, SIZES)}")
+            found.append(f"size {self.size!r} is not on the ladder{did_you_mean(self.size, SIZES)}")
             sized = replace(self, size=next(iter(SIZES)))
         else:
             sized = self
@@ -203,7 +203,7 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
     found: list[str] = []
     method = point.get("method", base.method)
     if method not in METHODS:
-        return base, [f"method {method!r} is none of {', '.join(METHODS)}{_did_you_mean(method, METHODS)}"]
+        return base, [f"method {method!r} is none of {', '.join(METHODS)}{did_you_mean(method, METHODS)}"]
     method = Method(method)
     option_type: Any = METHODS[method].options
     option_names = [f.name for f in fields(option_type)]
@@ -222,7 +222,7 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
         else:
             known = [*run_names, *option_names, *also]
             owners = [str(m) for m, entry in METHODS.items() if name in _names(entry.options)]
-            hint = f"; {', '.join(owners)} has it" if owners else _did_you_mean(name, known)
+            hint = f"; {', '.join(owners)} has it" if owners else did_you_mean(name, known)
             found.append(f"{method} has no {name!r}{hint}")
     if found:
         return base, found
@@ -261,6 +261,7 @@ def _names(kind: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)]
 
 
-def _did_you_mean(word: object, known: Any) -> str:
+def did_you_mean(word: object, known: Any) -> str:
+    """The end of an error about an unknown name: the known one that is closest, or all of them."""
     close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(map(str, known))}"

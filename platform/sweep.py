@@ -17,7 +17,6 @@ A name is a field of ``RunConfig``, an option of the point's method, or a budget
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import math
@@ -27,6 +26,7 @@ from enum import StrEnum
 from typing import Any
 
 from haltscale.model import METHODS, SIZES
+from haltscale.platform.config import did_you_mean
 
 Point = dict[str, Any]
 
@@ -101,7 +101,7 @@ class Sweep:
         has = {name: {f.name for f in fields(entry.options)} for name, entry in METHODS.items()}  # type: ignore[arg-type]
         known = set().union(*(has.get(_subject(point)["method"], set()) for point in self.points))
         if unknown := [name for name in axes if name not in known]:
-            hints = ", ".join(f"{name!r}{_did_you_mean(name, sorted(known))}" for name in unknown)
+            hints = ", ".join(f"{name!r}{did_you_mean(name, sorted(known))}" for name in unknown)
             raise ValueError(f"no method of this sweep has the option {hints}")
         made: list[Point | Control] = []
         for point in self.points:
@@ -150,7 +150,7 @@ def ladder(first: str, last: str) -> list[str]:
     names = list(SIZES)
     for size in (first, last):
         if size not in names:
-            raise ValueError(f"size {size!r} is not on the ladder{_did_you_mean(size, names)}")
+            raise ValueError(f"size {size!r} is not on the ladder{did_you_mean(size, names)}")
     if names.index(first) > names.index(last):
         raise ValueError(f"{first} is larger than {last}: give the smaller size first")
     return names[names.index(first) : names.index(last) + 1]
@@ -290,8 +290,3 @@ def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> Point:
     if twice := [name for name in other if name in one]:
         raise ValueError(f"both sides of a product give {', '.join(map(repr, twice))}: give it on one side only")
     return {**one, **other}
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
