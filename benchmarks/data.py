@@ -38,11 +38,11 @@ from figures import Figure, interleaved, machine, show
 from tokenizers import Tokenizer
 
 from haltscale.model import build_model
-from haltscale.platform import ray_data, shard_jobs
 from haltscale.platform.api import BytePairs, Corpus, RunConfig, Source
-from haltscale.platform.corpus import PreparedCorpus, RowReader
-from haltscale.platform.order import global_batches
-from haltscale.platform.tokenization import END_OF_TEXT
+from haltscale.platform.corpora import ray_data, shard_jobs
+from haltscale.platform.corpora.corpus import PreparedCorpus, RowReader
+from haltscale.platform.corpora.order import global_batches
+from haltscale.platform.corpora.tokenization import END_OF_TEXT
 
 QUICKSTART = RunConfig(size="1.8m", tokens=180_000, context=256, batch_tokens=1024)
 VOCABULARY = 4096

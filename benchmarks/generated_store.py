@@ -18,10 +18,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from haltscale.platform.halting_summary import summarise_halting
+from haltscale.platform.evaluation.halting_summary import summarise_halting
+from haltscale.platform.evaluation.telemetry import METADATA, ROW_GROUP, EventsFile, build_cube, write_cube
+from haltscale.platform.evaluation.token_kinds import TokenClass
 from haltscale.platform.store import SCHEMA_VERSION
-from haltscale.platform.telemetry import METADATA, ROW_GROUP, EventsFile, build_cube, write_cube
-from haltscale.platform.token_kinds import TokenClass
 
 SIZES = {"0.6m": 6e5, "1.8m": 1.8e6, "4m": 4.2e6, "8m": 8.4e6, "17m": 1.7e7, "35m": 3.5e7}
 TOKENS = (5e7, 2e8, 8e8)

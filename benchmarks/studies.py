@@ -20,7 +20,7 @@ from pathlib import Path
 from figures import Figure, show
 
 from haltscale.platform.api import RunConfig, RunStore, Study, grid, log_uniform, sample
-from haltscale.platform.corpus import sotu
+from haltscale.platform.corpora.corpus import sotu
 
 
 def study(runs: int) -> Study:

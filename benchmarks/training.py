@@ -32,13 +32,13 @@ from figures import Figure, machine, show
 from haltscale.model import build_model
 from haltscale.platform.api import BytePairs, Source
 from haltscale.platform.config import Precision, RunConfig, apply_point
-from haltscale.platform.corpus import Corpus, PreparedCorpus, RowReader
-from haltscale.platform.engine import build_engine
+from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
+from haltscale.platform.corpora.order import global_batches, rank_share
 from haltscale.platform.execution import ExecutionConfig
-from haltscale.platform.order import global_batches, rank_share
 from haltscale.platform.store import RunStore
-from haltscale.platform.study import Study
-from haltscale.platform.sweep import grid
+from haltscale.platform.sweeps.study import Study
+from haltscale.platform.sweeps.sweep import grid
+from haltscale.platform.training.engine import build_engine
 
 
 def texts(folder: Path) -> Corpus:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from haltscale.platform.report import RECURRENT
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
+from haltscale.platform.sweeps.report import RECURRENT
 
 DEMO_TOKENS = 20e6
 """Runs shorter than this show the machinery and the halting, not what the method gains."""
@@ -423,7 +423,7 @@ def select(view: StudyView, **chosen: Sequence[str]) -> StudyView:
 
 
 def analysed(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs as the analysis wants them (the columns of :func:`haltscale.platform.report.results`)."""
+    """The runs as the analysis wants them (the columns of :func:`haltscale.platform.sweeps.report.results`)."""
     return runs.assign(tokens=runs["tokens_done"], passes_per_token=runs["passes"])
 
 

@@ -2,13 +2,14 @@
 
 from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method
 from haltscale.platform.config import ConfigError, Precision, RunConfig, Schedule
-from haltscale.platform.corpus import Corpus, sotu
+from haltscale.platform.corpora.corpus import Corpus, sotu
+from haltscale.platform.corpora.formats import Format, InvalidUtf8
+from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
+from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
-from haltscale.platform.formats import Format, InvalidUtf8
-from haltscale.platform.sources import RECIPES, Source, hugging_face
 from haltscale.platform.store import RunStore
-from haltscale.platform.study import Halving, Study
-from haltscale.platform.sweep import (
+from haltscale.platform.sweeps.study import Halving, Study
+from haltscale.platform.sweeps.sweep import (
     Budget,
     ControlKind,
     Sweep,
@@ -23,8 +24,7 @@ from haltscale.platform.sweep import (
     uniform,
     zip_,
 )
-from haltscale.platform.tokenization import BytePairs, Pretrained
-from haltscale.platform.tuning import Search, TuningStudy
+from haltscale.platform.sweeps.tuning import Search, TuningStudy
 
 __all__ = [
     "METHODS",

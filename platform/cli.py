@@ -16,7 +16,7 @@ from haltscale.platform import cluster, model_verbs
 from haltscale.platform.store import RunStore, StoreError
 
 if TYPE_CHECKING:
-    from haltscale.platform.study import Study
+    from haltscale.platform.sweeps.study import Study
 
 EXAMPLES = {
     "up": "haltscale up --cpus 8",
@@ -222,7 +222,7 @@ def cancel(study: str) -> None:
 
 
 def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
-    from haltscale.platform import progress
+    from haltscale.platform.sweeps import progress
 
     names = [study] if study else store.studies()
     if study and study not in store.studies():
@@ -244,7 +244,7 @@ def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
 
 
 def _results(store: RunStore, study: str, *, as_json: bool) -> None:
-    from haltscale.platform import report
+    from haltscale.platform.sweeps import report
 
     if study not in store.studies():
         raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")

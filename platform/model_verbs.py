@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from haltscale.platform.store import RunStore
 
 if TYPE_CHECKING:
-    from haltscale.platform.corpus import PreparedCorpus
-    from haltscale.platform.models import LoadedModel
+    from haltscale.platform.corpora.corpus import PreparedCorpus
+    from haltscale.platform.inference.models import LoadedModel
 
 EXAMPLES = {
     "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
@@ -58,7 +58,7 @@ def dispatch(options: argparse.Namespace) -> None:
     Raises:
         ValueError: something of the user's making is wrong; the message is a sentence for the user.
     """
-    from haltscale.platform.models import load_model, model_folder
+    from haltscale.platform.inference.models import load_model, model_folder
 
     store = RunStore(options.store)
     verbs = {"evaluate": _evaluate, "generate": _generate, "export": _export}
@@ -68,15 +68,15 @@ def dispatch(options: argparse.Namespace) -> None:
 
 def _run_of(name: str, store: RunStore) -> tuple[str, str] | None:
     """(study, key) of STUDY/RUN; None for a folder."""
-    from haltscale.platform.models import find_run
+    from haltscale.platform.inference.models import find_run
 
     study, _, run = name.partition("/")
     return (study, find_run(store, study, run)) if study in store.studies() and run else None
 
 
 def _evaluate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
-    from haltscale.platform.evaluating import EvaluationError, evaluations, open_corpus, own_corpus
-    from haltscale.platform.tasks import find_tasks
+    from haltscale.platform.evaluation.evaluating import EvaluationError, evaluations, open_corpus, own_corpus
+    from haltscale.platform.evaluation.tasks import find_tasks
 
     run = _run_of(options.model, store)
     folders = options.corpus or ([own_corpus(store, *run)] if run else [])
@@ -153,7 +153,7 @@ def _generate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel)
     from rich.console import Console
 
     from haltscale.model.generation import Cost, Sampling
-    from haltscale.platform import writing
+    from haltscale.platform.inference import writing
 
     cost, began = Cost(), time.perf_counter()
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
@@ -185,7 +185,7 @@ def _generate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel)
 
 
 def _export(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
-    from haltscale.platform.export import export
+    from haltscale.platform.inference.export import export
 
     run = _run_of(options.model, store)
     target = export(loaded, options.target, record=store.run(*run).record if run else None)

@@ -17,11 +17,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from haltscale.model import build_model
-from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.engine import snapshot, start
 from haltscale.platform.store import RunStore
-from haltscale.platform.training import Hooks, Progress, train
+from haltscale.platform.training.checkpoints import Checkpoints
+from haltscale.platform.training.engine import snapshot, start
+from haltscale.platform.training.loop import Hooks, Progress, train
 
 from looping import LARGE, RUNS, batches, execution_of, timeless
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from haltscale.model import AdaptiveOptions, Method, build_model
-from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.engine import build_engine, snapshot, start
+from haltscale.platform.corpora.order import rank_share
 from haltscale.platform.execution import ExecutionConfig
-from haltscale.platform.order import rank_share
 from haltscale.platform.store import RunStore
-from haltscale.platform.training import Hooks, Progress, train
+from haltscale.platform.training.checkpoints import Checkpoints
+from haltscale.platform.training.engine import build_engine, snapshot, start
+from haltscale.platform.training.loop import Hooks, Progress, train
 
 VOCABULARY, CONTEXT, BATCH, STEPS = 300, 16, 8, 6
 LARGE = 2000

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from haltscale.model import FixedOptions, Method, build_model
 from haltscale.platform.config import RunConfig
-from haltscale.platform.engine import build_engine, fragments
-from haltscale.platform.order import rank_share
-from haltscale.platform.training import Progress, train
+from haltscale.platform.corpora.order import rank_share
+from haltscale.platform.training.engine import build_engine, fragments
+from haltscale.platform.training.loop import Progress, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import looping

@@ -61,8 +61,8 @@ def body(view: StudyView) -> None:
 
 def written(study: str, key: str, prompt: str, count: int, temperature: float, seed: int) -> tuple[pd.DataFrame, str]:
     """The continuation as token events, and what it cost; an empty frame and the reason where there is none."""
-    from haltscale.platform import writing  # torch takes seconds to import, and no other page needs it
-    from haltscale.platform.models import ModelFolderError
+    from haltscale.platform.inference import writing  # torch takes seconds to import, and no other page needs it
+    from haltscale.platform.inference.models import ModelFolderError
 
     try:
         with st.spinner("Thinking …"):
@@ -89,7 +89,7 @@ def written(study: str, key: str, prompt: str, count: int, temperature: float, s
 @st.cache_resource(max_entries=2, show_spinner="Loading the model …")
 def loaded(folder: str):  # type: ignore[no-untyped-def]
     """A model, kept for all readers of the page."""
-    from haltscale.platform.models import load_model
+    from haltscale.platform.inference.models import load_model
 
     return load_model(folder)
 

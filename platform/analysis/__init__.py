@@ -1,7 +1,7 @@
 """Analysis of finished runs: pure functions over the results frame. Neither Ray nor Streamlit.
 
 from haltscale.platform.analysis import fit_power_law
-from haltscale.platform.report import results
+from haltscale.platform.sweeps.report import results
 
 frame = results(RunStore(), "my-study")
 law = fit_power_law(frame[frame["method"] == "adaptive"], "flops_realised")

@@ -1,6 +1,6 @@
 """Scaling laws of runs: L(C), L(N), L(N, D), and what a latent step is worth.
 
-Every function takes the results frame (``haltscale.platform.report.results``) and answers with a fit or with a
+Every function takes the results frame (``haltscale.platform.sweeps.report.results``) and answers with a fit or with a
 :class:`Refusal` that says why the runs cannot carry one. Losses are in nats per token.
 """
 

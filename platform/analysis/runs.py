@@ -34,8 +34,8 @@ def usable(frame: pd.DataFrame, needed: Sequence[str]) -> Selection:
     """The finished, sound runs with positive numbers in the ``needed`` columns.
 
     Args:
-        frame: as ``haltscale.platform.report.results`` makes it: ``key``, ``state``, ``loss`` (nats/token), ``role``
-            where there are tuning runs, and the needed columns.
+        frame: as ``haltscale.platform.sweeps.report.results`` makes it: ``key``, ``state``, ``loss`` (nats/token),
+            ``role`` where there are tuning runs, and the needed columns.
         needed: columns that enter logarithms, such as ``flops_realised``; ``loss`` is always among them.
     """
     reasons = pd.Series("", index=frame.index, dtype=object)

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from haltscale.platform.formats import Format
-from haltscale.platform.sources import RECIPES
+from haltscale.platform.corpora.formats import Format
+from haltscale.platform.corpora.sources import RECIPES
 
 from jobs import ROOT
 

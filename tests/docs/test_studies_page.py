@@ -12,9 +12,9 @@ import plotly.graph_objects as go
 import pytest
 
 from haltscale.platform import cli
-from haltscale.platform.expansion import PlanState
 from haltscale.platform.store import RunState, RunStore
-from haltscale.platform.sweep import Budget, ControlKind
+from haltscale.platform.sweeps.expansion import PlanState
+from haltscale.platform.sweeps.sweep import Budget, ControlKind
 
 from jobs import ROOT
 
@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 
 def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="needs haltscale[tuning]")
-    from haltscale.platform import ray_tune  # takes seconds to import
+    from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 
     def train(study: Any, missing: Any, store: RunStore) -> None:
         for key, entry in missing.items():

@@ -5,8 +5,8 @@ import torch
 
 from haltscale.model import METHODS, AdaptiveOptions, Method, Mixture, ModelConfig, Shape, build_model, probing
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.engine import build_engine
 from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.training.engine import build_engine
 
 VOCABULARY = 2000
 """Above DeepSpeed's threshold: embedding and head lie in shards between passes, and so do the blocks."""

@@ -19,12 +19,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from haltscale.model import METHODS, AdaptiveOptions, LanguageModel, Method, ModelConfig, Shape, build_model
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.corpus import Corpus
-from haltscale.platform.sources import Source
+from haltscale.platform.corpora.corpus import Corpus
+from haltscale.platform.corpora.sources import Source
+from haltscale.platform.corpora.tokenization import BytePairs
 from haltscale.platform.store import RunStore
-from haltscale.platform.study import Study
-from haltscale.platform.sweep import grid
-from haltscale.platform.tokenization import BytePairs
+from haltscale.platform.sweeps.study import Study
+from haltscale.platform.sweeps.sweep import grid
 
 torch.set_num_threads(1)
 

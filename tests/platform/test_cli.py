@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from haltscale.platform import cli, cluster
-from haltscale.platform.study import Study
+from haltscale.platform.sweeps.study import Study
 
 
 def run(*arguments: str) -> int:
@@ -222,7 +222,7 @@ def test_a_plan_as_json_leaves_stdout_to_it(study, store, capsys):
 def test_the_code_is_staged_as_it_stands():
     with cluster.staged_code() as code:
         assert code.name == "haltscale"
-        assert (code / "platform" / "study.py").read_text() == Path(cluster.__file__).with_name("study.py").read_text()
+        assert (code / "platform" / "store.py").read_text() == Path(cluster.__file__).with_name("store.py").read_text()
         assert {path.name for path in code.iterdir()} == {"model", "platform", "studies", "dashboard"}
         assert not list(code.rglob("__pycache__"))
         command = [sys.executable, "-c", "import haltscale.studies.quickstart as q; print(q.__file__)"]

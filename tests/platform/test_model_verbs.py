@@ -12,8 +12,8 @@ import pytest
 
 from haltscale.model.generation import GenerationError
 from haltscale.platform import cli
-from haltscale.platform.models import load_model
-from haltscale.platform.writing import WrittenToken, legend, marked, write
+from haltscale.platform.inference.models import load_model
+from haltscale.platform.inference.writing import WrittenToken, legend, marked, write
 
 from jobs import ROOT
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from haltscale.platform import preparing
-from haltscale.platform.corpus import Corpus, PreparedCorpus, RowReader
-from haltscale.platform.order import global_batches
-from haltscale.platform.sources import Source
-from haltscale.platform.tokenization import BytePairs
+from haltscale.platform.corpora import preparing
+from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
+from haltscale.platform.corpora.order import global_batches
+from haltscale.platform.corpora.sources import Source
+from haltscale.platform.corpora.tokenization import BytePairs
 
 pytestmark = pytest.mark.ray
 
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def prepared(corpus: Corpus, connected: None) -> PreparedCorpus:
-    from haltscale.platform import ray_data
+    from haltscale.platform.corpora import ray_data
 
     return ray_data.prepare(corpus, CONTEXT)
 
@@ -61,14 +61,14 @@ def test_ray_data_prepares_what_one_process_prepares(
 def test_preparing_again_reads_nothing(
     corpus: Corpus, prepared: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from haltscale.platform import ray_data
+    from haltscale.platform.corpora import ray_data
 
     monkeypatch.setattr(ray_data, "spread", lambda *_: pytest.fail("the corpus was prepared a second time"))
     assert ray_data.prepare(corpus, CONTEXT) == prepared
 
 
 def test_a_killed_worker_s_shard_is_done_again(connected: None, tmp_path: Path) -> None:
-    from haltscale.platform import ray_data
+    from haltscale.platform.corpora import ray_data
 
     def killed_once(job: SimpleNamespace) -> dict[str, Any]:
         marker = Path(job.marker)
@@ -85,7 +85,7 @@ def test_a_killed_worker_s_shard_is_done_again(connected: None, tmp_path: Path) 
 def test_errors_of_all_shards_come_from_the_workers(
     connected: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from haltscale.platform import ray_data, sources
+    from haltscale.platform.corpora import ray_data, sources
 
     monkeypatch.setattr(sources, "SHARD_BYTES", 1)
     for index in range(6):
@@ -99,7 +99,7 @@ def test_errors_of_all_shards_come_from_the_workers(
 
 @pytest.mark.parametrize(("first_step", "world"), [(0, 1), (0, 2), (37, 2)])
 def test_the_stream_is_the_order(prepared: PreparedCorpus, first_step: int, world: int) -> None:
-    from haltscale.platform import ray_data
+    from haltscale.platform.corpora import ray_data
 
     order = {"seed": 5, "mixture": prepared.mixture, "batch": 4, "first_step": first_step}
     streams = [

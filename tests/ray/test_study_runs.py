@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from haltscale.platform import cluster
-from haltscale.platform.corpus import PreparedCorpus, sotu
-from haltscale.platform.order import global_batches
+from haltscale.platform.corpora.corpus import PreparedCorpus, sotu
+from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.store import RunState, RunStore
-from haltscale.platform.training import Progress
+from haltscale.platform.training.loop import Progress
 
 from jobs import command_line, run, submit
 

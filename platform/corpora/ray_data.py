@@ -1,0 +1,133 @@
+"""Ray Data: prepare a corpus once, stream its rows to the trainers in a given order.
+
+One of the few modules that import Ray. Preparing (:mod:`.preparing`) maps over shards, which Ray Data's tasks do in
+parallel. Streaming follows a pure order (:mod:`.order`): a dataset's items are windows of steps, and Ray Data's tasks
+read those rows while the trainer computes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+
+from haltscale.platform.corpora import preparing
+from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader, Tokens
+from haltscale.platform.corpora.order import Mixture, global_batches, rank_share
+
+DATA_CPUS = 0.2
+"""CPU that one streaming task asks of Ray."""
+RESERVED_CPUS = 0.25
+"""CPU that a run's workers leave to its streaming tasks and its drivers, or all of them would wait for ever."""
+WINDOW_TOKENS = 1 << 20
+"""What one streaming task reads, at least a step."""
+
+
+def quiet_ray_data() -> None:
+    """Ray Data's progress bars and warnings drown a job's log; progress is shown by haltscale itself."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+# ---- preparing ------------------------------------------------------------------------------------------------------
+
+
+def prepare(corpus: Corpus, context: int, *, batch: int = 1) -> PreparedCorpus:
+    """:func:`haltscale.platform.corpora.preparing.prepare`, its shards spread over the cluster."""
+    return preparing.prepare(corpus, context, batch=batch, run=spread)
+
+
+def spread(function: Callable[[Any], dict[str, Any]], jobs: list[Any]) -> Iterator[dict[str, Any]]:
+    """Map a function over jobs with Ray Data; the results in the order of the jobs."""
+    if not jobs:
+        return
+    quiet_ray_data()
+    items = [{"job": pickle.dumps(job)} for job in jobs]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset = dataset.map(_run_job, fn_kwargs={"function": function})
+    dataset.context.execution_options.preserve_order = True
+    for row in dataset.iter_rows():
+        yield json.loads(row["result"])
+
+
+def _run_job(row: dict[str, Any], function: Callable[[Any], dict[str, Any]]) -> dict[str, str]:
+    return {"result": json.dumps(function(pickle.loads(row["job"])))}
+
+
+# ---- streaming ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one rank trains on in one step."""
+
+    step: int
+    seq_ids: npt.NDArray[np.int64]
+    """``(batch,)`` sequence ids of the whole step, all ranks' shares together."""
+    tokens: Tokens
+    """``(batch / world, context + 1)``: this rank's share."""
+
+
+def stream(
+    folder: Path, *, seed: int, mixture: Mixture, batch: int, first_step: int, steps: int, rank: int, world: int
+) -> Iterator[Batch]:
+    """Stream one rank's batches of the steps ``first_step .. steps - 1``, in order, reading ahead.
+
+    Args:
+        folder: a prepared corpus's folder.
+        seed: of the order.
+        mixture: the rows of its sources, and their weights.
+        batch: sequences of a global batch.
+        first_step: where to begin: 0, or the step at which a checkpoint was taken.
+        steps: the run's last step + 1.
+        rank: this worker.
+        world: how many workers share a batch.
+    """
+    quiet_ray_data()
+    row_tokens = _reader(str(folder)).read(np.array([0])).shape[1]
+    each = min(64, max(1, WINDOW_TOKENS * world // (batch * row_tokens)))
+    windows = [{"first": first, "steps": min(each, steps - first)} for first in range(first_step, steps, each)]
+    if not windows:
+        return
+    read = {"folder": str(folder), "seed": seed, "mixture": mixture, "batch": batch, "rank": rank, "world": world}
+    dataset = ray.data.from_items(windows, override_num_blocks=len(windows))
+    dataset = dataset.map_batches(_read_window, batch_size=None, fn_kwargs=read, num_cpus=DATA_CPUS)
+    dataset.context.execution_options.preserve_order = True
+    for window in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
+        seq_ids = np.stack(window["seq_ids"].to_numpy(zero_copy_only=False))
+        tokens = np.stack(window["tokens"].to_numpy(zero_copy_only=False))
+        for index, step in enumerate(window["step"].to_pylist()):
+            share = tokens[index].reshape(batch // world, -1).astype(np.int64)
+            yield Batch(step=step, seq_ids=seq_ids[index], tokens=share)
+
+
+@lru_cache(maxsize=2)
+def _reader(folder: str) -> RowReader:
+    return RowReader(Path(folder))
+
+
+def _read_window(
+    window: dict[str, Any], *, folder: str, seed: int, mixture: Mixture, batch: int, rank: int, world: int
+) -> pa.Table:
+    steps: list[int] = []
+    ids: list[npt.NDArray[np.int64]] = []
+    for first, count in zip(window["first"].tolist(), window["steps"].tolist(), strict=True):
+        whole = global_batches(seed=seed, mixture=mixture, batch=batch, first_step=first, steps=count)
+        steps += range(first, first + count)
+        ids += list(whole)
+    reader = _reader(folder)
+    tokens = [reader.read(row).ravel() for row in rank_share(np.stack(ids), rank=rank, world=world)]
+    return pa.table({"step": steps, "seq_ids": [row.tolist() for row in ids], "tokens": pa.array(tokens)})

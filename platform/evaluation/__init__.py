@@ -1,0 +1,1 @@
+"""Evaluation: how good, where the model thought, and what that cost."""

@@ -1,0 +1,103 @@
+"""Read the held-out text of a corpus with a model, and write down what happened at every token.
+
+The in-run evaluation and `haltscale evaluate` are this function; they differ in where the files go.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from haltscale.model import Flops, LanguageModel
+from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
+from haltscale.platform.evaluation.halting_summary import summarise_halting
+from haltscale.platform.evaluation.held_out import STATES_READ, Tally, TokenEvents, read_documents, read_events
+from haltscale.platform.evaluation.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
+from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
+from haltscale.platform.recorder import RunRecorder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitResult:
+    """What reading the validation split gave."""
+
+    row: Mapping[str, Any]
+    """Loss and halting of the split (see ``Tally.row``)."""
+    summary: Mapping[str, Any]
+    """What the telemetry says (see ``summarise_halting``)."""
+    flops: Flops
+    """Forward FLOPs of the reading."""
+
+
+def read_split(
+    model: LanguageModel, corpus: PreparedCorpus, *, context: int, step: int, recorder: RunRecorder
+) -> SplitResult:
+    """Read the validation split and the probe text; the recorder gets their telemetry.
+
+    Memory does not grow with the split: events go to a file as they come.
+
+    Args:
+        step: the training step that the files are named for.
+    """
+    kinds = TokenKinds.of_corpus(corpus)
+    by_step = share_by_step(int(corpus.counts["validation_tokens"]))
+    tally, quantiles = Tally(), Quantiles()
+    l_max = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "events.parquet"
+        writer = EventsWriter(path, kinds, step=step, context=context, documents=corpus.validation_names())
+        for events in read_events(model, corpus.stream_validation(), context=context, by_step=by_step):
+            tally.add(events)
+            quantiles.add(events.nll)
+            writer.add(events)
+            l_max = events.exit.shape[1] - 1
+        writer.close()
+        file = EventsFile(path=path)
+        edges = quantiles.at([decile / DECILES for decile in range(1, DECILES)])
+        cube = build_cube(file, edges)
+        write_cube(cube, edges, file.metadata, Path(folder) / "cube.parquet")
+        summary = summarise_halting(file, cube, quarters=quantiles.at([0.25, 0.75]), l_max=l_max)
+        recorder.telemetry(step, Path(folder), summary)
+    probe = corpus.probe()
+    recorder.probe(step, probe_table(read_documents(model, [probe], context=context, by_step=1.0), probe, kinds))
+    row = tally.row(text_bytes=int(corpus.counts["validation_bytes"]))
+    return SplitResult(row=row, summary=summary, flops=tally.flops)
+
+
+def share_by_step(tokens: int) -> float:
+    """The share of a split's tokens that is read after every step: an eighth at most, ``STATES_READ`` of a long one."""
+    return min(1 / 8, STATES_READ / max(tokens, 1))
+
+
+def probe_table(events: TokenEvents, probe: HeldOutDocument, kinds: TokenKinds) -> pd.DataFrame:
+    """The probe's events as the run store keeps them (see ``RunStore.probe``)."""
+    states = np.arange(events.exit.shape[1])
+    by_step: dict[str, list[Any]] = {name: [None] * len(events.nll) for name in ("nll_by_step", "entropy_by_step")}
+    for name, cells in by_step.items():
+        for index, values in zip(events.sampled, getattr(events, name), strict=True):
+            cells[index] = values[states <= events.steps[index]]
+    looks = list(TokenClass)
+    return pd.DataFrame(
+        {
+            "position": np.arange(len(events.nll), dtype=np.int32),
+            "token_id": events.token_id.astype(np.int32),
+            "text": probe.pieces,
+            "steps": events.steps,
+            "expected_steps": events.expected_steps,
+            "reach": list(events.reach),
+            "exit": list(events.exit),
+            "nll": events.nll,
+            "entropy": events.entropy,
+            "confidence": events.confidence,
+            "correct": events.correct,
+            "frequency": kinds.frequency[events.token_id],
+            "token_class": [str(looks[index]) for index in kinds.look[events.token_id]],
+            **by_step,
+        }
+    )

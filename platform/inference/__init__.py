@@ -1,0 +1,1 @@
+"""Finished models: load them, write text with them, export them."""

@@ -1,0 +1,268 @@
+"""Export a finished model for `transformers`: safetensors, config, tokenizer, model card, and the code it needs.
+
+A vanilla model becomes a plain Llama. Any other takes its code along: the very files of haltscale.model, their imports
+made relative, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` needs `transformers` and
+the folder alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, processors
+
+from haltscale.model import LanguageModel, Method, ModelConfig
+from haltscale.platform.inference.models import EXPORTED_CONFIG, EXPORTED_PREFIX, LoadedModel
+
+MODELING = "haltscale.platform.inference.huggingface"
+OWN_IMPORT = re.compile(r"^(\s*)from haltscale\.model(?:\.(\w+))? import", re.MULTILINE)
+
+
+class ExportError(ValueError):
+    """A model cannot be exported there; the message says what to do."""
+
+
+def export(loaded: LoadedModel, target: str | Path, *, record: Mapping[str, Any] | None = None) -> Path:
+    """Write a model to a new folder, whole or not at all.
+
+    Args:
+        record: the run's, for the model card.
+
+    Raises:
+        ExportError: the folder exists.
+    """
+    target = Path(target).expanduser().absolute()
+    if target.exists():
+        raise ExportError(f"{target} exists: name a new folder, or remove that one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as partial:
+        folder = Path(partial) / "model"
+        folder.mkdir()
+        model = loaded.model
+        if model.config.method is Method.VANILLA:
+            config, weights = llama_config(model.config), llama_weights(model)
+        else:
+            config, weights = own_config(model.config), own_weights(model)
+            write_code(folder)
+        end = loaded.end_of_text
+        config |= {"dtype": str(next(iter(weights.values())).dtype).removeprefix("torch.")}
+        config |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        _json(folder / "config.json", config)
+        _json(folder / "generation_config.json", {key: config[key] for key in config if key.endswith("_token_id")})
+        write_tokenizer(loaded.tokenizer, end, model.config.context, folder)
+        (folder / "README.md").write_text(model_card(model, record or {}), encoding="utf-8")
+        shutil.move(folder, target)
+    return target
+
+
+def _json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+# The plain model ----------------------------------------------------------------------------------------------------
+
+
+def llama_config(config: ModelConfig) -> dict[str, Any]:
+    """The ``config.json`` of a vanilla model."""
+    shape = config.shape
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": shape.d,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def llama_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """A vanilla model's weights under Llama's names, float32. The scale of the embeddings goes into their table, so a
+    tied head becomes one of its own."""
+    weights = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
+    shape = model.config.shape
+    kv = shape.kv_heads * shape.head_dim
+    embedding = weights["embedding.weight"]
+    found = {
+        "model.embed_tokens.weight": embedding * model.embedding_factor,
+        "lm_head.weight": weights.get("head.weight", embedding),
+        "model.norm.weight": weights["stack.final_norm.weight"],
+    }
+    for layer in range(shape.layers):
+        own, theirs = f"stack.blocks.{layer}", f"model.layers.{layer}"
+        query, key, value = weights[f"{own}.qkv.weight"].split((shape.d, kv, kv))
+        gate, up = weights[f"{own}.gate_up.weight"].chunk(2)
+        found |= {
+            f"{theirs}.self_attn.q_proj.weight": query,
+            f"{theirs}.self_attn.k_proj.weight": key,
+            f"{theirs}.self_attn.v_proj.weight": value,
+            f"{theirs}.self_attn.o_proj.weight": weights[f"{own}.out.weight"],
+            f"{theirs}.mlp.gate_proj.weight": gate,
+            f"{theirs}.mlp.up_proj.weight": up,
+            f"{theirs}.mlp.down_proj.weight": weights[f"{own}.down.weight"],
+            f"{theirs}.input_layernorm.weight": weights[f"{own}.attention_norm.weight"],
+            f"{theirs}.post_attention_layernorm.weight": weights[f"{own}.mlp_norm.weight"],
+        }
+    return {name: weight.contiguous().clone() for name, weight in found.items()}
+
+
+# Models that take their code along ------------------------------------------------------------------------------------
+
+
+def own_config(config: ModelConfig) -> dict[str, Any]:
+    """The ``config.json`` of any other model: its own configuration, and where `transformers` finds the code."""
+    return {
+        "architectures": ["HaltscaleForCausalLM"],
+        "model_type": "haltscale",
+        "auto_map": {
+            "AutoConfig": "modeling_haltscale.HaltscaleConfig",
+            "AutoModelForCausalLM": "modeling_haltscale.HaltscaleForCausalLM",
+        },
+        "use_cache": False,
+        EXPORTED_CONFIG: config.to_dict(),
+    }
+
+
+def own_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """The weights as they are, under the wrapper's names."""
+    return {EXPORTED_PREFIX + name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+
+
+def write_code(folder: Path) -> None:
+    """The modelling code and every file of haltscale.model that it needs, flat, with relative imports."""
+    waiting, written = [MODELING], set[str]()
+    while waiting:
+        module = waiting.pop()
+        if module in written:
+            continue
+        written.add(module)
+        source = _source(module)
+        name = "modeling_haltscale" if module == MODELING else module.rsplit(".", 1)[1]
+        (folder / f"{name}.py").write_text(OWN_IMPORT.sub(r"\1from .\2 import", source), encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module == "haltscale.model":
+                waiting += [f"haltscale.model.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("haltscale."):
+                waiting.append(node.module)
+
+
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+# What both have -------------------------------------------------------------------------------------------------------
+
+
+def write_tokenizer(tokenizer: Tokenizer, end: int, context: int, folder: Path) -> None:
+    """The tokenizer, which puts end-of-text before every text, as training did."""
+    own = Tokenizer.from_str(tokenizer.to_str())
+    name = own.id_to_token(end)
+    own.post_processor = processors.Sequence(
+        [
+            *([own.post_processor] if own.post_processor is not None else []),
+            processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, end)]),
+        ]
+    )
+    own.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name,
+        "eos_token": name,
+        "pad_token": name,
+        "padding_side": "right",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    _json(folder / "tokenizer_config.json", settings)
+
+
+def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:
+    """The README of an exported model: what it is, how to load it, the run's figures."""
+    config, plain = model.config, model.config.method is Method.VANILLA
+    identity = record.get("identity", {})
+    rows = {
+        "held-out loss (nats per token)": record.get("loss"),
+        "standard error": record.get("loss_standard_error"),
+        "perplexity": record.get("perplexity"),
+        "bits per byte": record.get("bits_per_byte"),
+        "latent steps per token": record.get("mean_steps"),
+        "held-out tokens": record.get("tokens_evaluated"),
+        "training tokens": record.get("tokens"),
+        "training FLOPs, realised": record.get("flops_realised"),
+        "training FLOPs, paper's convention": record.get("flops_paper"),
+        "parameters": record.get("parameters_total", sum(model.parameter_groups_count().values())),
+    }
+    figures = "\n".join(f"| {name} | {_shown(value)} |" for name, value in rows.items() if value is not None)
+    trust = "" if plain else ", trust_remote_code=True"
+    about = {
+        "method": config.method,
+        "size": identity.get("size"),
+        "options": json.dumps(config.to_dict()["options"]),
+        "corpus": identity.get("corpus"),
+        "seed": identity.get("seed"),
+        "run": record.get("key"),
+        "study": record.get("study"),
+        "commit": record.get("git_commit"),
+    }
+    facts = "\n".join(f"- {name}: {value}" for name, value in about.items() if value is not None)
+    halting = (
+        "A plain Llama: one pass per token."
+        if plain
+        else "The model may think several latent steps before each token. It reads the whole text at every step of"
+        " `generate` (no cache), and takes padding on the right only."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {record.get("label", f"{config.method} model")}
+
+Trained and exported with haltscale. {halting}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
+model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
+print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=20)[0]))
+```
+
+{facts}
+
+| figure | value |
+|---|---|
+{figures}
+
+The context is {config.context} tokens; every text begins with the end-of-text token, which the tokenizer adds.
+"""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -1,0 +1,197 @@
+"""Load a finished model from its folder: safetensors, config, tokenizer. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from haltscale.model import METHODS, LanguageModel, ModelConfig
+from haltscale.platform.store import RunState, RunStore
+
+FILES = ("model.safetensors", "config.json", "tokenizer.json")
+EXPORTED_CONFIG = "haltscale"
+"""Where an exported model's ``config.json`` (see :mod:`haltscale.platform.inference.export`) keeps the model's own."""
+EXPORTED_PREFIX = "inner."
+"""Stands before the names of an exported model's weights."""
+
+
+class ModelFolderError(ValueError):
+    """A folder does not hold a model that can be loaded; the message names the file, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A finished model, ready to read and to write."""
+
+    model: LanguageModel
+    """In evaluation mode."""
+    tokenizer: Tokenizer
+    folder: Path
+
+    @property
+    def end_of_text(self) -> int:
+        """The token that stands before every document."""
+        return end_of_text(self.tokenizer)
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of the end-of-text token.
+
+    Raises:
+        ModelFolderError: the tokenizer has none.
+    """
+    for name in ("<|endoftext|>", "</s>", "<eos>"):
+        found = tokenizer.token_to_id(name)
+        if found is not None:
+            return int(found)
+    raise ModelFolderError(
+        "the tokenizer has no end-of-text token (<|endoftext|>, </s> or <eos>): it is not this model's"
+    )
+
+
+def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedModel:
+    """The model of a folder that a run or an export left behind.
+
+    Args:
+        dtype: of the weights; by default as they were saved, which is what the run was evaluated in.
+
+    Raises:
+        ModelFolderError: files are missing, damaged, foreign, or do not fit each other.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder} is not a folder; name a run as STUDY/RUN, or the folder of a finished model")
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ModelFolderError(f"{folder} lacks {', '.join(missing)}{_instead(folder)}")
+    config = _config(folder / "config.json")
+    tokenizer = _tokenizer(folder / "tokenizer.json", config)
+    with torch.device("meta"):  # no memory, and no initial values that would be thrown away
+        model = METHODS[config.method].model(config)
+    model.load_state_dict(_weights(folder / "model.safetensors", model), assign=True)
+    return LoadedModel(model=model.to(device=device, dtype=dtype).eval(), tokenizer=tokenizer, folder=folder)
+
+
+def _instead(folder: Path) -> str:
+    pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in sorted(folder.glob(pattern))]
+    if pickled:
+        return f"; it holds {pickled[0]}, but pickled weights can run code and are never loaded: convert to safetensors"
+    if (folder / "model").is_dir():
+        return f"; did you mean {folder / 'model'}?"
+    return "; only finished runs have a model, in their folder `model`"
+
+
+def _config(path: Path) -> ModelConfig:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelFolderError(f"{path} is damaged ({error}); train or export the model again") from error
+    if isinstance(data, dict) and EXPORTED_CONFIG in data:
+        data = data[EXPORTED_CONFIG]
+    elif isinstance(data, dict) and "method" not in data:
+        kind = data.get("model_type", "unknown")
+        raise ModelFolderError(
+            f"{path} is the config of a {kind!r} model and not haltscale's: it cannot be loaded here"
+        )
+    if not isinstance(data, dict):
+        raise ModelFolderError(f"{path} holds no object; train or export the model again")
+    try:
+        config = ModelConfig.from_dict(data)
+        problems = config.problems()
+    except (ValueError, TypeError) as error:
+        raise ModelFolderError(f"{path} does not describe a model:\n{error}") from error
+    if problems:
+        raise ModelFolderError(f"{path} does not describe a model:\n" + "\n".join(problems))
+    return config
+
+
+def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        raise ModelFolderError(f"{path} is no tokenizer ({error})") from error
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ModelFolderError(
+            f"{path} has {tokenizer.get_vocab_size()} tokens, the model knows {config.vocab_size}: they do not belong"
+            " together; take the tokenizer.json of the model's own run"
+        )
+    end_of_text(tokenizer)
+    return tokenizer
+
+
+def _weights(path: Path, model: LanguageModel) -> dict[str, Any]:
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelFolderError(f"{path} is damaged or no safetensors file ({error}); copy or train it again") from error
+    weights = {name.removeprefix(EXPORTED_PREFIX): weight for name, weight in weights.items()}
+    expected = model.state_dict()
+    found = [f"{name} is missing" for name in expected if name not in weights]
+    found += [f"{name} is not the model's" for name in weights if name not in expected]
+    for name in expected.keys() & weights.keys():
+        if expected[name].shape != weights[name].shape:
+            found.append(f"{name} is {list(weights[name].shape)}, should be {list(expected[name].shape)}")
+        elif not weights[name].isfinite().all():
+            found.append(f"{name} holds numbers that are not finite: the run diverged")
+    if found:
+        shown = "\n".join(f"  - {line}" for line in sorted(found)[:10])
+        more = f"\n  and {len(found) - 10} more" if len(found) > 10 else ""
+        raise ModelFolderError(f"{path} does not fit its config.json:\n{shown}{more}")
+    return weights
+
+
+@contextmanager
+def model_folder(name: str, store: RunStore) -> Iterator[Path]:
+    """The folder of ``STUDY/RUN`` in the store (RUN may be the beginning of a key), or of a path.
+
+    A model on another filesystem is copied to a temporary folder, which is gone afterwards.
+
+    Raises:
+        ModelFolderError: there is no such run or folder, or the run is not finished.
+    """
+    study, _, run = name.partition("/")
+    if Path(name).expanduser().is_dir():
+        yield Path(name).expanduser()
+        return
+    if not run or "/" in run or study not in store.studies():
+        known = ", ".join(store.studies()) or "none"
+        raise ModelFolderError(f"{name!r} is neither a folder nor STUDY/RUN in {store.root}; studies there: {known}")
+    key = find_run(store, study, run)
+    if store.run(study, key).state is not RunState.FINISHED:
+        raise ModelFolderError(f"{study}/{key} is {store.run(study, key).state}: only a finished run has a model")
+    if "file" in store.fs.protocol:
+        yield store.local_path(study, key, "model")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in FILES:
+            source = store.path(study, key, "model", file)
+            if store.fs.exists(source):
+                store.fs.get_file(source, str(Path(folder) / file))
+        yield Path(folder)
+
+
+def find_run(store: RunStore, study: str, name: str) -> str:
+    """The key of a run from its key, the beginning of its key, or its label.
+
+    Raises:
+        ModelFolderError: no run or several are called so; the message lists the study's runs.
+    """
+    views = list(store.runs(study))
+    found = [run.key for run in views if run.key == name] or [
+        run.key for run in views if run.key.startswith(name) or run.label == name
+    ]
+    if len(found) == 1:
+        return found[0]
+    listed = "\n".join(f"  {study}/{run.key}   {run.label} ({run.state})" for run in views)
+    how = "several runs match" if found else "no run is called"
+    raise ModelFolderError(f"{how} {name!r} in study {study}; there are:\n{listed}")

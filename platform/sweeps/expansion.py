@@ -1,0 +1,168 @@
+"""From a sweep's points to runs: which there are, which wait for another, and which stand in the store already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from typing import Any
+
+from haltscale.model import Method, ShuffledOptions, VanillaOptions
+from haltscale.model.fixed import FixedOptions
+from haltscale.platform.config import ConfigError, RunConfig, apply_point
+from haltscale.platform.identity import digest
+from haltscale.platform.store import RunState, RunView
+from haltscale.platform.sweeps import planning
+from haltscale.platform.sweeps.sweep import Budget, Control, ControlKind, Point, Sweep
+
+SUBJECTS: dict[ControlKind, list[Method]] = {
+    ControlKind.DENSE: [method for method in Method if method is not Method.VANILLA],
+    ControlKind.FIXED: [Method.ADAPTIVE, Method.SHUFFLED, Method.PONDER3, Method.ADAPONDER],
+    ControlKind.SHUFFLED: [Method.ADAPTIVE],
+}
+"""Methods that each kind of control is known for."""
+
+
+class PlanState(StrEnum):
+    """States that only a plan knows; the others are :class:`RunState`'s."""
+
+    STALE = "stale"
+    """Not trained as it is now, but finished under another version of the code or of the corpus, which is kept apart
+    and not mixed in."""
+    WAITING = "waiting"
+    """A control whose subject has not finished: what it is to be is not known yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a study, or a control that is yet to become one."""
+
+    label: str
+    run: RunConfig | None
+    """None while it waits."""
+    control: ControlKind | None = None
+    subject: RunConfig | None = None
+    """Of a control: the run that it belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """A sweep, point by point."""
+
+    runs: list[RunConfig]
+    """Those that are known from the sweep alone, in its order."""
+    controls: list[tuple[ControlKind, RunConfig]]
+    """Kind and subject."""
+    problems: list[str]
+
+
+def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
+    """The runs and controls of a sweep, with everything that is wrong about its points."""
+    runs: list[RunConfig] = []
+    controls: list[tuple[int, ControlKind, RunConfig]] = []
+    problems: list[str] = []
+    for number, point in enumerate(sweep, start=1):
+        plain = point.of if isinstance(point, Control) else point
+        run, found = _run(base, plain, vocab_size)
+        if isinstance(point, Control):
+            if not found and run.method not in SUBJECTS[point.kind]:
+                allowed = ", ".join(SUBJECTS[point.kind])
+                found = [f"the {point.kind} control is for {allowed}, not for {run.method}: leave these runs out of it"]
+            controls.append((number, point.kind, run))
+            problems += [f"point {number}, the {point.kind} control of {plain}: {problem}" for problem in found]
+        else:
+            runs.append(run)
+            problems += [f"point {number} {plain}: {problem}" for problem in found]
+    if not problems:
+        seen: dict[RunConfig, int] = {}
+        for index, run in enumerate(runs):
+            if run in seen:
+                problems.append(f"point {index + 1} is the same run as point {seen[run] + 1}: {run.label}")
+            seen.setdefault(run, index)
+        for number, kind, run in controls:
+            if run not in seen:
+                problems.append(f"point {number}, a {kind} control: the sweep has no such run to control ({run.label})")
+        if len({(kind, run) for _, kind, run in controls}) < len(controls):
+            problems.append("some controls are given twice: call controls(of=...) once for each run")
+    return Expansion(runs=runs, controls=[(kind, run) for _, kind, run in controls], problems=problems)
+
+
+def _run(base: RunConfig, point: Point, vocab_size: int) -> tuple[RunConfig, list[str]]:
+    plain, budgets = planning.split_budget(point)
+    if budgets and (also := [name for name in ("tokens", "flops") if name in plain]):
+        return base, [f"{' and '.join([*also, *budgets])} are two budgets for one run: give one"]
+    run, found = apply_point(base, plain, also=list(Budget))
+    if found or not budgets:
+        return run, found or run.problems(vocab_size)
+    if found := replace(run, tokens=run.batch_tokens).problems(vocab_size):  # the tokens are what is to be solved
+        return run, found
+    try:
+        return planning.with_budget(run, budgets, vocab_size), []
+    except ConfigError as error:
+        return run, error.problems
+
+
+def control_run(kind: ControlKind, subject: RunConfig, record: Mapping[str, Any], vocab_size: int) -> RunConfig | None:
+    """The control of a subject, or None where it has to wait for the subject's record.
+
+    Steps are rounded to 0.01 and tokens to whole batches, so that a subject trained again asks for the same control.
+    """
+    if kind is ControlKind.SHUFFLED:  # its router decides itself how much it thinks, so there is nothing to wait for
+        options = {f.name: getattr(subject.options, f.name) for f in fields(subject.options)}  # type: ignore[arg-type]
+        return replace(subject, method=Method.SHUFFLED, options=ShuffledOptions(**options))
+    if not record:
+        return None
+    if kind is ControlKind.DENSE:
+        dense = replace(subject, method=Method.VANILLA, options=VanillaOptions(), flops=None)
+        return replace(dense, tokens=planning.tokens_for(record["flops_realised"], dense, vocab_size))
+    steps = FixedOptions(steps=max(0.0, round(record["passes_per_token"] - 1, 2)))
+    return replace(subject, method=Method.FIXED, options=steps, flops=None, tokens=record["tokens"])
+
+
+def labels(runs: list[RunConfig]) -> dict[RunConfig, str]:
+    """A label for each run; where several share one, what tells them apart is added."""
+    alike: dict[str, list[RunConfig]] = {}
+    for run in runs:
+        alike.setdefault(run.label, []).append(run)
+    found = {}
+    for label, group in alike.items():
+        settings = {run: _settings(run) for run in group}
+        first = settings[group[0]]
+        differing = [name for name in first if any(other.get(name) != first[name] for other in settings.values())]
+        for run in group:
+            more = [f"{name} {_short(settings[run].get(name))}" for name in differing]
+            found[run] = " · ".join([label, *more])
+    return found
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    plain = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "options"}
+    return plain | {f.name: getattr(run.options, f.name) for f in fields(run.options)}  # type: ignore[arg-type]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def stale_keys(views: Mapping[str, RunView], wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Of the keys wanted, those that a finished run would have but for the version of the code or the corpus.
+
+    Args:
+        views: the runs in the store, by key.
+        wanted: identities by key.
+
+    Returns:
+        The finished run's key for each such wanted key.
+    """
+    drifted = {
+        _drift_free(view.record["identity"]): key
+        for key, view in views.items()
+        if key not in wanted and view.state is RunState.FINISHED and view.record.get("identity")
+    }
+    if not drifted:
+        return {}
+    return {key: drifted[found] for key, identity in wanted.items() if (found := _drift_free(identity)) in drifted}
+
+
+def _drift_free(identity: Mapping[str, Any]) -> str:
+    return digest({name: value for name, value in identity.items() if name not in ("corpus_fingerprint", "semantics")})

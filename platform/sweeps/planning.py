@@ -1,0 +1,220 @@
+"""What a run will cost, before it runs: FLOPs from the ledger, tokens from a budget, memory from below.
+
+The methods are asked, not approximated: a tiny model of the same method, options and context counts its passes, and the
+ledger prices those counts at the real shape. What a learned router will save is not known before it is trained, so it
+is never guessed: such a run has a bound, and an estimate only from finished runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from haltscale.model import METHODS, SIZES, LanguageModel, Method, ModelConfig, PassCounts, Shape
+from haltscale.model.fixed import FixedOptions
+from haltscale.model.looped import LoopedOptions
+from haltscale.model.ponder import PonderOptions
+from haltscale.model.ponder2 import Ponder2Options
+from haltscale.platform.config import ConfigError, Precision, RunConfig
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.identity import digest
+from haltscale.platform.store import RunView
+from haltscale.platform.sweeps.sweep import Budget, Point
+
+PROBE_SHAPE = Shape(layers=3, d=16, heads=1, kv_heads=1, ffn=16)
+PROBE_CONTEXT = 256
+"""Longer contexts are carried on from three shorter ones: rows are linear in the length, key pairs quadratic."""
+PRICELESS = ("lam", "beta", "tau", "router_bias")
+"""Options that change how often a model halts but not what a pass costs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Realised training FLOPs per token; see ``haltscale.model.ledger``."""
+
+    bound: float
+    """With every latent step taken."""
+    expected: float | None
+    """Where the method's depth does not hang on the data, what it will be; None for methods with a router."""
+
+
+def cost(run: RunConfig, vocab_size: int) -> Cost:
+    """What a run spends per token.
+
+    Raises:
+        ValueError: the run has errors (:meth:`RunConfig.problems`).
+    """
+    options = _priced(run.options)
+    bound = _training_flops(run.method, run.size, options, run.context, vocab_size)
+    expected: float | None = bound
+    if isinstance(options, Ponder2Options):  # draws its number of passes at every step
+        drawn = [replace(options, jacobi_low=n, jacobi_high=n) for n in range(options.jacobi_low, options.jacobi_high)]
+        known = [_training_flops(run.method, run.size, o, run.context, vocab_size) for o in drawn]
+        expected = float(np.mean([*known, bound]))
+    elif _stand_in(run.method, options)[0] is not run.method:
+        expected = None
+    return Cost(bound=bound, expected=expected)
+
+
+def tokens_for(flops: float, run: RunConfig, vocab_size: int) -> int:
+    """The tokens that realised training FLOPs pay for, in whole steps, rounded to the nearest."""
+    priced = cost(run, vocab_size)
+    steps = round(flops / (priced.expected or priced.bound) / run.batch_tokens)
+    return steps * run.batch_tokens
+
+
+def split_budget(point: Point) -> tuple[Point, Point]:
+    """A point without its budgets, and the budgets."""
+    budgets = {name: value for name, value in point.items() if name in list(Budget)}
+    return {name: value for name, value in point.items() if name not in budgets}, budgets
+
+
+def with_budget(run: RunConfig, budgets: Point, vocab_size: int) -> RunConfig:
+    """The run with its tokens solved from a budget; without a budget, the run itself.
+
+    Raises:
+        ConfigError: there are several budgets, or one is no positive number or less than one batch.
+    """
+    if not budgets:
+        return run
+    if len(budgets) > 1:
+        raise ConfigError([f"{' and '.join(budgets)} are two budgets for one run: give one"], "run")
+    ((name, value),) = budgets.items()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError([f"{name} is {value!r}, needs a number above 0"], "run")
+    if name == Budget.TRAINING_FLOPS:
+        if cost(run, vocab_size).expected is None:
+            return replace(run, flops=float(value))
+        tokens = tokens_for(value, run, vocab_size)
+    else:
+        parameters = SIZES[run.size].parameters(vocab_size)
+        tokens = round(value * parameters / run.batch_tokens) * run.batch_tokens
+    if tokens < run.batch_tokens:
+        raise ConfigError([f"{name} {value:g} is less than one batch of {run.batch_tokens} tokens"], "run")
+    return replace(run, tokens=tokens)
+
+
+def memory_at_least(run: RunConfig, execution: ExecutionConfig, vocab_size: int) -> float:
+    """Bytes that each worker needs for certain: weights, gradients, AdamW's states and one batch of logits.
+
+    Activations come on top. The states are divided as the ZeRO stage says (arXiv 1910.02054, section 5).
+    """
+    parameters = SIZES[run.size].parameters(vocab_size)
+    weights, gradients, optimizer = (4, 4, 8) if run.precision is Precision.FP32 else (2, 2, 12)
+    number = weights
+    stage, workers = execution.zero_stage, execution.workers
+    each = optimizer / (workers if stage >= 1 else 1)
+    each += gradients / (workers if stage >= 2 else 1)
+    each += weights / (workers if stage >= 3 else 1)
+    micro, _ = execution.accumulation(run.batch_sequences)
+    return parameters * each + micro * run.context * vocab_size * number
+
+
+class Measured:
+    """What finished runs of a study tell about runs of the same kind that are still to come."""
+
+    def __init__(self, views: Iterable[RunView], execution: ExecutionConfig) -> None:
+        """
+        Args:
+            execution: how the runs to come are executed; the speed of runs executed otherwise says nothing about them.
+        """
+        self._flops: dict[Any, list[float]] = {}
+        self._seconds: dict[Any, list[float]] = {}
+        for view in views:
+            record = view.record
+            if not record.get("tokens") or not record.get("identity"):
+                continue
+            identity, tokens = record["identity"], record["tokens"]
+            size = (identity["method"], identity["size"], identity["context"])
+            if "flops_realised" in record:
+                of = (*size, digest(identity["options"]))
+                self._flops.setdefault(of, []).append(record["flops_realised"] / tokens)
+            if "wall_seconds" in record and _hardware(record.get("execution", {})) == _hardware(asdict(execution)):
+                self._seconds.setdefault(size, []).append(record["wall_seconds"] / tokens)
+
+    def flops_per_token(self, run: RunConfig) -> float | None:
+        """Realised training FLOPs per token: the median of finished runs with the same options at the same size."""
+        found = self._flops.get((run.method, run.size, run.context, digest(run.options))) if self._flops else None
+        return float(np.median(found)) if found else None
+
+    def seconds(self, run: RunConfig, tokens: int | None) -> float | None:
+        """Training time: at the median speed of finished runs of the same method and size, executed alike."""
+        found = self._seconds.get((run.method, run.size, run.context))
+        return float(np.median(found)) * tokens if found and tokens else None
+
+
+def _hardware(execution: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(execution.get(name) for name in ("workers", "cpus_per_worker", "gpus_per_worker"))
+
+
+# ---- asking the methods ---------------------------------------------------------------------------------------------
+
+
+def _stand_in(method: Method, options: Any) -> tuple[Method, Any]:
+    """A method that takes all the steps which a router could ask for; a method without a router is its own."""
+    if method is Method.ADAPONDER:
+        return Method.PONDER, PonderOptions(steps=options.l_max)
+    if method is Method.MOR:
+        return Method.LOOPED, LoopedOptions(steps=options.recursions - 1)
+    if hasattr(options, "l_max"):
+        return Method.FIXED, FixedOptions(steps=float(options.l_max))
+    return method, options
+
+
+def _priced(options: Any) -> Any:
+    defaults = type(options)()
+    return replace(options, **{f.name: getattr(defaults, f.name) for f in fields(options) if f.name in PRICELESS})
+
+
+@cache
+def _training_flops(method: Method, size: str, options: Any, context: int, vocab_size: int) -> float:
+    model = _weightless(method, size, options, vocab_size)
+    counts = _counts(*_stand_in(method, options), context)
+    return model.flops(counts).training.realised / counts.tokens
+
+
+@cache
+def _weightless(method: Method, size: str, options: Any, vocab_size: int) -> LanguageModel:
+    """A model that has shapes and no weights."""
+    config = ModelConfig(method=method, shape=SIZES[size], vocab_size=vocab_size, context=8, options=options)
+    with torch.device("meta"), _Undrawn():
+        return METHODS[method].model(config)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Weights are not drawn at random: where there are none, that would load torch's compiler, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _counts(method: Method, options: Any, context: int) -> PassCounts:
+    if context > PROBE_CONTEXT:
+        lengths = [PROBE_CONTEXT // 4, PROBE_CONTEXT // 2, PROBE_CONTEXT]
+        probed = [_counts(method, options, length) for length in lengths]
+
+        def carried_on(counts: list[list[int]]) -> list[int]:
+            return [round(float(np.polyval(np.polyfit(lengths, k, 2), context))) for k in zip(*counts, strict=True)]
+
+        return PassCounts(
+            rows=carried_on([counts.rows for counts in probed]),
+            keys=carried_on([counts.keys for counts in probed]),
+            executed_rows=[0] * len(probed[0].rows),
+            executed_keys=[0] * len(probed[0].rows),
+            tokens=context,
+        )
+    config = ModelConfig(method=method, shape=PROBE_SHAPE, vocab_size=8, context=context, options=options)
+    tokens_BT = torch.zeros(1, context, dtype=torch.long)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return METHODS[method].model(config).eval()(tokens_BT, tokens_BT).trace.counts

@@ -1,0 +1,216 @@
+"""Ray Tune: schedule a study's missing runs. The store says what is missing; Tune only schedules.
+
+One of the few modules that import Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from haltscale.platform import cluster
+
+if TYPE_CHECKING:
+    from haltscale.platform.sweeps.expansion import PlannedRun
+    from haltscale.platform.sweeps.study import Halving, Study
+
+cluster.prepare_client()  # before Ray is imported: it reads its environment then
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the study, not this stage of it
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a checkpoint's report has no loss
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer output prints boxes even at verbose=0
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
+
+from haltscale.platform.corpora import ray_data  # noqa: E402
+from haltscale.platform.recorder import RunRecorder  # noqa: E402
+from haltscale.platform.store import RunState, RunStore, haltscale_home  # noqa: E402
+from haltscale.platform.sweeps.progress import SweepProgress  # noqa: E402
+from haltscale.platform.training import ray_train  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+TRIAL_CPUS = 0.01
+"""A trial's driver only waits for its workers; at Ray's default of 1 CPU each it would starve them."""
+PROGRESS_SECONDS = 10.0
+NAMESPACE = "haltscale"
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[dict[str, float]]:
+    """A connection to a Ray cluster; gives what the cluster has in all (``CPU``, ``GPU``),
+    and the memory (``node_memory``, bytes) and CPUs (``node_cpus``) of its largest nodes.
+
+    A submitted job joins its own cluster (``RAY_ADDRESS``); other processes join the local head, or start a Ray of
+    their own that ends with them.
+    """
+    if not ray.is_initialized():
+        head = cluster.find_head() if not os.environ.get("RAY_ADDRESS") else None
+        if head and not head.gcs:
+            raise cluster.ClusterError(f"{head.dashboard} takes jobs only: use `haltscale submit`, or set RAY_ADDRESS")
+        address = os.environ.get("RAY_ADDRESS") or (head.gcs if head else "local")
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    ray_data.quiet_ray_data()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    memory, cpus = (max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("memory", "CPU"))
+    yield {**ray.cluster_resources(), "node_memory": memory, "node_cpus": cpus}
+
+
+def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore) -> None:
+    """Train runs, as many at once as the cluster holds, in their order.
+
+    A run that fails is recorded as failed and the others go on.
+    """
+    runs = {key: entry.run for key, entry in missing.items() if entry.run}
+    corpora = {
+        run.context: ray_data.prepare(study.corpus, run.context, batch=run.batch_sequences)
+        for run in sorted(runs.values(), key=lambda run: run.batch_sequences)
+    }
+    counts = next(iter(corpora.values())).counts
+    store.write_json(store.path(study.name, None, "study.json"), study.document(counts, store))
+    specs = []
+    for key, run in runs.items():
+        spec = ray_train.RunSpec(
+            store=store.root,
+            study=study.name,
+            key=key,
+            label=missing[key].label,
+            identity=study.identity(run),
+            execution=asdict(study.execution),
+            corpus_folder=str(corpora[run.context].folder),
+            corpus_weights=study.corpus.weights,
+            role=study.role,
+            planned_flops=study.flops_bound(run),
+        )
+        store.write_json(store.path(study.name, key, "spec.json"), spec.described())
+        store.write_json(store.path(study.name, key, "status.json"), {"state": RunState.PLANNED})  # no old failure
+        specs.append(spec)
+    progress = SweepProgress(store, study.name, {s.key: s.planned_flops for s in specs}, time.monotonic)
+    with _shown(progress):
+        _tune(specs, concurrency=concurrency(ray.cluster_resources(), study), halving=study.halving)
+    for key, view in store.views(study.name, runs).items() if study.halving else ():
+        if view.state not in (RunState.FINISHED, RunState.FAILED):  # the scheduler ended it
+            status = {name: value for name, value in view.status.items() if name != "schema"}
+            ended = {**status, "state": RunState.STOPPED, "seconds_left": None}
+            store.write_json(store.path(study.name, key, "status.json"), ended)
+
+
+def concurrency(resources: Mapping[str, float], study: Study) -> int:
+    """How many runs fit at once; at least 1, since :meth:`Study.problems` has checked that one does."""
+    execution = study.execution
+    fits = resources.get("CPU", 1) // (execution.workers * execution.cpus_per_worker)
+    if execution.gpus_per_worker:
+        fits = min(fits, resources.get("GPU", 0) // (execution.workers * execution.gpus_per_worker))
+    return max(1, int(fits))
+
+
+def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving | None) -> None:
+    asha = halving and tune.schedulers.ASHAScheduler(
+        time_attr="share",  # of the budget, so that runs of different lengths are compared at the same place
+        metric="loss",
+        mode="min",
+        max_t=1.0,
+        grace_period=halving.first,
+        reduction_factor=halving.factor,
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(_trial, {"cpu": TRIAL_CPUS}),
+        param_space={"spec": tune.grid_search([spec.to_dict() for spec in specs])},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=concurrency,
+            scheduler=asha,
+            reuse_actors=not asha,  # a trial's driver takes seconds to import torch, but one that is ended is in a run
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{specs[0].study}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=str(haltscale_home() / "tune"),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["spec"]["key"])
+
+
+def _trial(config: dict[str, Any]) -> None:
+    """One trial: drives one Ray Train run. A failure is recorded in the run's own folder, where it belongs."""
+    spec = ray_train.RunSpec(**config["spec"])
+    try:
+        ray_train.fit(spec, callbacks=[TuneReportCallback()])
+    except Exception as error:
+        RunRecorder(RunStore(spec.store), spec.study, spec.key, steps=0).fail(_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]
+
+
+@contextlib.contextmanager
+def _shown(progress: SweepProgress) -> Iterator[None]:
+    """Log the sweep's progress from a thread until the block ends."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(PROGRESS_SECONDS):
+            for line in progress.lines():
+                log.info("%s", line)
+
+    thread = threading.Thread(target=watch, daemon=True, name="sweep-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for line in progress.lines():
+            log.info("%s", line)
+
+
+class _Holder:
+    """Holds a study's name for as long as its job lives; Ray ends it with the job, however that ends."""
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+
+    def name(self) -> str:
+        return self.who
+
+
+@contextlib.contextmanager
+def held(study: str) -> Iterator[None]:
+    """Keep every other process of this cluster from running the study meanwhile.
+
+    Raises:
+        StudyBusyError: another one is running it; the message says which.
+    """
+    from haltscale.platform.sweeps.study import StudyBusyError
+
+    name = f"study-{study}"
+    who = f"job {ray.get_runtime_context().get_job_id()} since {time.strftime('%H:%M:%S')}"
+    try:
+        holder = ray.remote(num_cpus=0)(_Holder).options(name=name, namespace=NAMESPACE).remote(who)
+        ray.get(holder.name.remote())
+    except ValueError:
+        try:
+            other = ray.get(ray.get_actor(name, namespace=NAMESPACE).name.remote())
+        except (ValueError, ray.exceptions.RayActorError):
+            other = "a job that is just ending"
+        raise StudyBusyError(
+            f"study {study} is already being run by {other}: look with `haltscale status {study}`,"
+            f" or stop it with `haltscale cancel {study}`"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.kill(holder)

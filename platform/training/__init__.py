@@ -1,0 +1,1 @@
+"""Training: the loop, DeepSpeed under it, checkpoints beside it, and Ray Train around it."""

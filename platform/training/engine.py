@@ -1,0 +1,232 @@
+"""DeepSpeed: the engine of a run, and what of it goes into a checkpoint. The only module that imports deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from haltscale.model import LanguageModel
+from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
+from haltscale.platform.training.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
+from haltscale.platform.training.loop import Progress
+
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scalers count."""
+
+
+def resolve_precision(precision: Precision) -> Precision:
+    """bf16 where the machine's matrix products are faster in it, else fp32; anything but AUTO is taken as it is."""
+    if precision is not Precision.AUTO:
+        return precision
+    if torch.cuda.is_available():
+        return Precision.BF16 if torch.cuda.is_bf16_supported() else Precision.FP32
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return Precision.BF16 if fast else Precision.FP32
+
+
+def open_process_group() -> None:
+    """Open the process group of a process that trains alone; Ray Train opens it for its workers."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfig) -> Any:
+    """Wrap a model for training; AdamW decays matrices only.
+
+    Returns:
+        ``deepspeed.DeepSpeedEngine``.
+    """
+    open_process_group()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile a collective for CPUs that only inference uses, under a lock file. Killed meanwhile,
+    # a process leaves the file behind, and every later start on that machine would wait for it, for ever and silently.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    model.activation_checkpointing_(execution.activation_checkpointing)
+    if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
+        # The loop runs a data-dependent number of times: gather its parameters once, as one leaf.
+        deepspeed.utils.set_z3_leaf_modules(model, [type(loop)])
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=0.0,  # the loop sets it at every step; some of DeepSpeed's wrappers take one while they are built
+        betas=(run.adam_beta1, run.adam_beta2),
+        fused=execution.optimizer is Optimizer.FUSED,
+    )
+    micro_batch, accumulation = execution.accumulation(run.batch_sequences)
+    precision = resolve_precision(run.precision)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": run.clip,
+        "zero_optimization": _zero(execution),
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW steps offloaded state too
+        "bf16": {"enabled": precision is Precision.BF16},
+        "fp16": {"enabled": precision is Precision.FP16},
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.basic_optimizer.state.clear()  # of the steps that wrappers took: counts and moments start from nothing
+    return engine
+
+
+def _zero(execution: ExecutionConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": execution.zero_stage}
+    for name, device in (("optimizer", execution.offload_optimizer), ("param", execution.offload_parameters)):
+        if device is not Offload.NONE:
+            zero[f"offload_{name}"] = {"device": str(device), "pin_memory": torch.cuda.is_available()}
+    return zero
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of one parameter that this rank's optimizer steps, in float32."""
+
+    parameter: str
+    start: int
+    """First element, in the flattened parameter."""
+    numel: int
+    stepped: torch.Tensor
+    """The tensor that the optimizer steps, and by which it keeps its moments."""
+    offset: int
+    """First element, in the flattened ``stepped``."""
+    mine: bool = True
+    """Whether this rank saves it: what all ranks step alike is saved by one of them."""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This fragment of ``stepped``, or of one of its moments; a view."""
+        return tensor.data.view(-1).narrow(0, self.offset, self.numel)
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """Where the float32 weights of every parameter are on this rank, at any ZeRO stage."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    master = {}  # ZeRO stage 0 in half precision
+    if stage == 0 and hasattr(optimizer, "fp32_groups"):
+        for halves, wholes in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            master.update({id(half): whole for half, whole in zip(halves, wholes, strict=True)})
+    for index, parameter in enumerate(engine.module.parameters()):
+        name = names[id(parameter)]
+        if stage == 3:
+            group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = rank * length
+            numel = min(length, parameter.ds_numel - start)
+            if numel > 0:
+                yield Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+        elif stage > 0:
+            if (mapping := parameter._hp_mapping) is None:
+                continue
+            partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
+            flat = (partitions or optimizer.fp32_groups_flat_partition)[mapping.param_group_index]
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Fragment(name, here.start, here.numel, flat, there.start)
+        else:
+            stepped = master.get(id(parameter), parameter)
+            yield Fragment(name, 0, stepped.numel(), stepped, 0, mine=index % world == rank)
+
+
+def snapshot(engine: Any) -> Shard:
+    """A copy of what this rank has to save; training may go on while it is written."""
+    tensors, state, optimizer_step = {}, engine.basic_optimizer.state, 0
+    for fragment in fragments(engine):
+        moments = state.get(fragment.stepped, {})
+        optimizer_step = int(moments.get("step", 0))
+        if fragment.mine:
+            for kind, tensor in [(WEIGHT, fragment.stepped), *((kind, moments.get(kind)) for kind in MOMENTS)]:
+                if tensor is not None:
+                    copied = fragment.of(tensor).detach().to("cpu", torch.float32, copy=True)
+                    tensors[tensor_name(kind, fragment.parameter, fragment.start)] = copied
+    scaler = _loss_scaler(engine) if engine.fp16_enabled() else None
+    scales = {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
+    return Shard(tensors=tensors, counters={"optimizer_step": optimizer_step, "loss_scaler": scales})
+
+
+def start(
+    model: LanguageModel, run: RunConfig, execution: ExecutionConfig, checkpoints: Checkpoints
+) -> tuple[Any, Progress]:
+    """An engine and how far it is: as the newest intact checkpoint says, else new.
+
+    Any number of ranks at any ZeRO stage can go on from a checkpoint of any other; by the same number at the same stage
+    the run goes on to the last bit.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none that can be read.
+    """
+    saved, damage = checkpoints.newest()
+    if saved is None:
+        return build_engine(model, run, execution), Progress()
+    saved.load_weights(model)
+    engine = build_engine(model, run, execution)
+    restore(engine, saved)
+    progress = Progress(**saved.progress)
+    progress.events += [
+        {"step": progress.step, "what": f"{what}; went on from step {progress.step}"} for what in damage
+    ]
+    return engine, progress
+
+
+@torch.no_grad()
+def restore(engine: Any, saved: Saved) -> None:
+    """Give an engine the saved master weights, moments and counters.
+
+    The engine's model must have been given the saved weights before it was wrapped (:meth:`Saved.load_weights`): what
+    DeepSpeed derives from the master weights is right then, at every stage.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    state, optimizer_step = engine.basic_optimizer.state, saved.counters["optimizer_step"]
+    for fragment in fragments(engine):
+        place = (fragment.parameter, fragment.start, fragment.numel)
+        fragment.of(fragment.stepped).copy_(saved.read(WEIGHT, *place))
+        if optimizer_step == 0:
+            continue
+        if fragment.stepped not in state:
+            fused = engine.basic_optimizer.defaults.get("fused")
+            device = fragment.stepped.device if fused else "cpu"
+            moments = {kind: torch.zeros_like(fragment.stepped) for kind in MOMENTS}
+            state[fragment.stepped] = {"step": torch.tensor(float(optimizer_step), device=device), **moments}
+        for kind in MOMENTS:
+            fragment.of(state[fragment.stepped][kind]).copy_(saved.read(kind, *place))
+    for name, value in saved.counters["loss_scaler"].items():
+        if hasattr(_loss_scaler(engine), name):  # the wrapper of ZeRO stage 0 has no hysteresis
+            setattr(_loss_scaler(engine), name, value)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def full_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The model's weights, whole, on the CPU; under ZeRO-3 gathered from all ranks (all must call)."""
+    import deepspeed
+
+    module: nn.Module = engine.module
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=engine.zero_optimization_stage() == 3):
+        return {name: weight.detach().cpu().contiguous().clone() for name, weight in module.state_dict().items()}

@@ -1,0 +1,109 @@
+"""What a run does beside training: read the held-out documents and the probe text, export, write the record."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from haltscale.model import LanguageModel
+from haltscale.platform import provenance
+from haltscale.platform.config import RunConfig
+from haltscale.platform.corpora.corpus import PreparedCorpus
+from haltscale.platform.evaluation.reading import SplitResult, read_split
+from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.training.engine import resolve_precision
+from haltscale.platform.training.loop import Progress
+
+
+def evaluate_run(
+    model: LanguageModel, corpus: PreparedCorpus, run: RunConfig, progress: Progress, recorder: RunRecorder
+) -> SplitResult:
+    """Read the held-out documents and the probe text, and write both down."""
+    result = read_split(model, corpus, context=run.context, step=progress.step, recorder=recorder)
+    recorder.evaluation(
+        {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "split": "validation",
+            **result.row,
+            "flops_realised": progress.flops_realised,
+            "flops_executed": progress.flops_executed,
+            "flops_paper": progress.flops_paper,
+            "time": time.time(),
+        }
+    )
+    return result
+
+
+def finish(
+    model: LanguageModel,
+    weights: dict[str, torch.Tensor],
+    corpus: PreparedCorpus,
+    run: RunConfig,
+    progress: Progress,
+    recorder: RunRecorder,
+    described: Mapping[str, Any],
+) -> None:
+    """Evaluate, export the weights, and write the record, last. All ranks call it; rank 0's recorder writes.
+
+    Args:
+        weights: the model's, whole (:func:`haltscale.platform.training.engine.full_weights`).
+        described: the run's label, study, key, identity and execution.
+    """
+    result = evaluate_run(model, corpus, run, progress, recorder)
+    row = result.row
+    export(model, weights, corpus, recorder)
+    per_token = result.flops * (1 / row["tokens_evaluated"])
+    groups = model.parameter_groups_count()
+    recorder.finish(
+        {
+            **described,
+            "tokens": progress.tokens,
+            "steps": progress.step,
+            "parameters": groups,
+            "parameters_total": sum(groups.values()),
+            **{name: row[name] for name in ("loss", "loss_standard_error", "perplexity", "bits_per_byte")},
+            **{name: row[name] for name in ("mean_steps", "expected_steps", "steps_histogram", "tokens_evaluated")},
+            "passes_per_token": progress.pass_rows / progress.tokens,
+            "flops_realised": progress.flops_realised,
+            "flops_executed": progress.flops_executed,
+            "flops_paper": progress.flops_paper,
+            "flops_overshoot": None if run.flops is None else progress.flops_realised - run.flops,
+            "inference_flops_per_token": asdict(per_token),
+            "halting": result.summary["difficulty"],
+            "events": progress.events,
+            "sequence_digest": progress.sequence_digest,
+            "wall_seconds": progress.seconds,
+            "tokens_per_second": progress.tokens / progress.seconds,
+            "precision": resolve_precision(run.precision),
+            "versions": provenance.versions(),
+            "git_commit": provenance.git_commit(),
+            "machine": provenance.machine(),
+            "finished_at": time.time(),
+        }
+    )
+
+
+def export(
+    model: LanguageModel, weights: dict[str, torch.Tensor], corpus: PreparedCorpus, recorder: RunRecorder
+) -> None:
+    """The finished model: weights that cannot execute anything, the config, the tokenizer."""
+    if not recorder.enabled:
+        return
+    store = recorder.store
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(weights, Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
+        (Path(folder) / "tokenizer.json").write_text((corpus.folder / "tokenizer.json").read_text())
+        for file in Path(folder).iterdir():
+            target = store.path(recorder.study, recorder.key, "model", file.name)
+            store.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            store.fs.put_file(str(file), target)

@@ -1,0 +1,175 @@
+"""Ray Train: one run, trained by a group of workers, from its spec to its record.
+
+One of the few modules that import Ray. The worker function ties the parts together; each of them also works without
+Ray. A run goes on from its last checkpoint by itself: after a worker's death, and in a new job after the driver's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from haltscale.model import build_model
+from haltscale.platform.config import RunConfig
+from haltscale.platform.corpora.corpus import PreparedCorpus
+from haltscale.platform.corpora.ray_data import RESERVED_CPUS, Batch, stream
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.store import RunStore
+from haltscale.platform.training.checkpoints import Checkpoints
+from haltscale.platform.training.engine import full_weights, open_process_group, snapshot, start
+from haltscale.platform.training.finishing import evaluate_run, finish
+from haltscale.platform.training.loop import Hooks, Progress, train
+from haltscale.platform.training.schedule import share
+from haltscale.platform.training.sinks import open_sinks
+from haltscale.platform.training.trouble import TrainingDivergedError, memory_explained
+
+log = logging.getLogger(__name__)
+
+STEPS_PER_STREAM = 4096
+"""Steps that are planned ahead at a time where the number of steps is open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """All that a worker needs to know, JSON-able, so that it travels to any node."""
+
+    store: str
+    study: str
+    key: str
+    label: str
+    identity: dict[str, Any]
+    execution: dict[str, Any]
+    corpus_folder: str
+    corpus_weights: dict[str, float | None]
+    """Of the corpus's sources, where they are mixed."""
+    role: str = "comparison"
+    """``tuning`` for a run of a tuning study: its settings were chosen by looking at the held-out loss, so that it has
+    no place in a comparison."""
+    planned_flops: float = 0.0
+    """Upper estimate of the training FLOPs, for the time left of a sweep."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def described(self) -> dict[str, Any]:
+        """What ``spec.json`` and ``record.json`` say about the run."""
+        return {name: getattr(self, name) for name in ("label", "study", "key", "role", "identity", "execution")}
+
+
+def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
+    """Train one run under Ray Train, to its record.
+
+    Args:
+        spec: the run.
+        callbacks: Ray Train's, such as the one that reports to Ray Tune.
+
+    Raises:
+        ray.train.TrainingFailedError: the workers failed more often than ``max_failures`` allows.
+    """
+    execution = ExecutionConfig.from_dict(spec.execution)
+    resources = {"CPU": execution.cpus_per_worker - RESERVED_CPUS / execution.workers}
+    if execution.gpus_per_worker:
+        resources["GPU"] = execution.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=spec.to_dict(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=execution.workers,
+            use_gpu=bool(execution.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path="/".join([spec.store, spec.study, spec.key]),
+            failure_config=ray.train.FailureConfig(max_failures=execution.max_failures),
+            callbacks=callbacks or [],
+        ),
+    )
+    trainer.fit()
+
+
+def train_worker(config: Mapping[str, Any]) -> None:
+    """What every worker of a run does."""
+    spec = RunSpec(**config)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
+    torch.set_num_threads(execution.cpus_per_worker)
+    corpus = PreparedCorpus.open(Path(spec.corpus_folder), spec.corpus_weights)
+    if corpus is None:
+        raise FileNotFoundError(f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem")
+
+    open_process_group()
+    store = RunStore(spec.store)
+    checkpoints = Checkpoints(store, spec.study, spec.key, rank=rank, world=world)
+    model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
+    engine, progress = start(model, run, execution, checkpoints)
+    recorder = RunRecorder(store, spec.study, spec.key, steps=run.steps, enabled=rank == 0)
+    recorder.begin(progress.step, share(run, progress.spent))
+    is_preempted = False
+
+    def prune(progress: Progress) -> None:
+        keep = set(progress.pinned)
+        if execution.keep_best and rank == 0 and (best := recorder.best_step(checkpoints.complete())) is not None:
+            keep.add(best)
+        checkpoints.prune(keep, execution.keep_last)
+
+    def save(progress: Progress) -> None:
+        checkpoints.write(snapshot(engine), progress.to_dict())
+        if is_preempted:
+            checkpoints.wait()
+        prune(progress)
+        ray.train.report({"step": progress.step})
+
+    def evaluate(progress: Progress) -> None:
+        row = evaluate_run(engine.module, corpus, run, progress, recorder).row
+        if spec.role == "tuning":  # for the scheduler, which may end the run here
+            ray.train.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
+
+    def batches() -> Iterator[Batch]:
+        first = progress.step
+        while run.steps is None or first < run.steps:  # how many steps a budget in FLOPs buys is not known yet
+            last = first + STEPS_PER_STREAM if run.steps is None else run.steps
+            yield from stream(
+                corpus.folder,
+                seed=run.seed,
+                mixture=corpus.mixture,
+                batch=run.batch_sequences,
+                first_step=first,
+                steps=last,
+                rank=rank,
+                world=world,
+            )
+            first = last
+
+    def log(row: dict[str, Any], progress: Progress) -> None:
+        nonlocal is_preempted
+        recorder.log(row, share(run, progress.spent), events=progress.events)
+        write(row)
+        is_preempted = ray.train.get_preemption_info() is not None  # asks all ranks, as this is called on all
+
+    hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
+    sinks = open_sinks(
+        execution.sinks if rank == 0 else (),
+        study=spec.study,
+        key=spec.key,
+        label=spec.label,
+        config=spec.identity,
+        step=progress.step,
+    )
+    try:
+        with sinks as write, memory_explained(execution):
+            train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
+    except TrainingDivergedError as diverged:
+        recorder.fail(str(diverged))  # trying again would diverge again
+        return
+    checkpoints.wait()
+    finish(engine.module, full_weights(engine), corpus, run, progress, recorder, spec.described())

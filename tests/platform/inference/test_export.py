@@ -1,0 +1,150 @@
+"""Exported models, loaded in a process that has transformers and the folder and cannot import haltscale."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from haltscale.model import Method
+from haltscale.platform.inference.export import ExportError, export, llama_weights
+from haltscale.platform.inference.models import load_model
+from haltscale.platform.inference.writing import write
+
+ALONE = """
+import json, sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "haltscale":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Nothing())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+text = tokenizer(prompt, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**text).logits
+tokens = model.generate(**text, max_new_tokens=12, do_sample=False)[0, text["input_ids"].shape[1]:]
+assert "haltscale.model" not in sys.modules
+print(json.dumps({"ids": text["input_ids"][0].tolist(), "tokens": tokens.tolist(), "logits": logits[0].tolist()}))
+"""
+
+
+def alone(folder: Path, prompt: str, cache: Path) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", ALONE, str(folder), prompt]
+    done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_an_export_alone_equals_the_original(finished, tmp_path):
+    loaded = load_model(finished())
+    folder = export(loaded, tmp_path / "out" / "exported-1.8m", record={"label": "a label", "loss": 4.5})
+    assert not any("haltscale.model" in line for file in folder.glob("*.py") for line in imports(file))
+    there = alone(folder, "In the beginning", tmp_path)
+    assert there["ids"] == [0, *loaded.tokenizer.encode("In the beginning").ids]
+    with torch.no_grad():
+        here = loaded.model(torch.tensor([there["ids"]])).logits_BTV[0]
+    torch.testing.assert_close(torch.tensor(there["logits"]), here, atol=1e-5, rtol=1e-5)
+    written = list(write(loaded, ["In the beginning"], new_tokens=12))
+    assert there["tokens"] == [token.token_id for token in written]
+    card = (folder / "README.md").read_text()
+    assert "# a label" in card
+    assert "| held-out loss (nats per token) | 4.5 |" in card
+    assert "trust_remote_code" in card
+
+
+def imports(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
+
+
+def test_vanilla_becomes_a_plain_llama(finished, tmp_path):
+    loaded = load_model(finished(Method.VANILLA))
+    folder = export(loaded, tmp_path / "plain")
+    assert not list(folder.glob("*.py"))
+    assert "trust_remote_code" not in (folder / "README.md").read_text()
+    llama, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert isinstance(llama, LlamaForCausalLM)
+    text = tokenizer("In the beginning", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            llama(**text).logits, loaded.model(text["input_ids"]).logits_BTV, atol=1e-5, rtol=1e-5
+        )
+    tokens = llama.generate(**text, max_new_tokens=12, do_sample=False)[0, text["input_ids"].shape[1] :]
+    written = list(write(loaded, ["In the beginning"], new_tokens=12))
+    assert tokens.tolist() == [token.token_id for token in written]
+
+
+@pytest.mark.parametrize("method", [m for m in Method if m not in (Method.VANILLA, Method.ADAPTIVE)])
+def test_every_method_can_be_exported(finished, tmp_path, method):
+    """In this process; that the copied code is what runs is seen from its module's name."""
+    loaded = load_model(finished(method))
+    folder = export(loaded, tmp_path / str(method))
+    there = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(there.inner).__module__.startswith("transformers_modules.")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        here = loaded.model(tokens).logits_BTV
+        torch.testing.assert_close(there(tokens).logits, here, atol=1e-5, rtol=1e-5)
+    again = load_model(folder)
+    assert again.model.config == loaded.model.config
+    assert torch.equal(again.model.embedding.weight, loaded.model.embedding.weight)
+
+
+def test_padding_stands_on_the_right(finished, tmp_path):
+    folder = export(load_model(finished()), tmp_path / "padded")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    both = tokenizer(["abc", "a longer text"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**both).logits[0, :4]
+        alone = model(**tokenizer("abc", return_tensors="pt")).logits[0]
+    torch.testing.assert_close(logits, alone)
+    labels = both["input_ids"].masked_fill(both["attention_mask"] == 0, -100)
+    expected = torch.nn.functional.cross_entropy(
+        model(**both).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(model(**both, labels=labels).loss, expected)
+    with pytest.raises(ValueError, match="padding on the right"):
+        model(both["input_ids"], attention_mask=both["attention_mask"].flip(1))
+
+
+def test_a_tied_vanilla_model_becomes_an_untied_llama(finished, tmp_path):
+    from dataclasses import replace
+
+    from haltscale.model import build_model
+
+    loaded = load_model(finished(Method.VANILLA))
+    tied = build_model(replace(loaded.model.config, tie_embeddings=True), seed=0)
+    weights = llama_weights(tied)
+    torch.testing.assert_close(weights["lm_head.weight"] * tied.embedding_factor, weights["model.embed_tokens.weight"])
+
+
+def test_an_existing_folder_is_left_alone(finished, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    with pytest.raises(ExportError, match="exists"):
+        export(load_model(finished()), tmp_path / "mine")
+    assert (tmp_path / "mine" / "file").read_text() == "precious"
+
+
+def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
+    def disk_full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("haltscale.platform.inference.export.save_file", disk_full)
+    loaded = load_model(finished(folder=tmp_path / "source"))
+    with pytest.raises(OSError, match="disk full"):
+        export(loaded, tmp_path / "out" / "model")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,224 @@
+"""The plan of a study: controls that wait, what is stale, what is expected, and every error at once."""
+
+import contextlib
+import math
+from dataclasses import fields, replace
+
+import pytest
+
+from haltscale.model import FixedOptions, Method, VanillaOptions
+from haltscale.platform.config import ConfigError, RunConfig
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.store import RunState
+from haltscale.platform.sweeps import planning
+from haltscale.platform.sweeps.sweep import controls, grid, isoflop
+
+LEARNED = grid(method="adaptive", lam=0.5, l_max=2)
+
+
+def finish(study, store, author, run, **record):
+    """Write a record for a run, as its training would."""
+    identity = study.identity(run)
+    values = {"tokens": run.tokens, "flops_realised": 1e9, "passes_per_token": 2.126, "identity": identity}
+    author.spec(study.name, study.key(run), run.label, **identity)
+    author.record(study.name, study.key(run), loss=4.0, **(values | record))
+
+
+def states(study, store):
+    plan = study.plan(store)
+    return dict(zip(plan["run"], plan["state"], strict=True))
+
+
+# ---- controls -------------------------------------------------------------------------------------------------------
+
+
+def test_controls_wait_and_then_match_what_was_spent(study, store, author):
+    controlled = study(sweep=LEARNED + controls(of=LEARNED, kinds=["dense", "fixed"]))
+    (subject,) = controlled.runs
+    assert list(states(controlled, store).values()) == ["planned", "waiting", "waiting"]
+    assert controlled.plan(store)["key"].tolist()[1:] == ["", ""]
+    assert set(controlled.missing(store)) == {controlled.key(subject)}
+
+    vanilla = replace(subject, method=Method.VANILLA, options=VanillaOptions())
+    spent = planning.cost(vanilla, 300).bound * 64 * 50.3
+    finish(controlled, store, author, subject, flops_realised=spent)
+    dense = replace(vanilla, tokens=64 * 50)
+    fixed = replace(subject, method=Method.FIXED, options=FixedOptions(steps=1.13))
+    assert {entry.run for entry in controlled.missing(store).values()} == {dense, fixed}
+    plan = controlled.plan(store).set_index("key")
+    assert plan.loc[controlled.key(dense), "flops_expected"] == pytest.approx(spent, rel=0.01)
+    document = controlled.document({}, store)
+    assert document["controls"][controlled.key(fixed)] == {"kind": "fixed", "of": controlled.key(subject)}
+    assert set(document["runs"]) == {controlled.key(run) for run in (subject, dense, fixed)}
+
+
+def test_a_shuffled_control_has_nothing_to_wait_for(study, store):
+    plan = study(sweep=LEARNED + controls(of=LEARNED, kinds=["shuffled"])).plan(store)
+    assert plan["state"].tolist() == ["planned"] * 2
+    assert set(plan["method"]) == {"adaptive", "shuffled"}
+
+
+def test_a_control_that_the_sweep_has_already_is_not_run_twice(study, store, author):
+    sweep = LEARNED + grid(method="fixed", steps=1.13) + controls(of=LEARNED, kinds=["fixed"])
+    both = study(sweep=sweep)
+    (subject,) = (run for run in both.runs if run.method is Method.ADAPTIVE)
+    finish(both, store, author, subject)
+    assert len(both.plan(store)) == 2
+
+
+def test_stages_follow_each_other_until_nothing_is_left(study, store, author, monkeypatch):
+    """The second stage is what the first one made known; a run that failed is not tried for ever."""
+    from haltscale.platform.sweeps import ray_tune  # takes seconds to import
+
+    two = LEARNED + grid(method="adaptive", lam=0.1, l_max=2)
+    staged = study(sweep=two + controls(of=two, kinds=["dense"]))
+    stages = []
+
+    def train(study, missing, store):
+        stages.append([entry.label for entry in missing.values()])
+        for entry in missing.values():
+            if entry.run.method is Method.VANILLA or entry.run.options.lam == 0.5:
+                finish(study, store, author, entry.run, flops_realised=1e10)
+
+    monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(ray_tune, "run_missing", train)
+    staged.run(store)
+    assert [len(stage) for stage in stages] == [2, 1]
+    assert sorted(staged.plan(store)["state"]) == ["finished", "finished", "planned", "waiting"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (grid(method="vanilla") + controls(of=grid(method="vanilla")), "the dense control is for"),
+        (grid(method="looped") + controls(of=grid(method="looped"), kinds=["fixed"]), "not for looped"),
+        (grid(method="vanilla") + controls(of=LEARNED), "the sweep has no such run to control"),
+        (LEARNED + controls(of=LEARNED) + controls(of=LEARNED), "given twice"),
+        (LEARNED + controls(of=grid(method="adaptive", lamda=1)), "did you mean 'lam'"),
+    ],
+)
+def test_a_control_of_nothing_is_refused(study, sweep, message):
+    assert any(message in problem for problem in study(sweep=sweep).problems())
+
+
+# ---- what is known before ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_invented(study, store):
+    plan = study().plan(store).set_index("method")
+    assert plan["seconds"].isna().all()
+    assert plan.loc["adaptive", "flops_expected"].isna().all()
+    assert plan.loc["vanilla", "flops_expected"] == plan.loc["vanilla", "flops_bound"]
+    assert (plan["memory_bytes"] > 0).all()
+
+
+def test_finished_runs_tell_what_to_expect(study, store, author):
+    known = study(sweep=LEARNED * grid(seed=[0, 1]) + grid(method="vanilla"))
+    first, other = (run for run in known.runs if run.method is Method.ADAPTIVE)
+    execution = {"workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}
+    finish(known, store, author, first, flops_realised=5e9, wall_seconds=20.0, execution=execution)
+    plan = known.plan(store).set_index("key")
+    assert plan.loc[known.key(other), "flops_expected"] == pytest.approx(5e9)
+    assert plan.loc[known.key(other), "seconds"] == pytest.approx(20.0)
+    assert plan["seconds"].isna().sum() == 1
+    elsewhere = replace(known, execution=ExecutionConfig(workers=2))
+    assert elsewhere.plan(store)["seconds"].isna().all()
+
+
+@pytest.mark.parametrize("drift", ["corpus", "code"])
+def test_what_was_finished_before_a_drift_is_stale_and_not_mixed_in(
+    study, corpus, store, author, monkeypatch, drift, documents
+):
+    old = study()
+    run = old.runs[0]
+    finish(old, store, author, run)
+    assert old.plan(store)["state"].tolist()[0] == "finished"
+    if drift == "code":
+        monkeypatch.setattr("haltscale.platform.config.SEMANTICS_VERSION", 10_000)
+        now = study()
+    else:
+        (documents / "document-0.txt").write_text("other words now")
+        now = study(corpus=corpus())
+    plan = now.plan(store)
+    assert plan["state"].tolist() == ["stale", "planned", "planned"]
+    assert now.key(run) in now.missing(store)
+    assert now.results(store)["loss"].isna().all()
+
+
+def test_isoflop_designs_spend_the_same(study, store):
+    design = study(sweep=isoflop(sizes=["0.6m", "1.8m"], flops=[1e10, 1e11], method=["vanilla", "fixed", "adaptive"]))
+    plan = design.plan(store)
+    assert len(plan) == 12
+    budgets = plan["flops_expected"].map(lambda flops: min((1e10, 1e11), key=lambda b: abs(math.log(flops / b))))
+    assert (abs(plan["flops_expected"] / budgets - 1) < 0.02).all()
+    assert plan[plan["method"] != "adaptive"].groupby(["method", "size"])["tokens"].nunique().eq(2).all()
+
+
+def test_runs_with_the_same_name_are_told_apart(study, store):
+    plan = study(sweep=grid(tokens=[1024, 2048], learning_rate=1e-3)).plan(store)
+    assert plan["run"].tolist() == ["vanilla · 0.6m · tokens 1024", "vanilla · 0.6m · tokens 2048"]
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_studies_get_all_their_errors_at_once(study, store, author):
+    broken = study(
+        name="ok",
+        sweep=grid(learning_rat=1e-3)
+        + grid(tokens_per_paramter=20)
+        + grid(training_flops=1.0)
+        + grid(tokens=3)
+        + grid(tokens=2048, tokens_per_parameter=2),
+    )
+    author.spec("ok", "earlier", "earlier")
+    store.fs.pipe_file(store.path("ok", "earlier", "record.json"), b'{"schema": 99}')
+    with pytest.raises(ConfigError) as refusal:
+        broken.run(store)
+    text = str(refusal.value)
+    for complaint in (
+        "did you mean 'learning_rate'",
+        "did you mean 'tokens_per_parameter'",
+        "training_flops 1 is less than one batch of 64",
+        "tokens 3 is less than one batch of 64",
+        "tokens and tokens_per_parameter are two budgets",
+        "has schema 99",
+    ):
+        assert complaint in text, text
+
+
+def test_a_size_that_does_not_fit_is_refused_before_it_starts(study):
+    large = study(sweep=grid(size=["0.6m", "2.8b"], method=["vanilla", "adaptive"]))
+    (problem,) = large.problems({"CPU": 2, "node_memory": 8e9})
+    assert "size 2.8b needs at least" in problem
+    assert "8.0 GB" in problem
+    assert large.problems({"CPU": 2, "node_memory": 80e9}) == []
+    shared = replace(large, execution=ExecutionConfig(workers=4, zero_stage=3))
+    assert shared.problems({"CPU": 4, "node_memory": 12e9}) == []
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ExecutionConfig)])
+def test_a_key_knows_nothing_of_the_execution(study, name):
+    value = getattr(ExecutionConfig(), name)
+    other = value + 1 if isinstance(value, int | float) and not isinstance(value, bool) else None
+    changed = study(execution=replace(ExecutionConfig(), **{name: other}))
+    assert [changed.key(run) for run in changed.runs] == [study().key(run) for run in study().runs]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(RunConfig) if f.name not in ("method", "options")])
+def test_a_key_knows_every_field_of_a_run(study, base, name):
+    others = {"size": "1.8m", "precision": "bf16", "schedule": "constant"}
+    other = others[name] if name in others else (getattr(base, name) or 0) + 1
+    assert study().key(base) != study().key(replace(base, **{name: other}))
+
+
+def test_status_shows_what_is_running_and_what_waits(study, store, author):
+    controlled = study(sweep=LEARNED + controls(of=LEARNED, kinds=["dense"]))
+    author.status(controlled.name, controlled.key(controlled.runs[0]), "running", step=3, loss=5.0)
+    status = controlled.status(store)
+    assert status["state"].tolist() == [RunState.RUNNING, "waiting"]
+    assert status["step"].tolist()[0] == 3
