@@ -78,7 +78,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.clip,
-        "zero_optimization": _zero(execution),
+        "zero_optimization": _zero(execution, sum(parameter.numel() for parameter in model.parameters())),
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW steps offloaded state too
         "bf16": {"enabled": precision is Precision.BF16},
         "fp16": {"enabled": precision is Precision.FP16},
@@ -90,8 +90,9 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     return engine
 
 
-def _zero(execution: ExecutionConfig) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": execution.zero_stage}
+def _zero(execution: ExecutionConfig, parameters: int) -> dict[str, Any]:
+    # The bucket is allocated whole, 2 GB by default: no larger than the gradients.
+    zero: dict[str, Any] = {"stage": execution.zero_stage, "reduce_bucket_size": min(500_000_000, parameters)}
     for name, device in (("optimizer", execution.offload_optimizer), ("param", execution.offload_parameters)):
         if device is not Offload.NONE:
             zero[f"offload_{name}"] = {"device": str(device), "pin_memory": torch.cuda.is_available()}
