@@ -228,7 +228,9 @@ def _meaning(view: StudyView) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; an unknown study ends with a sentence and exit code 1."""
     parser = argparse.ArgumentParser(
-        prog="haltscale report", description="Write a study as one self-contained HTML file."
+        prog="haltscale report",
+        description="Write a study as one self-contained HTML file.",
+        epilog="example: haltscale report quickstart --out quickstart.html",
     )
     parser.add_argument("study", help="a study in the store")
     parser.add_argument("--out", type=Path, help="the file to write (default: STUDY.html)")

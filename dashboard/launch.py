@@ -64,8 +64,12 @@ def command(store_root: str, port: int | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the server, say where it is, and stay until it ends."""
-    parser = argparse.ArgumentParser(prog="haltscale dashboard", description="Show the studies of a run store.")
-    parser.add_argument("--store", default=None, help="root of the run store, a folder or a URL (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="haltscale dashboard",
+        description="Show the studies of a run store.",
+        epilog="example: haltscale dashboard --port 8501",
+    )
+    parser.add_argument("--store", default=None, help="the run store, a folder or a URL (default: HALTSCALE_STORE)")
     parser.add_argument(
         "--port", type=int, default=None, help=f"port on {ADDRESS} (default: {PORT}, else any free one)"
     )

@@ -195,7 +195,7 @@ def is_number(value: object) -> bool:
 
 
 def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str] = ()) -> tuple[RunConfig, list[str]]:
-    """A run from a base and a sweep's point, with what is wrong about the point's names.
+    """A run from a base and the known names of a sweep's point, with what is wrong about the other names.
 
     A name is a field of :class:`RunConfig` or an option of the point's method; anything else is an error. ``also`` are
     names that the caller knows besides, to suggest where one is misspelt.
@@ -224,9 +224,8 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
             owners = [str(m) for m, entry in METHODS.items() if name in _names(entry.options)]
             hint = f"; {', '.join(owners)} has it" if owners else did_you_mean(name, known)
             found.append(f"{method} has no {name!r}{hint}")
-    if found:
-        return base, found
-    return replace(base, method=method, options=typed(option_type, options), **as_members(type(base), values)), []
+    run = replace(base, method=method, options=typed(option_type, options), **as_members(type(base), values))
+    return run, found
 
 
 def typed(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -92,9 +92,9 @@ def _run(base: RunConfig, point: Point, vocab_size: int) -> tuple[RunConfig, lis
     if budgets and (also := [name for name in ("tokens", "flops") if name in plain]):
         return base, [f"{' and '.join([*also, *budgets])} are two budgets for one run: give one"]
     run, found = apply_point(base, plain, also=list(Budget))
-    if found or not budgets:
-        return run, found or run.problems(vocab_size)
-    if found := replace(run, tokens=run.batch_tokens).problems(vocab_size):  # the tokens are what is to be solved
+    if not budgets:
+        return run, found + run.problems(vocab_size)
+    if found := found + replace(run, tokens=run.batch_tokens).problems(vocab_size):  # the tokens are to be solved
         return run, found
     try:
         return planning.with_budget(run, budgets, vocab_size), []

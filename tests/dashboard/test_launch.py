@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from haltscale.dashboard import launch
+from haltscale.dashboard import document, launch
+from haltscale.platform import cli
 
 
 def test_the_command_listens_on_this_machine_only():
@@ -61,3 +62,11 @@ def test_the_dashboard_imports_neither_ray_nor_torch():
         "sys.exit(bool({'ray', 'torch', 'deepspeed'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("program", "verb"), [(launch.main, "dashboard"), (document.main, "report")])
+def test_help_has_an_example(program, verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program(["--help"])
+    assert ended.value.code == 0
+    assert f"example: {cli.EXAMPLES[verb]}" in " ".join(capsys.readouterr().out.split())

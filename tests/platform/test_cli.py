@@ -169,7 +169,7 @@ def test_an_interrupted_follower_leaves_the_job_alone(head, monkeypatch, capsys)
 
 
 HANDED_ON = ("dashboard", "report")
-"""Verbs that become another program, help and all."""
+"""Verbs that become another program, help and all; their help: tests/dashboard/test_launch.py."""
 
 
 @pytest.mark.parametrize("verb", [verb for verb in cli.EXAMPLES if verb not in HANDED_ON])

@@ -166,7 +166,7 @@ def test_runs_with_the_same_name_are_told_apart(study, store):
 def test_bad_studies_get_all_their_errors_at_once(study, store, author):
     broken = study(
         name="ok",
-        sweep=grid(learning_rat=1e-3)
+        sweep=grid(learning_rat=1e-3, clip=-1)
         + grid(tokens_per_paramter=20)
         + grid(training_flops=1.0)
         + grid(tokens=3)
@@ -179,6 +179,7 @@ def test_bad_studies_get_all_their_errors_at_once(study, store, author):
     text = str(refusal.value)
     for complaint in (
         "did you mean 'learning_rate'",
+        "clip is -1",
         "did you mean 'tokens_per_parameter'",
         "training_flops 1 is less than one batch of 64",
         "tokens 3 is less than one batch of 64",
