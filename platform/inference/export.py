@@ -1,4 +1,4 @@
-"""Export a finished model for `transformers`: safetensors, config, tokenizer, model card, and the code it needs.
+"""Export a model for `transformers`: safetensors, config, tokenizer, model card, and the code it needs.
 
 A vanilla model becomes a plain Llama. Any other takes its code along: the very files of haltscale.model, their imports
 made relative, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` needs `transformers` and
@@ -140,7 +140,7 @@ def own_config(config: ModelConfig) -> dict[str, Any]:
             "AutoConfig": "modeling_haltscale.HaltscaleConfig",
             "AutoModelForCausalLM": "modeling_haltscale.HaltscaleForCausalLM",
         },
-        "use_cache": False,
+        "use_cache": True,
         EXPORTED_CONFIG: config.to_dict(),
     }
 
@@ -213,6 +213,7 @@ def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:
         "latent steps per token": record.get("mean_steps"),
         "held-out tokens": record.get("tokens_evaluated"),
         "training tokens": record.get("tokens"),
+        "training step": record.get("step"),
         "training FLOPs, realised": record.get("flops_realised"),
         "training FLOPs, paper's convention": record.get("flops_paper"),
         "parameters": record.get("parameters_total", sum(model.parameter_groups_count().values())),

@@ -15,11 +15,12 @@ from haltscale.platform.corpora.preparing import prepare
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Pretrained
 from haltscale.platform.evaluation import telemetry
-from haltscale.platform.evaluation.evaluating import held_out, open_corpus, own_corpus
+from haltscale.platform.evaluation.evaluating import held_out, open_corpus
 from haltscale.platform.evaluation.held_out import Tally, read_documents, read_events
 from haltscale.platform.evaluation.telemetry import EVENT_COLUMNS, EventsFile, EventsWriter, Quantiles
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
-from haltscale.platform.inference.models import load_model, model_folder
+from haltscale.platform.inference.finding import find_model, model_folder, own_corpus
+from haltscale.platform.inference.models import load_model
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training.finishing import evaluate_run, finish
 from haltscale.platform.training.loop import Progress
@@ -79,7 +80,7 @@ def test_a_finished_run_is_evaluated_by_its_name(prepared, model, store):
     recorder.begin(0, 0.0)
     finish(model, model.state_dict(), prepared, RUN, Progress(step=1, tokens=64, seconds=1.0), recorder, {"key": "key"})
     record = store.run("study", "key").record
-    with model_folder("study/key", store) as folder:
+    with model_folder(find_model("study/key", store), store) as folder:
         assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
         loaded = load_model(folder)
         corpus = open_corpus(own_corpus(store, "study", "key"), loaded)
