@@ -1,11 +1,13 @@
 """A run's telemetry from a prepared corpus to the store, and the finished model back from it."""
 
+import gc
 import json
 import tracemalloc
 
 import duckdb
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from haltscale.model import AdaptiveOptions, Method, build_model
@@ -97,8 +99,9 @@ def long_text(tokens: int):
         yield HeldOutDocument(name=str(index), bytes=1, tokens=stream.integers(0, 260, 513))
 
 
-def written(model, tmp_path, tokens: int) -> tuple[EventsFile, int]:
-    """Events of a text of so many tokens, and the most memory that Python and numpy held while they were written."""
+def written(model, tmp_path, tokens: int) -> tuple[EventsFile, int, int]:
+    """Events of a text of so many tokens, the most memory that Python and numpy held while they were written, and what
+    PyTorch's tensors held at the end of the text."""
     kinds = TokenKinds(frequency=np.zeros(260, dtype=np.uint8), look=np.zeros(260, dtype=np.int8))
     path = tmp_path / f"{tokens}.parquet"
     tracemalloc.start()
@@ -108,20 +111,22 @@ def written(model, tmp_path, tokens: int) -> tuple[EventsFile, int]:
         tally.add(events)
         quantiles.add(events.nll)
         writer.add(events)
+    held = sum(one.nbytes for one in gc.get_objects() if isinstance(one, torch.Tensor))
     writer.close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert tally.tokens == tokens
-    return EventsFile(path=path), peak
+    return EventsFile(path=path), peak, held
 
 
 def test_memory_stays_flat_and_tokens_are_small(finished, tmp_path, monkeypatch):
     model = load_model(finished()).model
     monkeypatch.setattr(telemetry, "ROW_GROUP", 2048)
     written(model, tmp_path, 2048)  # whatever is imported and cached at first use
-    _, short = written(model, tmp_path, 8192)
-    file, long = written(model, tmp_path, 32768)
+    _, short, tensors = written(model, tmp_path, 8192)
+    file, long, tensors_later = written(model, tmp_path, 32768)
     assert long < short * 1.2
+    assert tensors_later <= tensors
     assert file.path.stat().st_size / 32768 <= 40
 
 
