@@ -1,4 +1,4 @@
-"""The verbs of the command line that work on models: evaluate, generate, export."""
+"""The verbs of the command line that work on models: evaluate, generate, serve, export."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = {
     "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
     "generate": 'haltscale generate quickstart/adaptive-0.6m "The state of the union"',
+    "serve": "haltscale serve quickstart/adaptive-0.6m --port 8300",
     "export": "haltscale export quickstart/adaptive-0.6m ./exported",
 }
 MODEL_HELP = (
@@ -49,13 +50,18 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
     generate.add_argument("--stop", action="append", default=[], help="a token that ends the text")
     generate.add_argument("--max-cache-mib", type=int, default=2048, help="refuse to set aside more keys and values")
+    serve = verb("serve", "answer completion requests as OpenAI's API has them, on 127.0.0.1")
+    serve.add_argument("model", help=MODEL_HELP)
+    serve.add_argument("--port", type=int, default=8300, help="0 takes a free one (default: 8300)")
+    serve.add_argument("--max-cache-mib", type=int, default=2048, help="refuse requests that need more keys and values")
     export = verb("export", "write a model for transformers: safetensors, config, tokenizer, code, model card")
     export.add_argument("model", help=MODEL_HELP)
     export.add_argument("target", help="a new folder")
-    for command in (evaluate, generate, export):
+    for command in (evaluate, generate, serve, export):
         command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
         if command is not export:
             command.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+        if command in (evaluate, generate):
             command.add_argument("--json", action="store_true", help="machine-readable")
 
 
@@ -74,10 +80,14 @@ def dispatch(options: argparse.Namespace) -> None:
         return
     reference = find_model(options.model, store)
     with model_folder(reference, store) as folder:
-        if options.verb == "generate":
-            _generate(options, load_model(folder, device=options.device))
-        else:
-            _export(options, store, reference, load_model(folder))
+        loaded = load_model(folder, device=getattr(options, "device", "cpu"))
+    match options.verb:
+        case "generate":
+            _generate(options, loaded)
+        case "serve":
+            _serve(options, reference, loaded)
+        case _:
+            _export(options, store, reference, loaded)
 
 
 def _evaluate(options: argparse.Namespace, store: RunStore) -> None:
@@ -208,6 +218,18 @@ def _generate(options: argparse.Namespace, loaded: LoadedModel) -> None:
         f" {told['cache_bytes'] / 2**20:.1f} MiB of keys and values",
         style="dim",
     )
+
+
+def _serve(options: argparse.Namespace, reference: Reference, loaded: LoadedModel) -> None:
+    from haltscale.platform.inference import serving
+
+    server = serving.Server(loaded, reference.name, max_cache_bytes=options.max_cache_mib << 20)
+    try:
+        with serving.listening(server, options.port) as (address, runner, place):
+            print(f"{reference.name} answers at {address}/v1/completions; Ctrl-C ends it", flush=True)
+            runner.run(sockets=[place])
+    except OSError as error:
+        raise ValueError(f"port {options.port} cannot be used ({error}): name another one with --port") from error
 
 
 def _export(options: argparse.Namespace, store: RunStore, reference: Reference, loaded: LoadedModel) -> None:

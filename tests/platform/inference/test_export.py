@@ -122,8 +122,8 @@ def test_padding_stands_on_the_right(finished, tmp_path):
 
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.VANILLA])
 def test_generate_reads_every_token_once(finished, tmp_path, method, monkeypatch):
-    """With its cache, an exported model of any method writes what the original writes; and what it writes without, where
-    decoding does what the parallel pass does."""
+    """With its cache, an exported model of any method writes what the original writes; and what it writes without,
+    where decoding does what the parallel pass does."""
     loaded = load_model(finished(method))
     folder = export(loaded, tmp_path / str(method))
     there = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
