@@ -7,6 +7,7 @@ from haltscale.platform.corpora.formats import Format, InvalidUtf8
 from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
+from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps.study import Halving, Study
 from haltscale.platform.sweeps.sweep import (
@@ -62,6 +63,7 @@ __all__ = [
     "integers",
     "isoflop",
     "ladder",
+    "llama",
     "log_uniform",
     "sample",
     "sotu",

@@ -106,7 +106,7 @@ def _dispatch(options: argparse.Namespace) -> None:
             _status(RunStore(options.store), options.study, as_json=options.json)
         case "results":
             _results(RunStore(options.store), options.study, as_json=options.json)
-        case "evaluate" | "generate" | "export":
+        case "evaluate" | "generate" | "serve" | "export":
             _model_verb(options)
         case "dashboard" | "report":
             module = "haltscale.dashboard" if options.verb == "dashboard" else "haltscale.dashboard.document"

@@ -11,8 +11,9 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from haltscale.model import METHODS, SIZES, Method, MethodOptions, ModelConfig, VanillaOptions
+from haltscale.model import METHODS, SIZES, Method, MethodOptions, ModelConfig, Shape, VanillaOptions
 from haltscale.platform.identity import SEMANTICS_VERSION, encodable, run_key
+from haltscale.platform.llama import IMPORTED, InitialModel, llama
 
 
 class Precision(StrEnum):
@@ -59,7 +60,7 @@ class RunConfig:
     method: Method = Method.VANILLA
     """How the model thinks; see ``haltscale.model.METHODS``."""
     size: str = "0.6m"
-    """A step of the ladder; see ``haltscale.model.SIZES``."""
+    """A step of the ladder (``haltscale.model.SIZES``); or ``imported``, the shape of ``init_from``."""
     options: MethodOptions = field(default_factory=VanillaOptions)
     """The method's own options (lam, beta, l_max, tau, ...)."""
     tokens: int = 1_000_000
@@ -92,6 +93,14 @@ class RunConfig:
     precision: Precision = Precision.AUTO
     seed: int = 0
     """Of the initial weights and of the order of the sequences."""
+    init_from: InitialModel | None = None
+    """A Llama whose weights the run starts from (``llama("/models/smol")``, or ``--set init_from=/models/smol``): its
+    training is continued, with any method. None starts from random weights."""
+
+    @property
+    def shape(self) -> Shape:
+        """Size of the stack."""
+        return self.init_from.shape if self.init_from else SIZES[self.size]
 
     @property
     def batch_sequences(self) -> int:
@@ -115,22 +124,34 @@ class RunConfig:
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model of this run."""
-        return ModelConfig(
-            method=self.method,
-            shape=SIZES[self.size],
-            vocab_size=vocab_size,
-            context=self.context,
-            options=self.options,
+        config = ModelConfig(
+            method=self.method, shape=self.shape, vocab_size=vocab_size, context=self.context, options=self.options
         )
+        if (start := self.init_from) is None:
+            return config
+        return replace(
+            config,
+            vocab_size=start.vocab_size,  # often some more than its tokenizer has
+            rope_theta=start.rope_theta,
+            norm_eps=start.norm_eps,
+            tie_embeddings=start.tie_embeddings,
+            embedding_scale=False,  # as the Llama has it
+        )
+
+    def parameters(self, vocab_size: int) -> int:
+        """Parameters of the plain model of this run's shape; what its method adds is left out."""
+        config = self.model_config(vocab_size)
+        return config.shape.parameters(config.vocab_size, tie_embeddings=config.tie_embeddings)
 
     def problems(self, vocab_size: int = 4096) -> list[str]:
         """Everything wrong with this run, each naming its field and the allowed values."""
         found = []
-        if self.size not in SIZES:
+        sized = self
+        if self.size not in SIZES and not (self.init_from and self.size == IMPORTED):
             found.append(f"size {self.size!r} is not on the ladder{did_you_mean(self.size, SIZES)}")
             sized = replace(self, size=next(iter(SIZES)))
-        else:
-            sized = self
+        elif self.init_from:
+            found += self._start_problems(self.init_from, vocab_size)
         found += sized.model_config(vocab_size).problems()
         for name in ("tokens", "context", "batch_tokens"):
             value = getattr(self, name)
@@ -166,10 +187,31 @@ class RunConfig:
             found.append(f"seed is {self.seed!r}, needs a whole number from 0 on")
         return found
 
+    def _start_problems(self, start: InitialModel, vocab_size: int) -> list[str]:
+        """What keeps the run from starting from that model."""
+        found = []
+        if self.size != IMPORTED and SIZES[self.size] != start.shape:
+            found.append(
+                f"size {self.size!r} is {SIZES[self.size]}, init_from has {start.shape}: give size {IMPORTED!r}"
+            )
+        if vocab_size > start.vocab_size:
+            found.append(
+                f"the corpus has {vocab_size} token ids, init_from knows {start.vocab_size}: take its tokenizer"
+            )
+        if is_number(self.context) and self.context > start.context:
+            found.append(f"context {self.context} is longer than that of init_from, {start.context}")
+        return found
+
     def identity(self, corpus_name: str, corpus_fingerprint: str) -> dict[str, Any]:
-        """What makes the run's key, JSON-able: every field, the corpus, and the version of what the code computes."""
+        """What makes the run's key, JSON-able: every field, the corpus, and the version of what the code computes.
+
+        A run that starts from random weights has no ``init_from`` there.
+        """
+        own = encodable(self if self.flops is None else replace(self, tokens=0), "run")
+        if self.init_from is None:
+            del own["init_from"]
         return {
-            **encodable(self if self.flops is None else replace(self, tokens=0), "run"),
+            **own,
             "corpus": corpus_name,
             "corpus_fingerprint": corpus_fingerprint,
             "semantics": SEMANTICS_VERSION,
@@ -183,10 +225,11 @@ class RunConfig:
     def from_identity(cls, identity: Mapping[str, Any]) -> RunConfig:
         """The inverse of :meth:`identity`, for a run read back from the store."""
         method = Method(identity["method"])
-        unread = {"method", "options"} | ({"tokens"} if identity["flops"] is not None else set())
+        unread = {"method", "options", "init_from"} | ({"tokens"} if identity["flops"] is not None else set())
         values = {f.name: identity[f.name] for f in fields(cls) if f.name not in unread}
         options = typed(METHODS[method].options, identity["options"])
-        run: RunConfig = typed(cls, {**values, "method": method, "options": options})
+        start = InitialModel.from_identity(identity["init_from"]) if "init_from" in identity else None
+        run: RunConfig = typed(cls, {**values, "method": method, "options": options, "init_from": start})
         return run
 
 
@@ -215,7 +258,12 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
     for name, value in point.items():
         if name == "method":
             continue
-        if name in run_names:
+        if name == "init_from" and isinstance(value, str):
+            try:
+                values[name] = llama(value)
+            except ValueError as error:
+                found.append(f"init_from: {error}")
+        elif name in run_names:
             values[name] = value
         elif name in option_names:
             options[name] = value

@@ -1,4 +1,4 @@
-"""The verbs of the command line that work on finished models: evaluate, generate, export."""
+"""The verbs of the command line that work on models: evaluate, generate, serve, export."""
 
 from __future__ import annotations
 
@@ -6,26 +6,32 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haltscale.platform.store import RunStore
 
 if TYPE_CHECKING:
-    from haltscale.platform.corpora.corpus import PreparedCorpus
+    from haltscale.platform.evaluation.evaluating import Evaluation
+    from haltscale.platform.inference.finding import Reference
     from haltscale.platform.inference.models import LoadedModel
 
 EXAMPLES = {
     "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
     "generate": 'haltscale generate quickstart/adaptive-0.6m "The state of the union"',
+    "serve": "haltscale serve quickstart/adaptive-0.6m --port 8300",
     "export": "haltscale export quickstart/adaptive-0.6m ./exported",
 }
-MODEL_HELP = "STUDY/RUN in the store (the beginning of a run's key will do), or the folder of a finished model"
+MODEL_HELP = (
+    "STUDY/RUN in the store (the beginning of a run's key will do); STUDY/RUN@STEP or STUDY/RUN@latest for a training"
+    " checkpoint, also while the run goes on; or the folder of a model"
+)
 
 
 def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verbs to the command line's parser."""
-    evaluate = verb("evaluate", "held-out loss, tasks, controls and compute dial of a finished model")
-    evaluate.add_argument("model", help=MODEL_HELP)
+    evaluate = verb("evaluate", "held-out loss, tasks, controls and compute dial of one model or several")
+    evaluate.add_argument("model", nargs="+", help=MODEL_HELP)
     evaluate.add_argument("--tasks", default="", help="comma-separated: lambada, piqa, ..., all; or JSON-lines files")
     evaluate.add_argument("--shots", default="0,5", help="examples before each question (default: 0,5)")
     evaluate.add_argument("--limit", type=int, help="only so many items of each task")
@@ -33,6 +39,7 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--controls", action="store_true", help="learned halting against shuffled, fixed and full")
     evaluate.add_argument("--dial", action="store_true", help="loss against inference FLOPs: tau, and maximum depth")
     evaluate.add_argument("--tokens", type=int, help="held-out tokens for controls and dial (default: all)")
+    evaluate.add_argument("--ray", action="store_true", help="models, corpora and tasks side by side, on Ray")
     generate = verb("generate", "continue a prompt, and show the latent steps before every token")
     generate.add_argument("model", help=MODEL_HELP)
     generate.add_argument("prompt", nargs="+", help="one or more texts to continue")
@@ -43,12 +50,18 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
     generate.add_argument("--stop", action="append", default=[], help="a token that ends the text")
     generate.add_argument("--max-cache-mib", type=int, default=2048, help="refuse to set aside more keys and values")
+    serve = verb("serve", "answer completion requests as OpenAI's API has them, on 127.0.0.1")
+    serve.add_argument("model", help=MODEL_HELP)
+    serve.add_argument("--port", type=int, default=8300, help="0 takes a free one (default: 8300)")
+    serve.add_argument("--max-cache-mib", type=int, default=2048, help="refuse requests that need more keys and values")
     export = verb("export", "write a model for transformers: safetensors, config, tokenizer, code, model card")
     export.add_argument("model", help=MODEL_HELP)
     export.add_argument("target", help="a new folder")
-    for command in (evaluate, generate, export):
+    for command in (evaluate, generate, serve, export):
         command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
         if command is not export:
+            command.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+        if command in (evaluate, generate):
             command.add_argument("--json", action="store_true", help="machine-readable")
 
 
@@ -58,53 +71,76 @@ def dispatch(options: argparse.Namespace) -> None:
     Raises:
         ValueError: something of the user's making is wrong; the message is a sentence for the user.
     """
-    from haltscale.platform.inference.models import load_model, model_folder
+    from haltscale.platform.inference.finding import find_model, model_folder
+    from haltscale.platform.inference.models import load_model
 
     store = RunStore(options.store)
-    verbs = {"evaluate": _evaluate, "generate": _generate, "export": _export}
-    with model_folder(options.model, store) as folder:
-        verbs[options.verb](options, store, load_model(folder))
+    if options.verb == "evaluate":
+        _evaluate(options, store)
+        return
+    reference = find_model(options.model, store)
+    with model_folder(reference, store) as folder:
+        loaded = load_model(folder, device=getattr(options, "device", "cpu"))
+    match options.verb:
+        case "generate":
+            _generate(options, loaded)
+        case "serve":
+            _serve(options, reference, loaded)
+        case _:
+            _export(options, store, reference, loaded)
 
 
-def _run_of(name: str, store: RunStore) -> tuple[str, str] | None:
-    """(study, key) of STUDY/RUN; None for a folder."""
-    from haltscale.platform.inference.models import find_run
+def _evaluate(options: argparse.Namespace, store: RunStore) -> None:
+    from haltscale.platform.inference.finding import find_model
 
-    study, _, run = name.partition("/")
-    return (study, find_run(store, study, run)) if study in store.studies() and run else None
+    references = {one.name: one for one in (find_model(name, store) for name in options.model)}
+    asked = {name: _asked(options, store, reference) for name, reference in references.items()}
+    if options.ray:
+        from haltscale.platform.evaluation import ray_evaluate
+
+        found = ((part.model, results) for part, results in ray_evaluate.spread(list(asked.values())))
+    else:
+        found = ((name, [result]) for name, evaluation in asked.items() for result in evaluation.results())
+    every: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in asked}
+    for model, results in found:
+        reference = references[model]
+        for name, result in results:
+            every[model][name] = result
+            if reference.folder is None:
+                path = store.evaluation_path(reference.study, reference.key, name, reference.step)
+                store.write_json(path, {**result, "time": time.time()})
+            if not options.json:
+                _show(name if len(asked) == 1 else f"{model}: {name}", result)
+    if options.json:
+        print(json.dumps(every if len(asked) > 1 else next(iter(every.values())), indent=1))
 
 
-def _evaluate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
-    from haltscale.platform.evaluation.evaluating import EvaluationError, evaluations, open_corpus, own_corpus
-    from haltscale.platform.evaluation.tasks import find_tasks
+def _asked(options: argparse.Namespace, store: RunStore, reference: Reference) -> Evaluation:
+    """What one model is to be evaluated on."""
+    from haltscale.platform.evaluation.evaluating import Evaluation, EvaluationError
+    from haltscale.platform.inference.finding import own_corpus
 
-    run = _run_of(options.model, store)
-    folders = options.corpus or ([own_corpus(store, *run)] if run else [])
-    corpora: list[PreparedCorpus] = [open_corpus(folder, loaded) for folder in folders]
     try:
-        shots = [int(count) for count in options.shots.split(",")]
+        shots = tuple(int(count) for count in options.shots.split(","))
     except ValueError:
         raise EvaluationError(f"--shots {options.shots}: needs numbers with commas between them, such as 0,5") from None
-    tasks = find_tasks([name for name in options.tasks.split(",") if name], shots)
-    if not corpora and not tasks:
+    corpora = options.corpus or ([] if reference.folder else [own_corpus(store, reference.study, reference.key)])
+    if not corpora and not options.tasks:
         raise EvaluationError("nothing to evaluate on: name tasks with --tasks, or a prepared corpus with --corpus")
-    results: dict[str, dict[str, Any]] = {}
-    for name, result in evaluations(
-        loaded,
-        corpora=corpora,
-        tasks=tasks,
+    return Evaluation(
+        model=reference.name,
+        store=store.root,
+        corpora=tuple(str(Path(folder).absolute()) for folder in corpora),
+        tasks=tuple(
+            str(Path(name).absolute()) if Path(name).is_file() else name for name in options.tasks.split(",") if name
+        ),
+        shots=shots,
         limit=options.limit,
         controls=options.controls,
-        with_dial=options.dial,
+        dial=options.dial,
         tokens=options.tokens,
-    ):
-        results[name] = result
-        if run:
-            store.write_json(store.evaluation_path(*run, name), {**result, "time": time.time()})
-        if not options.json:
-            _show(name, result)
-    if options.json:
-        print(json.dumps(results, indent=1))
+        device=options.device,
+    )
 
 
 COLUMNS = {
@@ -149,7 +185,7 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _generate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
+def _generate(options: argparse.Namespace, loaded: LoadedModel) -> None:
     from rich.console import Console
 
     from haltscale.model.generation import Cost, Sampling
@@ -184,9 +220,21 @@ def _generate(options: argparse.Namespace, store: RunStore, loaded: LoadedModel)
     )
 
 
-def _export(options: argparse.Namespace, store: RunStore, loaded: LoadedModel) -> None:
-    from haltscale.platform.inference.export import export
+def _serve(options: argparse.Namespace, reference: Reference, loaded: LoadedModel) -> None:
+    from haltscale.platform.inference import serving
 
-    run = _run_of(options.model, store)
-    target = export(loaded, options.target, record=store.run(*run).record if run else None)
+    server = serving.Server(loaded, reference.name, max_cache_bytes=options.max_cache_mib << 20)
+    try:
+        with serving.listening(server, options.port) as (address, runner, place):
+            print(f"{reference.name} answers at {address}/v1/completions; Ctrl-C ends it", flush=True)
+            runner.run(sockets=[place])
+    except OSError as error:
+        raise ValueError(f"port {options.port} cannot be used ({error}): name another one with --port") from error
+
+
+def _export(options: argparse.Namespace, store: RunStore, reference: Reference, loaded: LoadedModel) -> None:
+    from haltscale.platform.inference.export import export
+    from haltscale.platform.inference.finding import figures
+
+    target = export(loaded, options.target, record=figures(reference, store))
     print(f"exported to {target}; its README.md says how to load it")

@@ -13,6 +13,7 @@
             halting/summary-<step>.json    what they say about halting; written after the other two
             checkpoints/           training checkpoints, one folder a step, one shard a rank (see checkpoints.py)
             evaluations/<name>.json        later evaluations of the finished model: tasks, controls, dial, corpora
+            evaluations/step-<step>/<name>.json    the same of a training checkpoint
             model/                 the finished model: model.safetensors, config.json, tokenizer.json
             record.json            the result; written last and atomically. A run without it is unfinished.
 
@@ -362,19 +363,26 @@ class RunStore:
         """What the cube and the events say (see ``halting_summary.summarise_halting``); ``{}`` where there is none."""
         return self.read_json(self.halting_path(study, key, "summary", step))
 
-    def evaluation_path(self, study: str, key: str, name: str) -> str:
-        """Path of an evaluation of the finished model: a task, ``controls``, ``dial``, ``held-out-<corpus>``.
+    def evaluation_path(self, study: str, key: str, name: str, step: int | None = None) -> str:
+        """Path of a later evaluation: a task, ``controls``, ``dial``, ``held-out-<corpus>``.
+
+        Args:
+            step: of the training checkpoint that was evaluated; None for the finished model.
 
         Raises:
             StoreError: the name could leave the store.
         """
         if not _NAME.fullmatch(name):
             raise StoreError(f"{name!r} is no name for an evaluation: use letters, digits, '-', '_' and '.'")
-        return self.path(study, key, "evaluations", f"{name}.json")
+        return f"{self._evaluations(study, key, step)}/{name}.json"
 
-    def later_evaluations(self, study: str, key: str) -> dict[str, dict[str, Any]]:
-        """The evaluations of the finished model by name: what ``haltscale evaluate`` printed as JSON."""
-        folder = self.path(study, key, "evaluations")
+    def _evaluations(self, study: str, key: str, step: int | None) -> str:
+        return self.path(study, key, "evaluations", *([] if step is None else [f"step-{step:08d}"]))
+
+    def later_evaluations(self, study: str, key: str, step: int | None = None) -> dict[str, dict[str, Any]]:
+        """The later evaluations of the finished model, or of a step's checkpoint, by name: what ``haltscale evaluate``
+        printed as JSON."""
+        folder = self._evaluations(study, key, step)
         if not self.fs.isdir(folder):
             return {}
         paths = sorted(path for path in self.fs.ls(folder, detail=False) if path.endswith(".json"))

@@ -1,10 +1,11 @@
-"""Evaluate a finished model: held-out corpora, tasks, controls and the compute dial, one result after another."""
+"""Evaluate a model: held-out corpora, tasks, controls and the compute dial, one result after another."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,72 @@ from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
 from haltscale.platform.evaluation.controls import control, dial, first_tokens
 from haltscale.platform.evaluation.held_out import Tally, read_events
 from haltscale.platform.evaluation.scoring import score
-from haltscale.platform.evaluation.tasks import Task
-from haltscale.platform.inference.models import LoadedModel
-from haltscale.platform.store import RunStore, haltscale_home
+from haltscale.platform.evaluation.tasks import Task, find_tasks, versions
+from haltscale.platform.inference.finding import find_model, model_folder
+from haltscale.platform.inference.models import LoadedModel, load_model
+from haltscale.platform.store import RunStore
 
 
 class EvaluationError(ValueError):
     """A model cannot be evaluated as asked; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What to evaluate one model on. Plain data, so that it travels to any node."""
+
+    model: str
+    """Its name; see :mod:`haltscale.platform.inference.finding`."""
+    store: str
+    """Root of the run store."""
+    corpora: tuple[str, ...] = ()
+    """Folders of prepared corpora: the held-out text of each; controls and dial read the first."""
+    tasks: tuple[str, ...] = ()
+    """Names of standard tasks, ``all``, or files."""
+    shots: tuple[int, ...] = (0, 5)
+    """Examples before each question."""
+    limit: int | None = None
+    """So many items of each task."""
+    held_out: bool = True
+    """Whether the corpora are read for their held-out loss."""
+    controls: bool = False
+    dial: bool = False
+    tokens: int | None = None
+    """So many held-out tokens for controls and dial."""
+    device: str = "cpu"
+
+    def parts(self) -> list[Evaluation]:
+        """The same in pieces of one result each, in the order of :meth:`results`."""
+        alone = replace(self, corpora=(), tasks=(), held_out=False, controls=False, dial=False)
+        parts = [replace(alone, corpora=(corpus,), held_out=True) for corpus in self.corpora if self.held_out]
+        if self.controls:
+            parts.append(replace(alone, corpora=self.corpora[:1], controls=True))
+        if self.dial:
+            parts.append(replace(alone, corpora=self.corpora[:1], dial=True))
+        parts += [replace(alone, tasks=(name,), shots=(n,)) for name, n in versions(self.tasks, self.shots)]
+        return parts
+
+    def results(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, result) of each evaluation, as it is done; see :func:`evaluations`.
+
+        Raises:
+            ValueError: the model, a corpus or a task cannot be read, or there is nothing to evaluate on.
+        """
+        tasks = find_tasks(self.tasks, self.shots)
+        store = RunStore(self.store)
+        with model_folder(find_model(self.model, store), store) as folder:
+            loaded = load_model(folder, device=self.device)
+            corpora = [open_corpus(corpus, loaded) for corpus in self.corpora]
+            yield from evaluations(
+                loaded,
+                corpora=corpora,
+                tasks=tasks,
+                limit=self.limit,
+                held_out_loss=self.held_out,
+                controls=self.controls,
+                with_dial=self.dial,
+                tokens=self.tokens,
+            )
 
 
 def open_corpus(folder: str | Path, loaded: LoadedModel) -> PreparedCorpus:
@@ -35,18 +95,13 @@ def open_corpus(folder: str | Path, loaded: LoadedModel) -> PreparedCorpus:
     return corpus
 
 
-def own_corpus(store: RunStore, study: str, key: str) -> Path:
-    """The folder of the corpus that a run was trained on, as the study prepared it on this machine."""
-    about, identity = store.study(study)["corpus"], store.run(study, key).spec["identity"]
-    return haltscale_home() / "corpora" / f"{about['name']}-{about['fingerprint']}-{identity['context']}"
-
-
 def evaluations(
     loaded: LoadedModel,
     *,
     corpora: Sequence[PreparedCorpus] = (),
     tasks: Sequence[Task] = (),
     limit: int | None = None,
+    held_out_loss: bool = True,
     controls: bool = False,
     with_dial: bool = False,
     tokens: int | None = None,
@@ -56,6 +111,7 @@ def evaluations(
     Args:
         corpora: each for its held-out loss; the first also for controls and dial.
         limit: so many items of each task.
+        held_out_loss: whether the corpora are read for it.
         controls: the learned halting against shuffled, fixed and full (:func:`.control`).
         with_dial: loss against inference FLOPs (:func:`.dial`).
         tokens: read only so many held-out tokens, rounded up to whole documents, for controls and dial.
@@ -66,7 +122,7 @@ def evaluations(
     if (controls or with_dial) and not corpora:
         raise EvaluationError("controls and dial read held-out text: name a prepared corpus")
     context = loaded.model.config.context
-    for corpus in corpora:
+    for corpus in corpora if held_out_loss else ():
         yield f"held-out-{corpus.counts['name']}", held_out(loaded, corpus)
     if controls or with_dial:
         documents = first_tokens(corpora[0].validation(), tokens)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,18 +153,23 @@ def task_file(path: str | Path) -> Task:
     return Task(name=path.stem, items=tuple(items))
 
 
-def find_tasks(names: list[str], shots: list[int]) -> list[Task]:
-    """Tasks by name, in as many versions as there are of these shots; ``all`` for all standard ones; or files.
+def versions(names: Iterable[str], shots: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """(name, shots) of each task, in as many versions as there are of these shots; ``all`` for all standard ones.
+
+    A file is one version. A name that is unknown, or has none of the shots, comes with the first of them.
+    """
+    for name in itertools.chain.from_iterable(STANDARD if name == "all" else [name] for name in names):
+        held = [count for count in shots if count in STANDARD.get(name, {})]
+        yield from ((name, count) for count in held or shots[:1])
+
+
+def find_tasks(names: Iterable[str], shots: Sequence[int]) -> list[Task]:
+    """Tasks by name, or files; see :func:`versions`.
 
     Raises:
         TaskError: a name is unknown, a task has none of the shots, or its files cannot be read.
     """
-    tasks = []
-    for name in STANDARD if names == ["all"] else names:
-        if name.endswith((".jsonl", ".json")):
-            tasks.append(task_file(name))
-            continue
-        held = [count for count in shots if count in STANDARD.get(name, {})]
-        for count in held or shots[:1]:
-            tasks.append(standard_task(name, count))
-    return tasks
+    return [
+        task_file(name) if name.endswith((".jsonl", ".json")) else standard_task(name, count)
+        for name, count in versions(names, shots)
+    ]

@@ -1,1 +1,1 @@
-"""Finished models: load them, write text with them, export them."""
+"""Models, finished or in training: find them, load them, write text with them, export them."""

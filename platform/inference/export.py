@@ -1,4 +1,4 @@
-"""Export a finished model for `transformers`: safetensors, config, tokenizer, model card, and the code it needs.
+"""Export a model for `transformers`: safetensors, config, tokenizer, model card, and the code it needs.
 
 A vanilla model becomes a plain Llama. Any other takes its code along: the very files of haltscale.model, their imports
 made relative, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` needs `transformers` and
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, processors
 
 from haltscale.model import LanguageModel, Method, ModelConfig
 from haltscale.platform.inference.models import EXPORTED_CONFIG, EXPORTED_PREFIX, LoadedModel
+from haltscale.platform.llama import llama_parts
 
 MODELING = "haltscale.platform.inference.huggingface"
 OWN_IMPORT = re.compile(r"^(\s*)from haltscale\.model(?:\.(\w+))? import", re.MULTILINE)
@@ -102,29 +103,12 @@ def llama_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     """A vanilla model's weights under Llama's names, float32. The scale of the embeddings goes into their table, so a
     tied head becomes one of its own."""
     weights = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
-    shape = model.config.shape
-    kv = shape.kv_heads * shape.head_dim
-    embedding = weights["embedding.weight"]
-    found = {
-        "model.embed_tokens.weight": embedding * model.embedding_factor,
-        "lm_head.weight": weights.get("head.weight", embedding),
-        "model.norm.weight": weights["stack.final_norm.weight"],
-    }
-    for layer in range(shape.layers):
-        own, theirs = f"stack.blocks.{layer}", f"model.layers.{layer}"
-        query, key, value = weights[f"{own}.qkv.weight"].split((shape.d, kv, kv))
-        gate, up = weights[f"{own}.gate_up.weight"].chunk(2)
-        found |= {
-            f"{theirs}.self_attn.q_proj.weight": query,
-            f"{theirs}.self_attn.k_proj.weight": key,
-            f"{theirs}.self_attn.v_proj.weight": value,
-            f"{theirs}.self_attn.o_proj.weight": weights[f"{own}.out.weight"],
-            f"{theirs}.mlp.gate_proj.weight": gate,
-            f"{theirs}.mlp.up_proj.weight": up,
-            f"{theirs}.mlp.down_proj.weight": weights[f"{own}.down.weight"],
-            f"{theirs}.input_layernorm.weight": weights[f"{own}.attention_norm.weight"],
-            f"{theirs}.post_attention_layernorm.weight": weights[f"{own}.mlp_norm.weight"],
-        }
+    weights.setdefault("head.weight", weights["embedding.weight"])
+    weights["embedding.weight"] = weights["embedding.weight"] * model.embedding_factor
+    found: dict[str, torch.Tensor] = {}
+    for own, parts in llama_parts(model.config.shape, tie_embeddings=False).items():
+        rows = [len(weights[own])] if len(parts) == 1 else [shape[0] for shape in parts.values()]
+        found |= dict(zip(parts, weights[own].split(rows), strict=True))
     return {name: weight.contiguous().clone() for name, weight in found.items()}
 
 
@@ -140,7 +124,7 @@ def own_config(config: ModelConfig) -> dict[str, Any]:
             "AutoConfig": "modeling_haltscale.HaltscaleConfig",
             "AutoModelForCausalLM": "modeling_haltscale.HaltscaleForCausalLM",
         },
-        "use_cache": False,
+        "use_cache": True,
         EXPORTED_CONFIG: config.to_dict(),
     }
 
@@ -213,6 +197,7 @@ def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:
         "latent steps per token": record.get("mean_steps"),
         "held-out tokens": record.get("tokens_evaluated"),
         "training tokens": record.get("tokens"),
+        "training step": record.get("step"),
         "training FLOPs, realised": record.get("flops_realised"),
         "training FLOPs, paper's convention": record.get("flops_paper"),
         "parameters": record.get("parameters_total", sum(model.parameter_groups_count().values())),

@@ -1,8 +1,9 @@
 """The class that `transformers` loads an exported model with. `haltscale export` copies this file, with the files of
 haltscale.model that it needs, beside the weights; it runs there without haltscale.
 
-Each forward pass reads the whole text: there is no cache, since a text's keys differ in number from token to token.
-Sequences of unequal length are padded on the right.
+A plain forward pass reads whole texts, padded on the right where they are of unequal length. `generate` keeps keys and
+values from token to token, in the model's own cache and not in one of `transformers`, since their number differs from
+token to token; it continues texts of one length.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from haltscale.model.config import ModelConfig
+from haltscale.model.decoding import DecodingState
 from haltscale.model.language_model import IGNORE_INDEX
 from haltscale.model.registry import METHODS
 
@@ -30,7 +32,7 @@ class HaltscaleConfig(PretrainedConfig):
         more.setdefault("hidden_size", shape.get("d"))
         more.setdefault("num_hidden_layers", shape.get("layers"))
         more.setdefault("num_attention_heads", shape.get("heads"))
-        super().__init__(**({"use_cache": False} | more))
+        super().__init__(**more)
 
 
 class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
@@ -39,6 +41,7 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HaltscaleConfig
     base_model_prefix = "inner"
     main_input_name = "input_ids"
+    _is_stateful = True  # what was read cannot be taken back: no assisted generation
 
     def __init__(self, config: HaltscaleConfig):
         super().__init__(config)
@@ -57,10 +60,18 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
+        past_key_values: DecodingState | None = None,
+        use_cache: bool = False,
         **ignored: Any,
     ) -> Any:
-        """Logits [B, T, V]; with labels, which are shifted here as `transformers` does, the cross-entropy too."""
+        """Logits [B, T, V]; with labels, which are shifted here as `transformers` does, the cross-entropy too.
+
+        With use_cache, the tokens go on what `past_key_values` holds, and are read one after another.
+        """
+        if use_cache:
+            state = past_key_values or self.inner.start_decoding(len(input_ids))
+            logits = [self.inner.decode_step(tokens_B, state)[0] for tokens_B in input_ids.unbind(1)]
+            return CausalLMOutputWithPast(logits=torch.stack(logits, dim=1), past_key_values=state)  # type: ignore[arg-type]
         lengths_B = None
         if attention_mask is not None:
             lengths_B = attention_mask.long().sum(1)
@@ -75,10 +86,27 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=output.logits_BTV)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **ignored: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: DecodingState | None = None,
+        use_cache: bool | None = None,
+        **ignored: Any,
     ) -> dict[str, Any]:
-        """The whole text, at every step."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        """What has not been read yet; without a cache the whole text, at every step."""
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("generate() continues texts of one length: call it once for each length, without padding")
+        if not use_cache:
+            return {"input_ids": input_ids}
+        read = past_key_values.position if past_key_values is not None else 0
+        return {"input_ids": input_ids[:, read:], "past_key_values": past_key_values, "use_cache": True}
+
+    def generate(self, *arguments: Any, **settings: Any) -> Any:
+        """As `transformers` does. Beam search goes without a cache: its sequences change places."""
+        config = settings.get("generation_config") or self.generation_config
+        if (settings.get("num_beams") or config.num_beams or 1) > 1:
+            settings["use_cache"] = False
+        return super().generate(*arguments, **settings)  # type: ignore[misc]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

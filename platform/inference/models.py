@@ -1,11 +1,8 @@
-"""Load a finished model from its folder: safetensors, config, tokenizer. Nothing is ever unpickled."""
+"""Load a model from its folder: safetensors, config, tokenizer. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from haltscale.model import METHODS, LanguageModel, ModelConfig
-from haltscale.platform.store import RunState, RunStore
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 EXPORTED_CONFIG = "haltscale"
 """Where an exported model's ``config.json`` (see :mod:`haltscale.platform.inference.export`) keeps the model's own."""
 EXPORTED_PREFIX = "inner."
@@ -31,7 +28,7 @@ class ModelFolderError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A finished model, ready to read and to write."""
+    """A model, ready to read and to write."""
 
     model: LanguageModel
     """In evaluation mode."""
@@ -50,17 +47,17 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     Raises:
         ModelFolderError: the tokenizer has none.
     """
-    for name in ("<|endoftext|>", "</s>", "<eos>"):
+    for name in ENDS_OF_TEXT:
         found = tokenizer.token_to_id(name)
         if found is not None:
             return int(found)
     raise ModelFolderError(
-        "the tokenizer has no end-of-text token (<|endoftext|>, </s> or <eos>): it is not this model's"
+        f"the tokenizer has no end-of-text token ({', '.join(ENDS_OF_TEXT)}): it is not this model's"
     )
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedModel:
-    """The model of a folder that a run or an export left behind.
+    """The model of a folder that a run or an export left behind, or that ``finding.model_folder`` gives.
 
     Args:
         dtype: of the weights; by default as they were saved, which is what the run was evaluated in.
@@ -148,50 +145,3 @@ def _weights(path: Path, model: LanguageModel) -> dict[str, Any]:
         more = f"\n  and {len(found) - 10} more" if len(found) > 10 else ""
         raise ModelFolderError(f"{path} does not fit its config.json:\n{shown}{more}")
     return weights
-
-
-@contextmanager
-def model_folder(name: str, store: RunStore) -> Iterator[Path]:
-    """The folder of ``STUDY/RUN`` in the store (RUN may be the beginning of a key), or of a path.
-
-    A model on another filesystem is copied to a temporary folder, which is gone afterwards.
-
-    Raises:
-        ModelFolderError: there is no such run or folder, or the run is not finished.
-    """
-    study, _, run = name.partition("/")
-    if Path(name).expanduser().is_dir():
-        yield Path(name).expanduser()
-        return
-    if not run or "/" in run or study not in store.studies():
-        known = ", ".join(store.studies()) or "none"
-        raise ModelFolderError(f"{name!r} is neither a folder nor STUDY/RUN in {store.root}; studies there: {known}")
-    key = find_run(store, study, run)
-    if store.run(study, key).state is not RunState.FINISHED:
-        raise ModelFolderError(f"{study}/{key} is {store.run(study, key).state}: only a finished run has a model")
-    if "file" in store.fs.protocol:
-        yield store.local_path(study, key, "model")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for file in FILES:
-            source = store.path(study, key, "model", file)
-            if store.fs.exists(source):
-                store.fs.get_file(source, str(Path(folder) / file))
-        yield Path(folder)
-
-
-def find_run(store: RunStore, study: str, name: str) -> str:
-    """The key of a run from its key, the beginning of its key, or its label.
-
-    Raises:
-        ModelFolderError: no run or several are called so; the message lists the study's runs.
-    """
-    views = list(store.runs(study))
-    found = [run.key for run in views if run.key == name] or [
-        run.key for run in views if run.key.startswith(name) or run.label == name
-    ]
-    if len(found) == 1:
-        return found[0]
-    listed = "\n".join(f"  {study}/{run.key}   {run.label} ({run.state})" for run in views)
-    how = "several runs match" if found else "no run is called"
-    raise ModelFolderError(f"{how} {name!r} in study {study}; there are:\n{listed}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from haltscale.model import METHODS, SIZES, LanguageModel, Method, ModelConfig, PassCounts, Shape
+from haltscale.model import METHODS, LanguageModel, Method, ModelConfig, PassCounts, Shape
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.ponder import PonderOptions
@@ -51,11 +51,11 @@ def cost(run: RunConfig, vocab_size: int) -> Cost:
         ValueError: the run has errors (:meth:`RunConfig.problems`).
     """
     options = _priced(run.options)
-    bound = _training_flops(run.method, run.size, options, run.context, vocab_size)
+    bound = _training_flops(run.method, run.shape, options, run.context, vocab_size)
     expected: float | None = bound
     if isinstance(options, Ponder2Options):  # draws its number of passes at every step
         drawn = [replace(options, jacobi_low=n, jacobi_high=n) for n in range(options.jacobi_low, options.jacobi_high)]
-        known = [_training_flops(run.method, run.size, o, run.context, vocab_size) for o in drawn]
+        known = [_training_flops(run.method, run.shape, o, run.context, vocab_size) for o in drawn]
         expected = float(np.mean([*known, bound]))
     elif _stand_in(run.method, options)[0] is not run.method:
         expected = None
@@ -93,7 +93,7 @@ def with_budget(run: RunConfig, budgets: Point, vocab_size: int) -> RunConfig:
             return replace(run, flops=float(value))
         tokens = tokens_for(value, run, vocab_size)
     else:
-        parameters = SIZES[run.size].parameters(vocab_size)
+        parameters = run.parameters(vocab_size)
         tokens = round(value * parameters / run.batch_tokens) * run.batch_tokens
     if tokens < run.batch_tokens:
         raise ConfigError([f"{name} {value:g} is less than one batch of {run.batch_tokens} tokens"], "run")
@@ -105,7 +105,7 @@ def memory_at_least(run: RunConfig, execution: ExecutionConfig, vocab_size: int)
 
     Activations come on top. The states are divided as the ZeRO stage says (arXiv 1910.02054, section 5).
     """
-    parameters = SIZES[run.size].parameters(vocab_size)
+    parameters = run.parameters(vocab_size)
     weights, gradients, optimizer = (4, 4, 8) if run.precision is Precision.FP32 else (2, 2, 12)
     number = weights
     stage, workers = execution.zero_stage, execution.workers
@@ -131,7 +131,8 @@ class Measured:
             if not record.get("tokens") or not record.get("identity"):
                 continue
             identity, tokens = record["identity"], record["tokens"]
-            size = (identity["method"], identity["size"], identity["context"])
+            start = identity.get("init_from", {}).get("sha256")
+            size = (identity["method"], identity["size"], start, identity["context"])
             if "flops_realised" in record:
                 of = (*size, digest(identity["options"]))
                 self._flops.setdefault(of, []).append(record["flops_realised"] / tokens)
@@ -140,13 +141,17 @@ class Measured:
 
     def flops_per_token(self, run: RunConfig) -> float | None:
         """Realised training FLOPs per token: the median of finished runs with the same options at the same size."""
-        found = self._flops.get((run.method, run.size, run.context, digest(run.options))) if self._flops else None
+        found = self._flops.get((*_kind(run), digest(run.options))) if self._flops else None
         return float(np.median(found)) if found else None
 
     def seconds(self, run: RunConfig, tokens: int | None) -> float | None:
         """Training time: at the median speed of finished runs of the same method and size, executed alike."""
-        found = self._seconds.get((run.method, run.size, run.context))
+        found = self._seconds.get(_kind(run))
         return float(np.median(found)) * tokens if found and tokens else None
+
+
+def _kind(run: RunConfig) -> tuple[Any, ...]:
+    return run.method, run.size, run.init_from and run.init_from.sha256, run.context
 
 
 def _hardware(execution: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -173,16 +178,16 @@ def _priced(options: Any) -> Any:
 
 
 @cache
-def _training_flops(method: Method, size: str, options: Any, context: int, vocab_size: int) -> float:
-    model = _weightless(method, size, options, vocab_size)
+def _training_flops(method: Method, shape: Shape, options: Any, context: int, vocab_size: int) -> float:
+    model = _weightless(method, shape, options, vocab_size)
     counts = _counts(*_stand_in(method, options), context)
     return model.flops(counts).training.realised / counts.tokens
 
 
 @cache
-def _weightless(method: Method, size: str, options: Any, vocab_size: int) -> LanguageModel:
+def _weightless(method: Method, shape: Shape, options: Any, vocab_size: int) -> LanguageModel:
     """A model that has shapes and no weights."""
-    config = ModelConfig(method=method, shape=SIZES[size], vocab_size=vocab_size, context=8, options=options)
+    config = ModelConfig(method=method, shape=shape, vocab_size=vocab_size, context=8, options=options)
     with torch.device("meta"), _Undrawn():
         return METHODS[method].model(config)
 

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from haltscale.model import SIZES
 from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError, RunConfig, apply_point, as_members
 from haltscale.platform.corpora.corpus import Corpus
+from haltscale.platform.corpora.tokenization import BytePairs
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import run_key
+from haltscale.platform.llama import InitialModel, tokenizer_digest
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 from haltscale.platform.sweeps import planning, report
 from haltscale.platform.sweeps.expansion import (
@@ -170,8 +171,20 @@ class Study:
                     f"size {size.size} needs at least {needed / 1e9:.1f} GB on each worker, the largest node offers"
                     f" {room / 1e9:.1f} GB: choose a smaller size, more workers with zero_stage 3, or larger nodes"
                 )
+        for start in {run.init_from for run in sound if run.init_from}:
+            found += [f"init_from {start.source}: {problem}" for problem in self._tokenizer_problems(start)]
         found += [f"{view.key}: {view.problem}" for view in (views or {}).values() if view.problem]
         return found
+
+    def _tokenizer_problems(self, start: InitialModel) -> list[str]:
+        """Whether the corpus is tokenised as the model that a run starts from reads it."""
+        tokenizer = self.corpus.tokenizer
+        advice = "name the model's own, tokenizer=Pretrained(name=...)"
+        if isinstance(tokenizer, BytePairs):
+            return [f"the corpus trains a tokenizer of its own: {advice}"]
+        if tokenizer.problems() or tokenizer_digest(tokenizer.json) == start.tokenizer_sha256:
+            return []
+        return [f"its tokenizer is not the corpus's, {tokenizer.name!r}: {advice}"]
 
     def identity(self, run: RunConfig) -> dict[str, Any]:
         """Everything that makes the run's key."""
@@ -221,7 +234,7 @@ class Study:
                     "state": str(state),
                     "method": str(run.method),
                     "size": run.size,
-                    "parameters": SIZES[run.size].parameters(self.vocab_size),
+                    "parameters": run.parameters(self.vocab_size),
                     "tokens": tokens,
                     "flops_expected": run.flops or (per_token * tokens if per_token and tokens else None),
                     "flops_bound": self.flops_bound(run),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from haltscale.model import LanguageModel
+from haltscale.platform import llama
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
 from haltscale.platform.training.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
@@ -170,16 +171,19 @@ def snapshot(engine: Any) -> Shard:
 def start(
     model: LanguageModel, run: RunConfig, execution: ExecutionConfig, checkpoints: Checkpoints
 ) -> tuple[Any, Progress]:
-    """An engine and how far it is: as the newest intact checkpoint says, else new.
+    """An engine and how far it is: as the newest intact checkpoint says, else at the start (``run.init_from``).
 
     Any number of ranks at any ZeRO stage can go on from a checkpoint of any other; by the same number at the same stage
     the run goes on to the last bit.
 
     Raises:
         CheckpointError: there are checkpoints, but none that can be read.
+        InitialModelError: the weights to start from are not there, or have changed.
     """
     saved, damage = checkpoints.newest()
     if saved is None:
+        if run.init_from:
+            llama.load_into(model, run.init_from)
         return build_engine(model, run, execution), Progress()
     saved.load_weights(model)
     engine = build_engine(model, run, execution)

@@ -46,6 +46,20 @@ def test_surprise_against_the_plain_formulas():
     assert correct.bool().tolist() == (log_p.argmax(1) == targets).tolist()
 
 
+def test_surprise_far_from_zero_and_where_nothing_is_uncertain():
+    """In float32, logits of a hundred: what is subtracted is large beside what is left."""
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    logits[0] = torch.full((50,), -torch.inf)
+    logits[0, 7] = 100.0
+    targets = logits.argmin(1)
+    targets[0] = 7
+    nll, entropy, confidence, _ = probing.surprise(logits, targets)
+    log_p = logits.double().log_softmax(1)
+    torch.testing.assert_close(nll.double(), F.nll_loss(log_p, targets, reduction="none"), atol=3e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p.clamp(min=-1e4)).sum(1), atol=3e-5, rtol=0)
+    assert (nll[0], entropy[0], confidence[0]) == (0, 0, 1)
+
+
 @pytest.mark.parametrize("mixture", list(Mixture))
 def test_after_every_step_against_really_stopping_there(ragged: Callable, text: Callable, mixture: Mixture):
     """One position at a time is told to stop after step k, all others go on as they did."""

@@ -18,13 +18,26 @@ from haltscale.model import METHODS, SIZES, Method
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import canonical_json, digest, encodable
+from haltscale.platform.llama import InitialModel
 
 BASE = RunConfig(method=Method.ADAPTIVE, options=METHODS[Method.ADAPTIVE].options())
+START = InitialModel(
+    source="/models/a",
+    sha256="0",
+    tokenizer_sha256="1",
+    shape=SIZES["0.6m"],
+    vocab_size=300,
+    context=64,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+)
 OTHER_RUN: dict[str, Any] = {
     "method": Method.SHUFFLED,
     "size": "1.8m",
     "options": replace(BASE.options, lam=0.7),  # type: ignore[type-var]
     "precision": Precision.FP32,
+    "init_from": START,
 }
 """Another value of the fields that are no numbers."""
 
@@ -58,6 +71,16 @@ def test_every_option_of_every_method_is_in_the_key(method, name):
     run = RunConfig(method=Method(method), options=options)
     changed = replace(run, options=replace(options, **{name: another(getattr(options, name))}))
     assert key(changed) != key(run)
+
+
+def test_a_start_is_in_the_key_and_no_start_is_not():
+    """Runs that start from random weights keep the keys that they had before there was a choice."""
+    assert "init_from" not in BASE.identity("corpus", "f00")
+    started = replace(BASE, init_from=START, size="imported")
+    others = [{"sha256": "2"}, {"tokenizer_sha256": "2"}, {"rope_theta": 5e5}, {"shape": SIZES["1.8m"]}]
+    runs = [started, *(replace(started, init_from=replace(START, **other)) for other in others)]
+    assert len({key(run) for run in runs}) == len(runs)
+    assert RunConfig.from_identity(json.loads(json.dumps(started.identity("corpus", "f00")))) == started
 
 
 def test_corpus_and_semantics_are_in_the_key(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from haltscale.model.generation import GenerationError
 from haltscale.platform import cli
+from haltscale.platform.evaluation.evaluating import Evaluation
 from haltscale.platform.inference.models import load_model
 from haltscale.platform.inference.writing import WrittenToken, legend, marked, write
 
@@ -79,6 +80,38 @@ def test_evaluate_a_folder_stores_nothing(store, finished, prepared, capsys):
     )
     assert list(printed) == ["held-out-tiny"]
     assert sorted(folder.iterdir()) == before
+
+
+def test_evaluate_several_models(store, run_folder, prepared, finished, tmp_path, capsys):
+    folder = finished(folder=tmp_path / "another")
+    arguments = ["--store", store.root, "--corpus", str(prepared), "--json"]
+    printed = json.loads(call(capsys, "evaluate", "quick/fin", str(folder), "quick/finished", *arguments))
+    assert list(printed) == ["quick/finished", str(folder)]
+    for name, results in printed.items():
+        alone = json.loads(call(capsys, "evaluate", name, *arguments))
+        assert timeless(alone) == timeless(results)
+
+
+def timeless(results: dict) -> dict:
+    return {name: {key: value for key, value in row.items() if key != "seconds"} for name, row in results.items()}
+
+
+def test_parts_of_an_evaluation_are_the_whole(run_folder, prepared, tmp_path):
+    tasks = (str(_task(tmp_path)),)
+    corpora = (str(prepared), str(prepared))
+    evaluation = Evaluation(
+        model=str(run_folder), store="", corpora=corpora, tasks=tasks, controls=True, dial=True, tokens=100
+    )
+    parts = [list(part.results()) for part in evaluation.parts()]
+    assert [len(part) for part in parts] == [1] * 5
+    whole = list(evaluation.results())
+    assert [name for [(name, _)] in parts] == [name for name, _ in whole]
+    assert [timeless_points(result) for [(_, result)] in parts] == [timeless_points(result) for _, result in whole]
+
+
+def timeless_points(result: dict) -> dict:
+    points = {"points": list(timeless(dict(enumerate(result["points"]))).values())} if "points" in result else {}
+    return {name: value for name, value in (result | points).items() if name != "seconds"}
 
 
 def test_what_evaluate_refuses(store, run_folder, prepared, finished, tmp_path):

@@ -1,11 +1,13 @@
 """A run's telemetry from a prepared corpus to the store, and the finished model back from it."""
 
+import gc
 import json
 import tracemalloc
 
 import duckdb
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from haltscale.model import AdaptiveOptions, Method, build_model
@@ -15,11 +17,12 @@ from haltscale.platform.corpora.preparing import prepare
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Pretrained
 from haltscale.platform.evaluation import telemetry
-from haltscale.platform.evaluation.evaluating import held_out, open_corpus, own_corpus
+from haltscale.platform.evaluation.evaluating import held_out, open_corpus
 from haltscale.platform.evaluation.held_out import Tally, read_documents, read_events
 from haltscale.platform.evaluation.telemetry import EVENT_COLUMNS, EventsFile, EventsWriter, Quantiles
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
-from haltscale.platform.inference.models import load_model, model_folder
+from haltscale.platform.inference.finding import find_model, model_folder, own_corpus
+from haltscale.platform.inference.models import load_model
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training.finishing import evaluate_run, finish
 from haltscale.platform.training.loop import Progress
@@ -79,7 +82,7 @@ def test_a_finished_run_is_evaluated_by_its_name(prepared, model, store):
     recorder.begin(0, 0.0)
     finish(model, model.state_dict(), prepared, RUN, Progress(step=1, tokens=64, seconds=1.0), recorder, {"key": "key"})
     record = store.run("study", "key").record
-    with model_folder("study/key", store) as folder:
+    with model_folder(find_model("study/key", store), store) as folder:
         assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
         loaded = load_model(folder)
         corpus = open_corpus(own_corpus(store, "study", "key"), loaded)
@@ -96,8 +99,9 @@ def long_text(tokens: int):
         yield HeldOutDocument(name=str(index), bytes=1, tokens=stream.integers(0, 260, 513))
 
 
-def written(model, tmp_path, tokens: int) -> tuple[EventsFile, int]:
-    """Events of a text of so many tokens, and the most memory that Python and numpy held while they were written."""
+def written(model, tmp_path, tokens: int) -> tuple[EventsFile, int, int]:
+    """Events of a text of so many tokens, the most memory that Python and numpy held while they were written, and what
+    PyTorch's tensors held at the end of the text."""
     kinds = TokenKinds(frequency=np.zeros(260, dtype=np.uint8), look=np.zeros(260, dtype=np.int8))
     path = tmp_path / f"{tokens}.parquet"
     tracemalloc.start()
@@ -107,20 +111,22 @@ def written(model, tmp_path, tokens: int) -> tuple[EventsFile, int]:
         tally.add(events)
         quantiles.add(events.nll)
         writer.add(events)
+    held = sum(one.nbytes for one in gc.get_objects() if isinstance(one, torch.Tensor))
     writer.close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert tally.tokens == tokens
-    return EventsFile(path=path), peak
+    return EventsFile(path=path), peak, held
 
 
 def test_memory_stays_flat_and_tokens_are_small(finished, tmp_path, monkeypatch):
     model = load_model(finished()).model
     monkeypatch.setattr(telemetry, "ROW_GROUP", 2048)
     written(model, tmp_path, 2048)  # whatever is imported and cached at first use
-    _, short = written(model, tmp_path, 8192)
-    file, long = written(model, tmp_path, 32768)
+    _, short, tensors = written(model, tmp_path, 8192)
+    file, long, tensors_later = written(model, tmp_path, 32768)
     assert long < short * 1.2
+    assert tensors_later <= tensors
     assert file.path.stat().st_size / 32768 <= 40
 
 

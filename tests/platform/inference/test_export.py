@@ -120,6 +120,48 @@ def test_padding_stands_on_the_right(finished, tmp_path):
         model(both["input_ids"], attention_mask=both["attention_mask"].flip(1))
 
 
+@pytest.mark.parametrize("method", [m for m in Method if m is not Method.VANILLA])
+def test_generate_reads_every_token_once(finished, tmp_path, method, monkeypatch):
+    """With its cache, an exported model of any method writes what the original writes; and what it writes without,
+    where decoding does what the parallel pass does."""
+    loaded = load_model(finished(method))
+    folder = export(loaded, tmp_path / str(method))
+    there = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    [prompt, other] = (loaded.tokenizer.encode(text).ids for text in ("In the beginning", "It is no use at "))
+    both = torch.tensor([[0, *prompt], [0, *other]])
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(both)}
+    whole = there.generate(both, **settings, use_cache=False)
+    read: list[int] = []
+    step = there.inner.decode_step
+    monkeypatch.setattr(
+        there.inner, "decode_step", lambda tokens, state: read.append(len(tokens)) or step(tokens, state)
+    )
+    monkeypatch.setattr(there.inner, "forward", lambda *_, **__: pytest.fail("a text was read again"))
+    cached = there.generate(both, **settings)
+    assert read == [2] * (both.shape[1] + 11)
+    if method not in (Method.PONDER, Method.PONDER2, Method.MOR, Method.ADAPONDER):
+        assert cached.tolist() == whole.tolist()
+    own = [list(write(loaded, [text], new_tokens=12)) for text in ("In the beginning", "It is no use at ")]
+    for row, tokens in zip(cached[:, both.shape[1] :].tolist(), own, strict=True):
+        assert row[: len(tokens)] == [token.token_id for token in tokens]
+
+
+def test_drawing_and_beams_with_the_cache(finished, tmp_path):
+    folder = export(load_model(finished()), tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    prompt = torch.tensor([[0, 5, 6, 7]])
+
+    def drawn(seed: int, **settings) -> list[int]:
+        torch.manual_seed(seed)
+        return model.generate(prompt, max_new_tokens=10, do_sample=True, temperature=2.0, **settings)[0].tolist()
+
+    assert drawn(1) == drawn(1, use_cache=False) != drawn(2)
+    beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, **beams, use_cache=False))
+    with pytest.raises(ValueError, match="texts of one length"):
+        model.generate(prompt, attention_mask=torch.tensor([[1, 1, 1, 0]]), max_new_tokens=2)
+
+
 def test_a_tied_vanilla_model_becomes_an_untied_llama(finished, tmp_path):
     from dataclasses import replace
 

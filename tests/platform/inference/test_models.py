@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from haltscale.model import METHODS, AdaptiveOptions, Method, ModelConfig, Shape, build_model
-from haltscale.platform.inference.models import ModelFolderError, find_run, load_model, model_folder
+from haltscale.platform.inference.models import ModelFolderError, load_model
 
 
 def tokenizer(size: int, *, end: str = "<|endoftext|>") -> Tokenizer:
@@ -133,38 +133,3 @@ def test_a_folder_that_is_none(tmp_path, folder):
         load_model(tmp_path / "nothing")
     with pytest.raises(ModelFolderError, match=r"did you mean .*model"):
         load_model(folder.parent)
-
-
-def test_runs_by_name(store, author):
-    author.every_state()
-    author.spec("quick", "finished-2", "vanilla again")
-    save(model_of(), Path(store.path("quick", "finished", "model")))
-    for name in ("quick/finished", "quick/vanilla finished"):
-        with model_folder(name, store) as found:
-            assert found == Path(store.path("quick", "finished", "model"))
-    assert find_run(store, "quick", "runn") == "running"
-    with pytest.raises(ModelFolderError, match="several runs match 'fi'") as refused:
-        find_run(store, "quick", "fi")
-    assert "quick/finished-2   vanilla again (planned)" in str(refused.value)
-    for name, said in (
-        ("quick/running", "running: only a finished run"),
-        ("quick/nothing", "no run is called 'nothing'"),
-        ("slow/finished", "studies there: quick"),
-        ("nothing", "neither a folder nor STUDY/RUN"),
-    ):
-        with pytest.raises(ModelFolderError, match=said), model_folder(name, store):
-            pass
-
-
-def test_a_model_on_another_filesystem_is_copied(folder):
-    from haltscale.platform.store import RunStore
-
-    store = RunStore("memory://models")
-    store.write_json(store.path("s", None, "study.json"), {"name": "s", "runs": ["k"]})
-    store.write_json(store.path("s", "k", "record.json"), {"loss": 1.0})
-    for file in folder.iterdir():
-        store.put_file(file, store.path("s", "k", "model", file.name))
-    with model_folder("s/k", store) as copied:
-        loaded = load_model(copied)
-    assert not copied.exists()
-    assert torch.equal(loaded.model.embedding.weight, load_model(folder).model.embedding.weight)

@@ -1,0 +1,213 @@
+"""The completion server over HTTP, against what the model writes."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import pytest
+
+from haltscale.model.generation import Sampling
+from haltscale.platform.inference.models import load_model
+from haltscale.platform.inference.serving import Completion, Server, listening, pieces
+from haltscale.platform.inference.writing import WrittenToken, write
+
+
+@pytest.fixture
+def loaded(finished):
+    return load_model(finished())
+
+
+@pytest.fixture
+def address(loaded) -> Iterator[str]:
+    """A running server; a connection that comes before it is ready waits on its socket."""
+    with listening(Server(loaded, "quick/run"), port=0) as (address, runner, place):
+        thread = threading.Thread(target=runner.run, kwargs={"sockets": [place]})
+        thread.start()
+        yield address
+        runner.should_exit = True
+        thread.join()
+
+
+def ask(address: str, path: str, body: object = None, *, host: str | None = None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    headers = {"Host": host} if host else {}
+    text = body if isinstance(body, str) else json.dumps(body)
+    connection.request("GET" if body is None else "POST", path, None if body is None else text, headers)
+    answer = connection.getresponse()
+    found = answer.status, answer.read().decode()
+    connection.close()
+    return found
+
+
+def complete(address: str, **body) -> dict:
+    status, text = ask(address, "/v1/completions", body)
+    assert status == 200, text
+    return json.loads(text)
+
+
+def own(loaded, prompt: str, tokens: int, sampling: Sampling | None = None) -> list[WrittenToken]:
+    return list(write(loaded, [prompt], new_tokens=tokens, sampling=sampling or Sampling()))
+
+
+def test_completions_are_what_the_model_writes(address, loaded):
+    prompts = ["Once upon", "A longer text"]
+    found = complete(address, model="quick/run", prompt=prompts, max_tokens=12, temperature=0)
+    assert found["object"] == "text_completion"
+    expected = [own(loaded, prompt, 12) for prompt in prompts]
+    for choice, tokens in zip(found["choices"], expected, strict=True):
+        assert choice["text"] == "".join(token.text for token in tokens)
+        assert choice["latent_steps"] == [token.steps for token in tokens]
+        ended = tokens[-1].token_id == loaded.end_of_text
+        assert choice["finish_reason"] == ("stop" if ended else "length")
+    count = sum(map(len, expected))
+    read = 2 + sum(len(prompt) for prompt in prompts)  # of bytes, and end-of-text before each
+    assert found["usage"] == {
+        "prompt_tokens": read,
+        "completion_tokens": count,
+        "total_tokens": read + count,
+        "latent_steps": sum(token.steps for tokens in expected for token in tokens),
+    }
+    assert found["usage"]["latent_steps"] > 0
+
+
+def test_drawing_is_seeded(address, loaded):
+    settings = {"prompt": "Once", "max_tokens": 10, "temperature": 2.0, "top_p": 0.9}
+    one, again, other = (complete(address, **settings, seed=seed)["choices"][0]["text"] for seed in (1, 1, 2))
+    assert one == again != other
+    sampling = Sampling(temperature=2.0, top_p=0.9, seed=1)
+    assert one == "".join(token.text for token in own(loaded, "Once", 10, sampling))
+    assert len({complete(address, **settings)["choices"][0]["text"] for _ in range(4)}) > 1, "without a seed, any"
+
+
+def test_a_stream_adds_up_to_the_whole(address):
+    settings = {"prompt": ["Once upon", "It was"], "max_tokens": 9, "temperature": 0}
+    whole = complete(address, **settings)
+    status, text = ask(
+        address, "/v1/completions", {**settings, "stream": True, "stream_options": {"include_usage": True}}
+    )
+    assert status == 200
+    events = re.findall(r"data: (.*)\n\n", text)
+    assert events.pop() == "[DONE]"
+    *chunks, last = map(json.loads, events)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert len(chunks) == whole["usage"]["completion_tokens"]
+    for choice in whole["choices"]:
+        mine = [one for chunk in chunks for one in chunk["choices"] if one["index"] == choice["index"]]
+        assert "".join(one["text"] for one in mine) == choice["text"]
+        assert [step for one in mine for step in one["latent_steps"]] == choice["latent_steps"]
+        assert [one["finish_reason"] for one in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+    assert ask(address, "/v1/completions", {**settings, "stream": True})[1].count("usage") == 0
+
+
+def test_a_stop_is_left_out(address):
+    settings = {"prompt": "Once upon", "max_tokens": 12, "temperature": 0}
+    text = complete(address, **settings)["choices"][0]["text"]
+    stop = text[5:7]
+    [choice] = complete(address, **settings, stop=["never", stop])["choices"]
+    assert choice["text"] == text[: text.index(stop)]
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["latent_steps"]) < 12
+
+
+def written(*texts: tuple[int, str]) -> Iterator[WrittenToken]:
+    for prompt, text in texts:
+        yield WrittenToken(prompt=prompt, token_id=1, text=text, steps=1, nll=0.0)
+
+
+def test_what_may_be_the_beginning_of_a_stop_is_held_back():
+    request = SimpleNamespace(prompts=["", ""], stop=["abc"], new_tokens=5)
+    tokens = written((0, "x"), (1, "a"), (0, "a"), (1, "b"), (0, "b"), (1, "d"), (0, "cz"), (1, "ab"), (1, ""))
+    found = [(one.choice, one.text, one.finish) for one in pieces(tokens, request, end_of_text=0)]
+    assert found == [
+        (0, "x", None), (1, "", None), (0, "", None), (1, "", None), (0, "", None), (1, "abd", None),
+        (0, "", "stop"), (1, "", None), (1, "ab", "length"),
+    ]  # fmt: skip
+
+
+def test_no_more_is_written_than_is_asked_for():
+    """When all have met their stops, the model is not asked for another token."""
+
+    def tokens() -> Iterator[WrittenToken]:
+        yield from written((0, "end"))
+        pytest.fail("another token was written")
+
+    request = SimpleNamespace(prompts=[""], stop=["end"], new_tokens=5)
+    assert [one.finish for one in pieces(tokens(), request, end_of_text=0)] == ["stop"]
+
+
+def test_the_model_that_is_there(address):
+    status, text = ask(address, "/v1/models")
+    assert status == 200
+    assert [one["id"] for one in json.loads(text)["data"]] == ["quick/run"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"prompt": ""}, 400, "prompt 0 is empty"),
+        ({"prompt": "x" * 64}, 400, "more than the model's context of 64"),
+        ({"prompt": "x", "max_tokens": 64}, 400, "room for"),
+        ({"prompt": "x", "max_tokens": 0}, 400, "new_tokens"),
+        ({"prompt": "x", "max_tokens": "many"}, 400, "new_tokens"),
+        ({"max_tokens": 3}, 400, "prompt must be"),
+        ({"prompt": [[1, 2]]}, 400, "prompt must be"),
+        ({"prompt": "x", "temperature": -1, "top_p": 2}, 400, "top_p"),
+        ({"prompt": "x", "stop": 3}, 400, "stop must be"),
+        ({"prompt": "x", "n": 2, "echo": True}, 400, "echo = True is not supported"),
+        ({"prompt": "x", "temprature": 0}, 400, "temprature is not known"),
+        ({"prompt": "x", "model": "gpt-4"}, 404, "there is: quick/run"),
+        ([], 400, "must be a JSON object"),
+        ("{", 400, "Expecting property name"),
+    ],
+)
+def test_what_is_refused(address, body, status, said):
+    found, text = ask(address, "/v1/completions", body)
+    assert found == status, text
+    error = json.loads(text)["error"]
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    with pytest.raises(ValueError, match=r"best_of.*\n.*prompt must(.|\n)*temperature"):
+        Completion.parse({"best_of": 2, "temperature": 1000})
+
+
+def test_other_names_of_this_machine_are_not_answered(address):
+    assert ask(address, "/v1/models", host="evil.example")[0] == 400
+    assert ask(address, "/v1/models", host="localhost")[0] == 200
+
+
+def test_the_verb(finished, tmp_path):
+    """A process of its own: says where it is, answers there, on loopback alone, and ends by Ctrl-C."""
+    arguments = ["-m", "haltscale.platform.cli", "serve", str(finished()), "--port", "0", "--store", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        line = run.stdout.readline()
+        [address] = re.findall(r"http://127\.0\.0\.1:\d+", line)
+        assert complete(address, prompt="Once", max_tokens=2)["usage"]["completion_tokens"] > 0
+        port = urlsplit(address).port
+        assert port
+        with pytest.raises(OSError), socket.create_connection((_outer_address(), port), timeout=5):  # noqa: PT011
+            pass
+        taken = subprocess.run(
+            [sys.executable, *arguments[:-4], "--port", str(port)], capture_output=True, text=True, check=False
+        )
+        assert "name another one with --port" in taken.stderr
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=30)
+
+
+def _outer_address() -> str:
+    """Another address of this machine; on Linux all of 127/8 is one, and no server on 127.0.0.1 answers there."""
+    return "127.0.0.2"
