@@ -18,7 +18,7 @@ from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training.loop import Progress
 
-from jobs import command_line, run, submit
+from jobs import command_line, environment, run, submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -44,13 +44,6 @@ Study(
 
 def training_workers() -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process)]
-
-
-def environment_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.environ().values())
-    except psutil.Error:  # it has gone
-        return ""
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
@@ -212,7 +205,7 @@ def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> Non
     assert submitted
     while not all(client.get_job_status(job).is_terminal() for job in submitted):  # a status follows the output
         time.sleep(0.1)
-    assert not [process.pid for process in training_workers() if head.temp_dir in environment_of(process)]
+    assert not [process.pid for process in training_workers() if head.temp_dir in environment(process)]
 
 
 @pytest.mark.slow
