@@ -55,7 +55,7 @@ class RunRecorder:
         if not self.enabled:
             return
         self.store.append_lines(self._path("metrics.jsonl"), [row])
-        told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second")}
+        told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second", "mfu")}
         told |= {"loss": row["cross_entropy"], "events": list(events)}
         self._status(RunState.RUNNING, step=row["step"], share=share, **told)
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training.loop import Progress
 
 from jobs import command_line, environment, run, submit
+from looping import timeless
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -143,6 +145,41 @@ def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_p
     assert view.state is RunState.FINISHED
     assert steps == sorted(set(steps))
     assert steps[-1] == 48
+
+
+@pytest.mark.slow
+def test_a_budget_in_flops_ends_a_run(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    """How many steps it buys is open when the run is submitted; a worker that dies meanwhile changes nothing."""
+    budget, rows, records = 1.5e11, [], []
+    script = tmp_path / "toy_flops.py"
+    text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-flops",\n    q')
+    text = text.replace('grid(method="vanilla") + ', "").replace("log_every_seconds=0.1", "log_every_seconds=0.0")
+    script.write_text(text)
+    for name in ("alone", "killed"):
+        store = RunStore(tmp_path / name)
+
+        def logged(store: RunStore = store) -> list[dict[str, Any]]:
+            keys = store.present("toy-flops") if "toy-flops" in store.studies() else []
+            return [row for key in keys for row in store.read_lines(store.path("toy-flops", key, "metrics.jsonl"))]
+
+        options = ["--store", store.root, "--set", f"flops={budget}", "--set", "precision=fp32"]
+        job = submit(head, "python", str(script), *options)
+        if name == "killed":
+            wait_for(lambda logged=logged: any(row["flops_realised"] > budget / 2 for row in logged()), job)
+            for process in training_workers():
+                process.send_signal(signal.SIGKILL)
+        output, _ = job.communicate()
+        assert job.returncode == 0, output
+        (view,) = store.runs("toy-flops")
+        rows.append(timeless(logged()))
+        records.append(view.record)
+    alone, killed = records
+    assert rows[0] == rows[1], "to the last bit"
+    assert [row["flops_realised"] >= budget for row in rows[0]] == [False] * (len(rows[0]) - 1) + [True]
+    for record in records:
+        assert record["flops_overshoot"] == record["flops_realised"] - budget >= 0
+        assert record["steps"] == rows[0][-1]["step"]
+    assert (len(alone["attempts"]), len(killed["attempts"])) == (1, 2)
 
 
 def test_all_errors_at_once_and_nothing_starts(head: cluster.Head, tmp_path: Path) -> None:
