@@ -179,7 +179,7 @@ def up(*, cpus: int | None = None, temp_dir: str | None = None) -> Head:
         "--disable-usage-stats",
     ]
     # fmt: on
-    arguments += [f"--num-cpus={cpus}"] if cpus else []
+    arguments += [f"--num-cpus={cpus}"] if cpus is not None else []
     arguments += [f"--temp-dir={temp_dir}"] if temp_dir else []
     _ray(*arguments)
     head = Head(dashboard=f"http://{LOOPBACK}:{dashboard}", gcs=f"{LOOPBACK}:{gcs}", temp_dir=temp_dir or "/tmp/ray")

@@ -29,11 +29,12 @@ class RunRecorder:
     def _path(self, name: str) -> str:
         return self.store.path(self.study, self.key, name)
 
-    def begin(self, step: int, share: float) -> None:
+    def begin(self, step: int, share: float, *, nodes: Sequence[str] = ()) -> None:
         """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped.
 
         Args:
             share: of the budget that is spent.
+            nodes: where each rank runs.
         """
         if not self.enabled:
             return
@@ -41,6 +42,7 @@ class RunRecorder:
         # The evaluation of this very step may have been cut off: the loop makes it again.
         self.store.truncate_lines(self._path("evaluations.jsonl"), after_step=step - 1)
         self._began = (time.time(), share)
+        self.store.append_lines(self._path("attempts.jsonl"), [{"step": step, "nodes": [*nodes], "time": time.time()}])
         self._status(RunState.RUNNING, step=step, share=share)
 
     def log(self, row: Mapping[str, Any], share: float, *, events: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -53,7 +55,7 @@ class RunRecorder:
         if not self.enabled:
             return
         self.store.append_lines(self._path("metrics.jsonl"), [row])
-        told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second")}
+        told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second", "mfu")}
         told |= {"loss": row["cross_entropy"], "events": list(events)}
         self._status(RunState.RUNNING, step=row["step"], share=share, **told)
 
@@ -89,7 +91,8 @@ class RunRecorder:
         """The result; the last thing that a run writes."""
         if self.enabled:
             self._status(RunState.FINISHED, step=record["steps"], share=1.0)
-            self.store.write_json(self._path("record.json"), record)
+            attempts = self.store.read_lines(self._path("attempts.jsonl"))
+            self.store.write_json(self._path("record.json"), {**record, "attempts": attempts})
 
     def fail(self, error: str) -> None:
         """The run ended without a result."""

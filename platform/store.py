@@ -5,6 +5,7 @@
         <run_key>/
             spec.json              what the run is: identity (makes the key) and execution (does not)
             status.json            how it is going: state, step, time left, heartbeat, error
+            attempts.jsonl         one line each time the run starts or goes on: after which step, on which nodes
             metrics.jsonl          one line per logged training step
             evaluations.jsonl      one line per evaluation on held-out documents
             halting/probe-<step>.parquet   every token of the probe text, one file per evaluation

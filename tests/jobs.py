@@ -45,6 +45,20 @@ def run(head: cluster.Head, *entrypoint: str, working_dir: str | None = None) ->
     return job.returncode, output
 
 
+def environment(process: psutil.Process) -> str:
+    """The values of a process's environment; empty where it has gone or is not ours to read."""
+    try:
+        return " ".join(process.environ().values())
+    except psutil.Error:
+        return ""
+
+
+def of_head(temp_dir: str) -> list[psutil.Process]:
+    """The processes of a head, and all that they started."""
+    mine = [p for p in psutil.process_iter() if temp_dir in command_line(p) or temp_dir in environment(p)]
+    return [p for p in mine if p.status() != psutil.STATUS_ZOMBIE and "pytest" not in command_line(p)]
+
+
 def command_line(process: psutil.Process) -> str:
     """A process's command line; empty where it has gone or is not ours to read."""
     try:

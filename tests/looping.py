@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,8 +44,8 @@ class Batch:
 
 
 def batches(run: RunConfig, first: int = 0, *, seed: int = 0) -> Iterator[Batch]:
-    """Each step's own random batch, whichever step one begins at."""
-    for step in range(first, run.steps):
+    """Each step's own random batch, whichever step one begins at; without end where the budget is in FLOPs."""
+    for step in range(first, run.steps) if run.steps is not None else itertools.count(first):
         stream = np.random.default_rng([seed, step])
         shape = (run.batch_sequences, run.context + 1)
         yield Batch(step, np.arange(shape[0]) + step * shape[0], stream.integers(0, VOCABULARY, shape))
@@ -96,7 +97,7 @@ def go(
     return progress, listener
 
 
-CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "time")
+CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "time")
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -70,6 +70,8 @@ def _bar(run: RunView) -> str:
     for name, unit in (("tokens_per_second", " tokens/s"), ("flops_per_second", "FLOP/s")):
         if status.get(name):
             parts.append(f"{_short(status[name])}{unit}")
+    if status.get("mfu"):
+        parts.append(f"{status['mfu']:.0%} MFU")
     if status.get("seconds_left") is not None:
         parts.append(f"{clock(status['seconds_left'])} left")
     if status.get("events"):

@@ -28,6 +28,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer output prints b
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from haltscale.platform.corpora import ray_data  # noqa: E402
 from haltscale.platform.recorder import RunRecorder  # noqa: E402
@@ -132,10 +133,14 @@ def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving 
         run_config=tune.RunConfig(
             name=f"{specs[0].study}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(haltscale_home() / "tune"),
+            # A trial records its own failures; what Tune sees fail is the death of a trial's driver, or of its node.
+            failure_config=tune.FailureConfig(max_failures=specs[0].execution["max_failures"]),
             verbose=0,
         ),
     )
-    tuner.fit()
+    for result in tuner.fit():
+        if result.error:
+            _record_failure(ray_train.RunSpec(**result.config["spec"]), result.error)
 
 
 def _trial_name(trial: Any) -> str:
@@ -148,7 +153,11 @@ def _trial(config: dict[str, Any]) -> None:
     try:
         ray_train.fit(spec, callbacks=[TuneReportCallback()])
     except Exception as error:
-        RunRecorder(RunStore(spec.store), spec.study, spec.key, steps=0).fail(_first_line(error))
+        _record_failure(spec, error)
+
+
+def _record_failure(spec: ray_train.RunSpec, error: BaseException) -> None:
+    RunRecorder(RunStore(spec.store), spec.study, spec.key, steps=0).fail(_first_line(error))
 
 
 def _first_line(error: BaseException) -> str:
@@ -199,7 +208,9 @@ def held(study: str) -> Iterator[None]:
     name = f"study-{study}"
     who = f"job {ray.get_runtime_context().get_job_id()} since {time.strftime('%H:%M:%S')}"
     try:
-        holder = ray.remote(num_cpus=0)(_Holder).options(name=name, namespace=NAMESPACE).remote(who)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"name": name, "namespace": NAMESPACE, "scheduling_strategy": here}  # no other node's death frees it
+        holder = ray.remote(num_cpus=0)(_Holder).options(**options).remote(who)
         ray.get(holder.name.remote())
     except ValueError:
         try:

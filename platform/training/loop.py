@@ -21,6 +21,7 @@ from haltscale.model import Flops, LanguageModel, PassCounts
 from haltscale.model.language_model import IGNORE_INDEX
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.training.peak import peak_flops
 from haltscale.platform.training.schedule import Spent, evenly, is_over, learning_rate, reached
 from haltscale.platform.training.trouble import Watch
 
@@ -143,9 +144,12 @@ def train(
         TrainingDivergedError: see :class:`haltscale.platform.training.trouble.Watch`.
         ValueError: a batch is not the one that is due.
     """
-    device = next(engine.module.parameters()).device
+    parameter = next(engine.module.parameters())
+    device = parameter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    peak = peak_flops(name, parameter.dtype)
     _, micro_batches = execution.accumulation(run.batch_sequences)
-    window, watch = MetricsWindow(progress), Watch(engine.module, execution)
+    window, watch = MetricsWindow(progress, peak and peak * world), Watch(engine.module, execution)
     noticed = False
 
     def is_due(shares: Iterable[float]) -> bool:
@@ -321,12 +325,17 @@ def _means(output: Any) -> torch.Tensor:
 class MetricsWindow:
     """Means of the steps since the last logged row."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, peak: float | None = None) -> None:
+        """
+        Args:
+            peak: FLOP/s of all ranks' devices together, where they are known.
+        """
+        self._peak = peak
         self._clear(progress)
 
     def _clear(self, progress: Progress) -> None:
         self._from_tokens, self._from_seconds = progress.tokens, progress.seconds
-        self._from_flops = progress.flops_executed
+        self._from_executed, self._from_realised = progress.flops_executed, progress.flops_realised
         self._steps: list[StepTotals] = []
         self._began = time.perf_counter()
 
@@ -343,7 +352,8 @@ class MetricsWindow:
         loss, cross_entropy, penalty, expected = np.mean([step.means for step in self._steps], axis=0).tolist()
         histogram = np.sum([step.histogram for step in self._steps], axis=0)
         histogram = histogram / histogram.sum()
-        seconds = progress.seconds - self._from_seconds
+        seconds = max(progress.seconds - self._from_seconds, 1e-9)
+        realised = (progress.flops_realised - self._from_realised) / seconds
         row = {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -359,8 +369,9 @@ class MetricsWindow:
             "flops_realised": progress.flops_realised,
             "flops_executed": progress.flops_executed,
             "flops_paper": progress.flops_paper,
-            "flops_per_second": (progress.flops_executed - self._from_flops) / max(seconds, 1e-9),
-            "tokens_per_second": (progress.tokens - self._from_tokens) / max(seconds, 1e-9),
+            "flops_per_second": (progress.flops_executed - self._from_executed) / seconds,
+            **({"mfu": realised / self._peak} if self._peak else {}),
+            "tokens_per_second": (progress.tokens - self._from_tokens) / seconds,
             "seconds": progress.seconds,
             "time": time.time(),
         }

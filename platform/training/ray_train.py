@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
+import torch.distributed
 from ray.train.torch import TorchTrainer
 
 from haltscale.model import build_model
@@ -96,6 +98,13 @@ def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
     trainer.fit()
 
 
+def _nodes(world: int) -> list[str]:
+    """The Ray node of each rank."""
+    nodes = [""] * world
+    torch.distributed.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return nodes
+
+
 def train_worker(config: Mapping[str, Any]) -> None:
     """What every worker of a run does."""
     spec = RunSpec(**config)
@@ -113,7 +122,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
     engine, progress = start(model, run, execution, checkpoints)
     recorder = RunRecorder(store, spec.study, spec.key, steps=run.steps, enabled=rank == 0)
-    recorder.begin(progress.step, share(run, progress.spent))
+    recorder.begin(progress.step, share(run, progress.spent), nodes=_nodes(world))
     is_preempted = False
 
     def prune(progress: Progress) -> None:

@@ -39,7 +39,7 @@ def table():
 def test_the_life_of_a_run(any_store):
     assert any_store.run("study", "key").state is RunState.PLANNED
     run = recorder(any_store)
-    run.begin(0, 0)
+    run.begin(0, 0, nodes=["a node"])
     assert any_store.run("study", "key").state is RunState.RUNNING
     for step in (1, 2):
         run.log({"step": step, **ROW}, step / 20)
@@ -54,6 +54,7 @@ def test_the_life_of_a_run(any_store):
     assert view.state is RunState.FINISHED
     assert view.record["loss"] == 4.0
     assert view.status["step"] == 10
+    assert [(attempt["step"], attempt["nodes"]) for attempt in view.record["attempts"]] == [(0, ["a node"])]
     assert any_store.metrics("study", "key")["step"].tolist() == [1, 2]
     assert any_store.evaluations("study", "key")["loss"].tolist() == [4.1]
     assert any_store.probe_steps("study", "key") == [2]

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +19,8 @@ from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training.loop import Progress
 
-from jobs import command_line, run, submit
+from jobs import command_line, environment, run, submit
+from looping import timeless
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -44,13 +46,6 @@ Study(
 
 def training_workers() -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process)]
-
-
-def environment_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.environ().values())
-    except psutil.Error:  # it has gone
-        return ""
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
@@ -152,6 +147,41 @@ def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_p
     assert steps[-1] == 48
 
 
+@pytest.mark.slow
+def test_a_budget_in_flops_ends_a_run(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    """How many steps it buys is open when the run is submitted; a worker that dies meanwhile changes nothing."""
+    budget, rows, records = 1.5e11, [], []
+    script = tmp_path / "toy_flops.py"
+    text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-flops",\n    q')
+    text = text.replace('grid(method="vanilla") + ', "").replace("log_every_seconds=0.1", "log_every_seconds=0.0")
+    script.write_text(text)
+    for name in ("alone", "killed"):
+        store = RunStore(tmp_path / name)
+
+        def logged(store: RunStore = store) -> list[dict[str, Any]]:
+            keys = store.present("toy-flops") if "toy-flops" in store.studies() else []
+            return [row for key in keys for row in store.read_lines(store.path("toy-flops", key, "metrics.jsonl"))]
+
+        options = ["--store", store.root, "--set", f"flops={budget}", "--set", "precision=fp32"]
+        job = submit(head, "python", str(script), *options)
+        if name == "killed":
+            wait_for(lambda logged=logged: any(row["flops_realised"] > budget / 2 for row in logged()), job)
+            for process in training_workers():
+                process.send_signal(signal.SIGKILL)
+        output, _ = job.communicate()
+        assert job.returncode == 0, output
+        (view,) = store.runs("toy-flops")
+        rows.append(timeless(logged()))
+        records.append(view.record)
+    alone, killed = records
+    assert rows[0] == rows[1], "to the last bit"
+    assert [row["flops_realised"] >= budget for row in rows[0]] == [False] * (len(rows[0]) - 1) + [True]
+    for record in records:
+        assert record["flops_overshoot"] == record["flops_realised"] - budget >= 0
+        assert record["steps"] == rows[0][-1]["step"]
+    assert (len(alone["attempts"]), len(killed["attempts"])) == (1, 2)
+
+
 def test_all_errors_at_once_and_nothing_starts(head: cluster.Head, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     script = tmp_path / "bad.py"
@@ -212,7 +242,7 @@ def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> Non
     assert submitted
     while not all(client.get_job_status(job).is_terminal() for job in submitted):  # a status follows the output
         time.sleep(0.1)
-    assert not [process.pid for process in training_workers() if head.temp_dir in environment_of(process)]
+    assert not [process.pid for process in training_workers() if head.temp_dir in environment(process)]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 from haltscale.platform import cluster
 from haltscale.platform.store import RunState, RunStore
 
-from jobs import command_line, submit
+from jobs import command_line, of_head, submit
 from looping import CLOCK
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -66,19 +66,6 @@ def script(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
-
-
-def of_head(temp_dir: str) -> list[psutil.Process]:
-    """The processes of a head and all that they started."""
-    mine = [p for p in psutil.process_iter() if temp_dir in command_line(p) or temp_dir in environment(p)]
-    return [p for p in mine if p.status() != psutil.STATUS_ZOMBIE and "pytest" not in command_line(p)]
-
-
-def environment(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.environ().values())
-    except psutil.Error:
-        return ""
 
 
 def workers(temp_dir: str) -> list[psutil.Process]:

@@ -79,6 +79,8 @@ def test_a_run_shows_its_speed_its_time_left_and_what_went_wrong(sweep, author):
         "  █████████░ the dear one: 9/10 loss 5.00 | 12.3 k tokens/s | 6.54 GFLOP/s | 1:15 left"
         " | ! the loss exploded to 60.0"
     )
+    author.status("study", "dear", "running", step=9, steps=10, loss=5.0, **speed, mfu=0.314)
+    assert "| 6.54 GFLOP/s | 31% MFU | 1:15 left" in sweep.lines()[0]
 
 
 def test_a_damaged_run_is_described_by_its_problem(store, author):

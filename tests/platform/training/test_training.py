@@ -15,8 +15,10 @@ import torch
 from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions, build_model
 from haltscale.platform.config import Precision
 from haltscale.platform.execution import Offload, Optimizer
+from haltscale.platform.training import loop
 from haltscale.platform.training.engine import full_weights, resolve_precision
 from haltscale.platform.training.loop import Progress
+from haltscale.platform.training.peak import peak_flops
 from haltscale.platform.training.schedule import Spent, learning_rate
 from haltscale.platform.training.trouble import TrainingDivergedError
 
@@ -144,6 +146,34 @@ def test_rows_average_over_what_happened_since_the_last_one():
         assert sum(row["steps_histogram"]) == pytest.approx(1)
         assert row["learning_rate"] == every.rows[last - 1]["learning_rate"]
         assert row["flops_realised"] == pytest.approx(every.rows[last - 1]["flops_realised"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 PCIe", torch.float16, 756e12),
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA H100 80GB HBM3", torch.float32, None),
+        ("cpu", torch.bfloat16, None),
+    ],
+)
+def test_a_peak_is_known_or_not_told(name, dtype, peak):
+    assert peak_flops(name, dtype) == peak
+
+
+def test_utilisation_is_what_was_needed_over_the_peak(monkeypatch):
+    run = RUNS["adaptive"]
+    _, unknown = go(engine_of(run), run, batches(run))
+    assert not any("mfu" in row for row in unknown.rows)
+    monkeypatch.setattr(loop, "peak_flops", lambda name, dtype: 1e12)
+    _, known = go(engine_of(run), run, batches(run))
+    before = {"flops_realised": 0.0, "seconds": 0.0}
+    for row in known.rows:
+        rate = (row["flops_realised"] - before["flops_realised"]) / (row["seconds"] - before["seconds"])
+        assert row["mfu"] == pytest.approx(rate / 1e12)
+        before = row
 
 
 def test_milestones_happen_in_their_order_and_are_logged():

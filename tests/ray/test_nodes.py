@@ -1,0 +1,155 @@
+"""More nodes than one, on this machine: runs are placed on all of them, and outlive one that dies."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from haltscale.platform import cluster
+from haltscale.platform.store import RunState, RunStore
+
+from jobs import of_head, submit
+from looping import timeless
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+NODE = str(Path(__file__).parents[1] / "another_node.py")
+STUDY = """
+from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, RunConfig, Source, Study, grid
+
+Study(
+    name="nodes",
+    question="Does it live?",
+    corpus=Corpus(
+        name="toy",
+        sources={{"texts": Source(path={folder!r})}},
+        tokenizer=BytePairs(vocab_size=300),
+        validation_documents=2,
+        probe_characters=200,
+    ),
+    base=RunConfig(tokens={steps} * 512, context=64, batch_tokens=512, learning_rate=1e-2),
+    sweep=grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds}),
+    execution=ExecutionConfig(
+        evaluations=1, checkpoints={steps} // 4, log_every_seconds=0.0, cpus_per_worker={cpus}
+    ),
+).main()
+"""
+
+
+class Node:
+    """A node beside the head, with a process tree of its own."""
+
+    def __init__(self, head: cluster.Head, cpus: int) -> None:
+        command = [sys.executable, NODE, head.gcs, str(cpus)]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=cluster.head_environment()
+        )
+        assert self._process.stdout
+        self.id = self._process.stdout.readline().strip()
+        assert self.id, "the node did not start"
+
+    def die(self) -> None:
+        """SIGKILL for the raylet, its agents and all of its workers at once, as if its plug were pulled."""
+        if self._process.poll() is not None:
+            return
+        top = psutil.Process(self._process.pid)
+        doomed = [top, *top.children(recursive=True)]
+        for process in doomed:
+            process.suspend()  # so that none can tell the others
+        for process in doomed:
+            process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(doomed, timeout=60)
+        self._process.communicate()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], tuple[cluster.Head, Any]]]:
+    """Starts a head with so many CPUs, and gives what adds nodes to it; at the end no process of theirs is left."""
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path / "home"))
+    added: list[Node] = []
+    with tempfile.TemporaryDirectory(prefix="hs-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
+
+        def start(cpus: int) -> tuple[cluster.Head, Callable[[int], Node]]:
+            head = cluster.up(cpus=cpus, temp_dir=temp_dir)
+
+            def add(cpus: int) -> Node:
+                added.append(Node(head, cpus))
+                return added[-1]
+
+            return head, add
+
+        yield start
+        for node in added:
+            node.die()
+        cluster.down()
+        assert not of_head(temp_dir)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Callable[..., str]:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index in range(30):
+        words = [f"{['the', 'of', 'and', 'to'][n % 4]} w{(index + n * n) % 89}" for n in range(400)]
+        (folder / f"{index:02d}.txt").write_text(" ".join(words), encoding="utf-8")
+
+    def write(*, steps: int, seeds: list[int], cpus: int) -> str:
+        path = tmp_path / "nodes.py"
+        path.write_text(STUDY.format(folder=str(folder), steps=steps, seeds=seeds, cpus=cpus))
+        return str(path)
+
+    return write
+
+
+def rows(store: RunStore, key: str) -> list[dict[str, Any]]:
+    return timeless(store.read_lines(store.path("nodes", key, "metrics.jsonl")))
+
+
+def ended(job: subprocess.Popen[str]) -> None:
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+
+
+def test_runs_are_placed_on_both_nodes(nodes, study, tmp_path: Path) -> None:
+    head, add = nodes(1)
+    other, store = add(1), RunStore(tmp_path / "runs")
+    ended(submit(head, "python", study(steps=8, seeds=[0, 1, 2, 3], cpus=1), "--store", store.root))
+    views = list(store.runs("nodes"))
+    assert [view.state for view in views] == [RunState.FINISHED] * 4
+    used = {node for view in views for attempt in view.record["attempts"] for node in attempt["nodes"]}
+    assert other.id in used
+    assert len(used) == 2
+
+
+def test_a_run_outlives_its_node(nodes, study, tmp_path: Path) -> None:
+    """The head has no CPU, so that the run's worker, its controller and its driver are all on the node that dies."""
+    head, add = nodes(0)
+    first, script = add(2), study(steps=48, seeds=[0], cpus=2)
+    alone, bereft = RunStore(tmp_path / "alone"), RunStore(tmp_path / "bereft")
+    ended(submit(head, "python", script, "--store", alone.root))
+
+    job = submit(head, "python", script, "--store", bereft.root)
+    while not any(len(rows(bereft, key)) >= 18 for key in bereft.present("nodes")):
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    second = add(2)
+    first.die()
+    ended(job)
+
+    (theirs,), (mine,) = list(alone.runs("nodes")), list(bereft.runs("nodes"))
+    assert mine.state is RunState.FINISHED
+    begun, resumed = mine.record["attempts"]
+    assert (begun["nodes"], resumed["nodes"]) == ([first.id], [second.id])
+    assert resumed["step"] >= 16, "from the last checkpoint"
+    assert rows(bereft, mine.key) == rows(alone, theirs.key), "to the last bit"
+    for name in ("loss", "sequence_digest", "tokens", "steps", "flops_realised", "mean_steps"):
+        assert mine.record[name] == theirs.record[name], name
