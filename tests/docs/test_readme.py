@@ -143,4 +143,8 @@ def test_the_file_tree_is_true() -> None:
     for folder in re.findall(r"^([a-z]+)/", tree.group(1), flags=re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        page, _, anchor = link.partition("#")
+        assert (ROOT / page).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
