@@ -168,9 +168,13 @@ def snapshot(engine: Any) -> Shard:
 
 
 def start(
-    model: LanguageModel, run: RunConfig, execution: ExecutionConfig, checkpoints: Checkpoints
+    model: LanguageModel,
+    run: RunConfig,
+    execution: ExecutionConfig,
+    checkpoints: Checkpoints,
+    branch: Saved | None = None,
 ) -> tuple[Any, Progress]:
-    """An engine and how far it is: as the newest intact checkpoint says, else new.
+    """An engine and how far it is: as the newest intact checkpoint says, else as ``branch`` does, else new.
 
     Any number of ranks at any ZeRO stage can go on from a checkpoint of any other; by the same number at the same stage
     the run goes on to the last bit.
@@ -179,12 +183,17 @@ def start(
         CheckpointError: there are checkpoints, but none that can be read.
     """
     saved, damage = checkpoints.newest()
-    if saved is None:
+    if saved is None and branch is None:
         return build_engine(model, run, execution), Progress()
+    if saved is None:
+        saved = branch
+    assert saved is not None
     saved.load_weights(model)
     engine = build_engine(model, run, execution)
     restore(engine, saved)
     progress = Progress(**saved.progress)
+    if saved is branch:
+        progress.pinned = []  # in the other run's folder
     progress.events += [
         {"step": progress.step, "what": f"{what}; went on from step {progress.step}"} for what in damage
     ]
