@@ -117,7 +117,7 @@ class ExecutionConfig:
             )
         if self.branch and runs and all(stable_steps(run) is None for run in runs):
             found.append(
-                "branch needs runs with schedule wsd, a budget in tokens and warmup_tokens: none is such a run"
+                "branch needs runs with schedule wsd, warmup_tokens and a budget in tokens: none is such a run"
             )
         for batch in sorted({run.batch_sequences for run in runs}):
             if batch % self.workers:

@@ -22,7 +22,6 @@ from haltscale.platform.training.schedule import Spent, learning_rate, stable_st
 
 from looping import LARGE, RUN, RUNS, Listener, batches, execution_of, go, timeless
 
-
 SLOW = pytest.mark.slow
 
 
