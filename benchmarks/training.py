@@ -1,6 +1,7 @@
 """Tokens per second in the platform over a bare DeepSpeed loop (aim: at least 0.95), and that over bare PyTorch.
 
     python benchmarks/training.py                                  stages 0 to 3, 1 and 2 workers, all three arms
+    python benchmarks/training.py --stages 1 --workers 1 --steps 60 --batch-tokens 2048          the main figure
     python benchmarks/training.py --stages 1 --workers 1 --method adaptive
     python benchmarks/training.py --steps 12 --size 0.6m --batch-tokens 512 --repeats 1 --stages 1 --workers 1    a toy
 

@@ -76,9 +76,6 @@ def use_token_authentication() -> None:
 def prepare_client() -> None:
     """Set this process up to talk to a head; call it before Ray is imported, which reads its environment then."""
     use_token_authentication()
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):  # DeepSpeed's compiler needs ninja
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     if address := os.environ.get("RAY_ADDRESS"):  # a job's own cluster, which may have many nodes
         on_loopback = LOOPBACK in address or "localhost" in address
     else:
@@ -93,7 +90,7 @@ def head_environment() -> dict[str, str]:
     scripts = str(Path(sys.executable).parent)
     return {
         **os.environ,
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),  # workers need ninja, jobs need this python
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),  # jobs need this python
         **LOOPBACK_ONLY,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # ray.train.report waits for this poll; 2 s is Ray's default

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from haltscale.platform.config import Precision, RunConfig, is_number, typed
+from haltscale.platform.training.schedule import stable_steps
 
 
 class Offload(StrEnum):
@@ -77,6 +78,9 @@ class ExecutionConfig:
     """Keep the checkpoint with the lowest held-out loss too."""
     milestones: tuple[float, ...] = ()
     """Shares of the budget (above 0, up to 1) at which another checkpoint is taken, and kept for good."""
+    branch: bool = False
+    """Begin a WSD run in the stable phase of a run of the study that differs in its budget alone, where there is one,
+    and train such runs one after the other, the shortest first; needs ``warmup_tokens``."""
     log_every_seconds: float = 2.0
     """How often a run writes metrics and its heartbeat."""
     sinks: tuple[Sink, ...] = ()
@@ -110,6 +114,10 @@ class ExecutionConfig:
         if not self.gpus_per_worker and any(run.precision is Precision.FP16 for run in runs):
             found.append(
                 "precision fp16 needs gpus_per_worker: DeepSpeed has it on GPUs only; use bf16 or fp32 on CPUs"
+            )
+        if self.branch and runs and all(stable_steps(run) is None for run in runs):
+            found.append(
+                "branch needs runs with schedule wsd, warmup_tokens and a budget in tokens: none is such a run"
             )
         for batch in sorted({run.batch_sequences for run in runs}):
             if batch % self.workers:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-# Before anything imports Ray, which reads these then. DeepSpeed's compiler needs ninja from this environment.
+# Before anything imports Ray, which reads these then. Jobs are started as `python ...`: this environment's.
 os.environ["HALTSCALE_HOME"] = tempfile.mkdtemp(prefix="haltscale-test-")
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -37,6 +37,7 @@ from haltscale.platform.sweeps.expansion import (
 )
 from haltscale.platform.sweeps.planning import Measured
 from haltscale.platform.sweeps.sweep import ControlKind, Sweep
+from haltscale.platform.training.branching import shortest_of_families
 
 log = logging.getLogger(__name__)
 
@@ -314,6 +315,11 @@ class Study:
         """Train what is missing; what that makes known is the next stage."""
         tried: set[str] = set()
         while left := {key: entry for key, entry in self.missing(store).items() if key not in tried}:
+            now = left
+            if self.execution.branch:
+                known = ((key, entry.run, self.identity(entry.run)) for key, entry in left.items() if entry.run)
+                free = shortest_of_families(known)
+                now = {key: entry for key, entry in left.items() if key in free}
             planned = self.planned(store)
             waiting = sum(entry.run is None for entry in planned)
             log.info(
@@ -324,8 +330,8 @@ class Study:
                 len(left),
                 f", {waiting} controls wait for them" if waiting else "",
             )
-            train(self, left, store)
-            tried |= set(left)
+            train(self, now, store)
+            tried |= set(now)
 
     def document(self, corpus_counts: Mapping[str, Any], store: RunStore) -> dict[str, Any]:
         """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key."""

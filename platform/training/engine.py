@@ -169,9 +169,14 @@ def snapshot(engine: Any) -> Shard:
 
 
 def start(
-    model: LanguageModel, run: RunConfig, execution: ExecutionConfig, checkpoints: Checkpoints
+    model: LanguageModel,
+    run: RunConfig,
+    execution: ExecutionConfig,
+    checkpoints: Checkpoints,
+    branch: Saved | None = None,
 ) -> tuple[Any, Progress]:
-    """An engine and how far it is: as the newest intact checkpoint says, else at the start (``run.init_from``).
+    """An engine and how far it is: as the newest intact checkpoint says, else as ``branch`` does, else at the start
+    (``run.init_from``).
 
     Any number of ranks at any ZeRO stage can go on from a checkpoint of any other; by the same number at the same stage
     the run goes on to the last bit.
@@ -182,6 +187,8 @@ def start(
     """
     saved, damage = checkpoints.newest()
     if saved is None:
+        saved = branch
+    if saved is None:
         if run.init_from:
             llama.load_into(model, run.init_from)
         return build_engine(model, run, execution), Progress()
@@ -189,6 +196,8 @@ def start(
     engine = build_engine(model, run, execution)
     restore(engine, saved)
     progress = Progress(**saved.progress)
+    if saved is branch:
+        progress.pinned = []  # in the other run's folder
     progress.events += [
         {"step": progress.step, "what": f"{what}; went on from step {progress.step}"} for what in damage
     ]

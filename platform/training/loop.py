@@ -22,7 +22,7 @@ from haltscale.model.language_model import IGNORE_INDEX
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.training.peak import peak_flops
-from haltscale.platform.training.schedule import Spent, evenly, is_over, learning_rate, reached
+from haltscale.platform.training.schedule import Spent, evenly, is_over, learning_rate, reached, stable_steps
 from haltscale.platform.training.trouble import Watch
 
 
@@ -151,6 +151,7 @@ def train(
     _, micro_batches = execution.accumulation(run.batch_sequences)
     window, watch = MetricsWindow(progress, peak and peak * world), Watch(engine.module, execution)
     noticed = False
+    branches_at = stable_steps(run) if execution.branch else None
 
     def is_due(shares: Iterable[float]) -> bool:
         return reached(run, progress.before_last, progress.spent, shares)
@@ -190,9 +191,10 @@ def train(
         window.add(step)
         over = is_over(run, progress.spent)
         evaluate = is_due(evenly(execution.evaluations)) and not over
-        if is_due(execution.milestones):
+        is_milestone = is_due(execution.milestones) or progress.step == branches_at
+        if is_milestone:
             progress.pinned.append(progress.step)
-        save = over or is_due([*evenly(execution.checkpoints), *execution.milestones])
+        save = over or is_milestone or is_due(evenly(execution.checkpoints))
         save = save or (evaluate and execution.keep_best) or (step.is_noticed and not noticed)
         noticed = step.is_noticed
         if save or evaluate or step.is_log_due:

@@ -25,6 +25,7 @@ from haltscale.platform.corpora.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.store import RunStore
+from haltscale.platform.training.branching import branch_point
 from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import full_weights, open_process_group, snapshot, start
 from haltscale.platform.training.finishing import evaluate_run, finish
@@ -120,9 +121,13 @@ def train_worker(config: Mapping[str, Any]) -> None:
     store = RunStore(spec.store)
     checkpoints = Checkpoints(store, spec.study, spec.key, rank=rank, world=world)
     model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
-    engine, progress = start(model, run, execution, checkpoints)
+    branch = (
+        branch_point(checkpoints, store, spec.study, spec.key, rank=rank, world=world) if execution.branch else None
+    )
+    parent, saved = branch or ("", None)
+    engine, progress = start(model, run, execution, checkpoints, saved)
     recorder = RunRecorder(store, spec.study, spec.key, steps=run.steps, enabled=rank == 0)
-    recorder.begin(progress.step, share(run, progress.spent), nodes=_nodes(world))
+    recorder.begin(progress.step, share(run, progress.spent), nodes=_nodes(world), parent=parent)
     is_preempted = False
 
     def prune(progress: Progress) -> None:

@@ -91,3 +91,18 @@ def _warmup_share(run: RunConfig) -> float:
     if run.warmup_tokens is None:
         return run.warmup_fraction
     return 0.0 if run.steps is None else min(1.0, run.warmup_tokens / (run.steps * run.batch_tokens))
+
+
+def stable_steps(run: RunConfig) -> int | None:
+    """How many steps a WSD run takes before its decay; None where the first steps depend on the budget."""
+    if run.schedule is not Schedule.WSD or run.warmup_tokens is None or run.steps is None:
+        return None
+    steps = run.steps
+
+    def is_stable(step: int) -> bool:
+        return run.decay_fraction == 0 or (1 - step / steps) / run.decay_fraction >= 1
+
+    stable = min(steps, int(steps * (1 - run.decay_fraction)) + 2)
+    while stable and not is_stable(stable - 1):
+        stable -= 1
+    return stable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -38,11 +39,16 @@ Study(
     ),
     base=RunConfig(tokens={steps} * 512, context=64, batch_tokens=512, learning_rate=1e-2),
     sweep=grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds}),
-    execution=ExecutionConfig(
-        evaluations=1, checkpoints={steps} // 4, log_every_seconds=0.0, cpus_per_worker={cpus}
-    ),
+    execution=ExecutionConfig(evaluations=1, checkpoints={steps} // 4, log_every_seconds=0.0),
 ).main()
 """
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 class Node:
@@ -63,12 +69,13 @@ class Node:
             return
         top = psutil.Process(self._process.pid)
         doomed = [top, *top.children(recursive=True)]
-        for process in doomed:
-            process.suspend()  # so that none can tell the others
-        for process in doomed:
-            process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(doomed, timeout=60)
+        for kind in (signal.SIGSTOP, signal.SIGKILL):  # all are stopped first, so that none can tell the others
+            for process in doomed:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(kind)
         self._process.communicate()
+        while any(lives(process) for process in doomed):
+            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -102,9 +109,9 @@ def study(tmp_path: Path) -> Callable[..., str]:
         words = [f"{['the', 'of', 'and', 'to'][n % 4]} w{(index + n * n) % 89}" for n in range(400)]
         (folder / f"{index:02d}.txt").write_text(" ".join(words), encoding="utf-8")
 
-    def write(*, steps: int, seeds: list[int], cpus: int) -> str:
+    def write(*, steps: int, seeds: list[int]) -> str:
         path = tmp_path / "nodes.py"
-        path.write_text(STUDY.format(folder=str(folder), steps=steps, seeds=seeds, cpus=cpus))
+        path.write_text(STUDY.format(folder=str(folder), steps=steps, seeds=seeds))
         return str(path)
 
     return write
@@ -122,7 +129,7 @@ def ended(job: subprocess.Popen[str]) -> None:
 def test_runs_are_placed_on_both_nodes(nodes, study, tmp_path: Path) -> None:
     head, add = nodes(1)
     other, store = add(1), RunStore(tmp_path / "runs")
-    ended(submit(head, "python", study(steps=8, seeds=[0, 1, 2, 3], cpus=1), "--store", store.root))
+    ended(submit(head, "python", study(steps=8, seeds=[0, 1, 2, 3]), "--store", store.root))
     views = list(store.runs("nodes"))
     assert [view.state for view in views] == [RunState.FINISHED] * 4
     used = {node for view in views for attempt in view.record["attempts"] for node in attempt["nodes"]}
@@ -133,15 +140,15 @@ def test_runs_are_placed_on_both_nodes(nodes, study, tmp_path: Path) -> None:
 def test_a_run_outlives_its_node(nodes, study, tmp_path: Path) -> None:
     """The head has no CPU, so that the run's worker, its controller and its driver are all on the node that dies."""
     head, add = nodes(0)
-    first, script = add(2), study(steps=48, seeds=[0], cpus=2)
+    first, script = add(1), study(steps=24, seeds=[0])
     alone, bereft = RunStore(tmp_path / "alone"), RunStore(tmp_path / "bereft")
     ended(submit(head, "python", script, "--store", alone.root))
 
     job = submit(head, "python", script, "--store", bereft.root)
-    while not any(len(rows(bereft, key)) >= 18 for key in bereft.present("nodes")):
+    while not any(len(rows(bereft, key)) >= 10 for key in bereft.present("nodes")):
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
-    second = add(2)
+    second = add(1)
     first.die()
     ended(job)
 
@@ -149,7 +156,7 @@ def test_a_run_outlives_its_node(nodes, study, tmp_path: Path) -> None:
     assert mine.state is RunState.FINISHED
     begun, resumed = mine.record["attempts"]
     assert (begun["nodes"], resumed["nodes"]) == ([first.id], [second.id])
-    assert resumed["step"] >= 16, "from the last checkpoint"
+    assert resumed["step"] >= 4, "from the last checkpoint that was on disk"
     assert rows(bereft, mine.key) == rows(alone, theirs.key), "to the last bit"
     for name in ("loss", "sequence_digest", "tokens", "steps", "flops_realised", "mean_steps"):
         assert mine.record[name] == theirs.record[name], name

@@ -285,3 +285,22 @@ def _answers(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_three_budgets_from_one_run(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    tables = {}
+    wsd = "tokens=1024, schedule='wsd', warmup_tokens=256, decay_fraction=0.5"
+    for branch in (True, False):
+        store = RunStore(tmp_path / f"branch-{branch}")
+        path = Path(script(tmp_path / "sweep", texts, store, "grid(tokens=[1024, 1536, 2048])"))
+        text = path.read_text().replace("base=RunConfig(tokens=1024", f"base=RunConfig({wsd}")
+        path.write_text(text.replace("evaluations=1", f"branch={branch}, evaluations=1"))
+        code, output = run(head, "python", str(path))
+        assert code == 0, output
+        tables[branch] = table(store)
+        runs = sorted(store.runs("sweep"), key=lambda view: view.record["tokens"])
+        starts = [view.record["attempts"][0] for view in runs]
+        assert [start["step"] for start in starts] == ([0, 5, 7] if branch else [0, 0, 0])
+        assert [start.get("parent") for start in starts] == ([None, runs[0].key, runs[1].key] if branch else [None] * 3)
+    assert tables[True] == tables[False], "to the last bit"

@@ -205,6 +205,31 @@ def test_only_what_is_missing_is_trained(study, store, author, monkeypatch):
     assert all(more.key(entry.run) == key for key, entry in handed.items())
 
 
+def test_branches_wait_for_the_shorter_run(study, store, author, monkeypatch):
+    """One stage for each budget of a family; what is no branch is trained in the first."""
+    from haltscale.platform.sweeps import ray_tune  # takes seconds to import
+
+    stages = []
+
+    def trained(study, missing, store):
+        stages.append({(str(entry.run.schedule), entry.run.tokens, entry.run.seed) for entry in missing.values()})
+        for key in missing:
+            author.record(study.name, key, loss=5.0)
+
+    monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(ray_tune, "run_missing", trained)
+    sweep = grid(schedule="wsd", warmup_tokens=128, tokens=[1024, 2048, 4096], seed=[0, 1]) + grid(tokens=4096)
+    study(sweep=sweep, execution=ExecutionConfig(branch=True)).run(store)
+    wsd = [{("wsd", tokens, seed) for seed in (0, 1)} for tokens in (1024, 2048, 4096)]
+    assert stages == [wsd[0] | {("cosine", 4096, 0)}, wsd[1], wsd[2]]
+
+
+def test_branches_without_a_stable_phase_are_refused(study):
+    problem = only(study(sweep=grid(schedule="wsd"), execution=ExecutionConfig(branch=True)).problems())
+    assert "warmup_tokens" in problem
+
+
 def test_a_study_that_the_cluster_cannot_hold_starts_nothing(study, store, monkeypatch):
     from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 

@@ -1,0 +1,83 @@
+"""Several budgets from one WSD run: a run may begin in the stable phase of another one.
+
+Where the warm-up is in tokens, WSD runs that differ in their budget alone take the same steps, to the last bit, until
+the first of them decays. So nothing of a branch is in a run's key: it is only a shorter way to the same result (by as
+many workers at the same ZeRO stage; otherwise the same but for rounding, as after any resumption).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from haltscale.platform.config import RunConfig
+from haltscale.platform.identity import canonical_json
+from haltscale.platform.store import RunStore
+from haltscale.platform.training.checkpoints import CheckpointError, Checkpoints, Saved
+from haltscale.platform.training.schedule import stable_steps
+
+Key = TypeVar("Key")
+
+
+def family(identity: Mapping[str, Any]) -> str:
+    """What runs have in common that differ in their budget alone."""
+    return canonical_json({name: value for name, value in identity.items() if name != "tokens"})
+
+
+def shortest_of_families(runs: Iterable[tuple[Key, RunConfig, Mapping[str, Any]]]) -> set[Key]:
+    """The runs that need not wait: of each family, the one with the least tokens; the others begin in it.
+
+    Args:
+        runs: keys, runs and their identities.
+    """
+    first: dict[str, tuple[int, Key]] = {}
+    free = set()
+    for key, run, identity in runs:
+        if stable_steps(run) is None:
+            free.add(key)
+            continue
+        kin = family(identity)
+        if kin not in first or run.tokens < first[kin][0]:
+            first[kin] = (run.tokens, key)
+    return free | {key for _, key in first.values()}
+
+
+def branch_point(
+    checkpoints: Checkpoints, store: RunStore, study: str, key: str, *, rank: int = 0, world: int = 1
+) -> tuple[str, Saved] | None:
+    """The key of the run to begin in, and its checkpoint: the last intact one in the stable phase of both.
+
+    None where the run has checkpoints of its own, or the study no such run. All ranks call it.
+    """
+    found: list[tuple[str, int] | None] = [None]
+    if rank == 0 and not checkpoints.complete():
+        found = [_latest(store, study, key)]
+    if world > 1:
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        return None
+    parent, step = found[0]
+    return parent, Checkpoints(store, study, parent, rank=rank, world=world).open(step)
+
+
+def _latest(store: RunStore, study: str, key: str) -> tuple[str, int] | None:
+    views = store.views(study, store.present(study))
+    mine = views[key].spec["identity"]
+    own = stable_steps(RunConfig.from_identity(mine))
+    candidates = []
+    for other, view in views.items():
+        identity = view.spec.get("identity")
+        if own is None or other == key or not identity or family(identity) != family(mine):
+            continue
+        common = min(own, stable_steps(RunConfig.from_identity(identity)) or 0)
+        saved = Checkpoints(store, study, other)
+        candidates += [(step, other, saved) for step in saved.complete() if step <= common]
+    for step, other, saved in sorted(candidates, key=lambda each: each[:2], reverse=True):
+        try:
+            saved.open(step)
+        except CheckpointError:
+            continue
+        return other, step
+    return None
