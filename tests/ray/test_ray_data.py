@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +17,10 @@ import pytest
 
 from haltscale.platform.corpora import preparing
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
+from haltscale.platform.corpora.formats import Format
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.corpora.sources import Source
-from haltscale.platform.corpora.tokenization import BytePairs
+from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 
 pytestmark = pytest.mark.ray
 
@@ -113,3 +118,76 @@ def test_the_stream_is_the_order(prepared: PreparedCorpus, first_step: int, worl
         together = [batches[index] for batches in streams]
         assert all(batch.seq_ids.tolist() == ids.tolist() for batch in together)
         np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in together]), reader.read(ids))
+
+
+class GatedServer(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; the contents of its last file only when the gate is open."""
+
+    gate = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path.endswith("39.txt") and not self.gate.wait(120):
+            self.send_error(503)
+            return
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def remote(corpus: Corpus) -> Iterator[str]:
+    """The texts on a web server, whose last file is behind the gate."""
+    GatedServer.gate.clear()
+    handler = partial(GatedServer, directory=corpus.sources["texts"].path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    GatedServer.gate.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_streamed_corpus_is_drawn_from_before_its_last_file_is_read(
+    corpus: Corpus, connected: None, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, while two tasks hold every CPU of the cluster but what runs leave to the stream."""
+    import ray
+
+    from haltscale.platform.corpora import ray_data, sources
+
+    monkeypatch.setattr(sources, "SHARD_BYTES", 1)
+    source = Source(path=remote, format=Format.TEXT)
+    flow = Corpus(name="flow", sources={"texts": source}, tokenizer=Pretrained(name="bytes"), segment_tokens=4000)
+    holders = [ray.remote(num_cpus=(2 - ray_data.RESERVED_CPUS) / 2)(Holder).remote() for _ in range(2)]
+    ray.get([holder.there.remote() for holder in holders])
+    batch, steps = 4, 60
+    with ray_data.begin(flow, CONTEXT, batch=batch) as early:
+        assert not early.is_complete
+        order = {"seed": 5, "mixture": early.mixture, "batch": batch, "first_step": 0}
+        streams = [ray_data.stream(early.folder, **order, steps=steps, rank=rank, world=2) for rank in range(2)]
+        seen = [[next(stream)] for stream in streams]
+        assert not PreparedCorpus.open(early.folder).is_complete
+        GatedServer.gate.set()
+        for batches, stream in zip(seen, streams, strict=True):
+            batches.extend(stream)
+    for holder in holders:
+        ray.kill(holder)
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
+    whole = preparing.prepare(flow, CONTEXT)
+    assert steps * batch > early.drawable
+    expected = global_batches(seed=5, mixture=whole.mixture, batch=batch, first_step=0, steps=steps)
+    for step, ids in enumerate(expected):
+        assert all(batches[step].step == step for batches in seen)
+        assert all(batches[step].seq_ids.tolist() == ids.tolist() for batches in seen)
+        together = np.concatenate([batches[step].tokens for batches in seen])
+        np.testing.assert_array_equal(together, RowReader(whole.folder).read(ids))
+
+
+class Holder:
+    """Holds CPUs as a run's worker does."""
+
+    def there(self) -> None:
+        """Returns when it is."""
