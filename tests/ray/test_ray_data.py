@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import signal
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from web import Gate, served
 
 from haltscale.platform.corpora import preparing
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
@@ -120,38 +118,20 @@ def test_the_stream_is_the_order(prepared: PreparedCorpus, first_step: int, worl
         np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in together]), reader.read(ids))
 
 
-class GatedServer(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; the contents of its last file only when the gate is open."""
-
-    gate = threading.Event()
-
-    def do_GET(self) -> None:
-        if self.path.endswith("39.txt") and not self.gate.wait(120):
-            self.send_error(503)
-            return
-        super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
+@pytest.fixture
+def gate() -> Gate:
+    return Gate("39.txt")
 
 
 @pytest.fixture
-def remote(corpus: Corpus) -> Iterator[str]:
+def remote(corpus: Corpus, gate: Gate) -> Iterator[str]:
     """The texts on a web server, whose last file is behind the gate."""
-    GatedServer.gate.clear()
-    handler = partial(GatedServer, directory=corpus.sources["texts"].path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    GatedServer.gate.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(corpus.sources["texts"].path, gate) as url:
+        yield url
 
 
 def test_a_streamed_corpus_is_drawn_from_before_its_last_file_is_read(
-    corpus: Corpus, connected: None, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    connected: None, remote: str, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks, while two tasks hold every CPU of the cluster but what runs leave to the stream."""
     import ray
@@ -170,7 +150,7 @@ def test_a_streamed_corpus_is_drawn_from_before_its_last_file_is_read(
         streams = [ray_data.stream(early.folder, **order, steps=steps, rank=rank, world=2) for rank in range(2)]
         seen = [[next(stream)] for stream in streams]
         assert not PreparedCorpus.open(early.folder).is_complete
-        GatedServer.gate.set()
+        gate.open()
         for batches, stream in zip(seen, streams, strict=True):
             batches.extend(stream)
     for holder in holders:
