@@ -80,7 +80,9 @@ def spread(
     quiet_ray_data()
     items = [{"job": pickle.dumps(job)} for job in jobs]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    resources: dict[str, Any] = {} if beside is None else {"num_cpus": 0, "concurrency": beside}
+    resources: dict[str, Any] = {}
+    if beside is not None:
+        resources = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=beside)}
     dataset = dataset.map(_run_job, fn_kwargs={"function": function}, **resources)
     dataset.context.execution_options.preserve_order = True
     for results in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):

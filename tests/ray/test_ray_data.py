@@ -15,7 +15,6 @@ from web import Gate, served
 
 from haltscale.platform.corpora import preparing
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
-from haltscale.platform.corpora.formats import Format
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
@@ -138,9 +137,19 @@ def test_a_streamed_corpus_is_drawn_from_before_its_last_file_is_read(
 
     from haltscale.platform.corpora import ray_data, sources
 
+    class Holder:  # in here, so that it travels by value: workers do not have this module
+        def there(self) -> None:
+            """Return when it is."""
+
     monkeypatch.setattr(sources, "SHARD_BYTES", 1)
-    source = Source(path=remote, format=Format.TEXT)
-    flow = Corpus(name="flow", sources={"texts": source}, tokenizer=Pretrained(name="bytes"), segment_tokens=4000)
+    source = Source(path=f"{remote}*.txt")
+    flow = Corpus(
+        name="flow",
+        sources={"texts": source},
+        tokenizer=Pretrained(name="bytes"),
+        validation_documents=3,
+        segment_tokens=6000,
+    )
     holders = [ray.remote(num_cpus=(2 - ray_data.RESERVED_CPUS) / 2)(Holder).remote() for _ in range(2)]
     ray.get([holder.there.remote() for holder in holders])
     batch, steps = 4, 60
@@ -164,10 +173,3 @@ def test_a_streamed_corpus_is_drawn_from_before_its_last_file_is_read(
         assert all(batches[step].seq_ids.tolist() == ids.tolist() for batches in seen)
         together = np.concatenate([batches[step].tokens for batches in seen])
         np.testing.assert_array_equal(together, RowReader(whole.folder).read(ids))
-
-
-class Holder:
-    """Holds CPUs as a run's worker does."""
-
-    def there(self) -> None:
-        """Returns when it is."""

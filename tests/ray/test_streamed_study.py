@@ -12,7 +12,6 @@ from web import Gate, served
 
 from haltscale.platform import cluster
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus
-from haltscale.platform.corpora.formats import Format
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.corpora.preparing import prepare
 from haltscale.platform.corpora.sources import Source
@@ -34,7 +33,7 @@ Study(
     question="Does it train before all is read?",
     corpus=Corpus(
         name="flow",
-        sources={{"texts": Source(path={url!r}, format="text")}},
+        sources={{"texts": Source(path={url!r})}},
         tokenizer=Pretrained(name="bytes"),
         validation_documents=2,
         segment_tokens=8000,
@@ -56,7 +55,7 @@ def test_both_runs_train_before_the_last_file_is_read(
         (folder / f"{index:02d}.txt").write_text(" ".join(f"w{(index + n * n) % 89}" for n in range(500)))
     script, gate, store = tmp_path / "flow.py", Gate("19.txt"), RunStore()
     with served(folder, gate) as url:
-        script.write_text(STUDY.format(url=url))
+        script.write_text(STUDY.format(url=f"{url}*.txt"))
         job = submit(head, "python", str(script))
         output: list[str] = []
         reader = threading.Thread(target=lambda: output.extend(job.stdout or []))
@@ -76,7 +75,7 @@ def test_both_runs_train_before_the_last_file_is_read(
         assert job.wait() == 0, "".join(output)
         corpus = Corpus(
             name="flow",
-            sources={"texts": Source(path=url, format=Format.TEXT)},
+            sources={"texts": Source(path=f"{url}*.txt")},
             tokenizer=Pretrained(name="bytes"),
             validation_documents=2,
             segment_tokens=8000,
