@@ -11,6 +11,8 @@
 
 Documents are split whole: none is cut between training and validation. A source's training documents are packed end to
 end with one end-of-text token before each; rows overlap by one token, so each token is predicted once per epoch.
+A streamed corpus (``segment_tokens``) is published with its first segment; ``parts.json`` and ``corpus.json`` are then
+replaced, in this order, as more of it is prepared.
 Preparing is in :mod:`haltscale.platform.corpora.preparing`, sources in :mod:`haltscale.platform.corpora.sources`.
 """
 
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +45,11 @@ from haltscale.platform.store import haltscale_home
 CORPUS_FORMAT = 2
 """Raised by hand when preparing changes: old caches are then left alone and new ones made."""
 MOST_WEIGHTED_SOURCES = 32
+WAIT_SECONDS = 0.2
+"""Between two looks at a corpus that is still being prepared."""
+WAIT_TOLD_SECONDS = 60.0
+
+log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.int64]
 
@@ -70,6 +79,11 @@ class Corpus:
     It is neither trained on nor counted in the validation loss."""
     probe_characters: int = 1200
     """Length of the probe text, cut at the last white space before it."""
+    segment_tokens: int | None = None
+    """Stream the corpus: training begins as soon as its first so many tokens are prepared, and the rest is prepared
+    beside it. Rows are then shuffled within segments of this size, which follow each other in the documents' order.
+    What is held out, the probe, and what a tokenizer is trained on are of the first documents, up to so many bytes of
+    text. None: everything is prepared before anything is trained, and rows are shuffled all together."""
 
     @property
     def vocab_size(self) -> int:
@@ -97,6 +111,11 @@ class Corpus:
             found.append(f"validation_documents is {self.validation_documents}, needs at least 1")
         if not self.sources:
             found.append("it has no sources")
+        if self.segment_tokens is not None:
+            if not isinstance(self.segment_tokens, int) or self.segment_tokens < 1:
+                found.append(f"segment_tokens is {self.segment_tokens!r}, needs a whole number above 0")
+            if len(self.sources) > 1:
+                found.append("a streamed corpus has one source: leave segment_tokens out to mix several")
         weighted = [name for name, weight in self.weights.items() if weight is not None]
         if weighted and len(weighted) < len(self.sources):
             without = ", ".join(sorted(set(self.sources) - set(weighted)))
@@ -128,7 +147,9 @@ class Corpus:
 
     def identity(self) -> dict[str, Any]:
         """What is prepared: the documents' names and contents, how they are chosen, split and tokenised."""
+        segments = {} if self.segment_tokens is None else {"segment_tokens": self.segment_tokens}
         return {
+            **segments,
             "format": CORPUS_FORMAT,
             "sources": {name: source.identity() for name, source in self.sources.items()},
             "tokenizer": self.tokenizer.identity(),
@@ -179,7 +200,8 @@ class PreparedCorpus:
     folder: Path
     counts: dict[str, Any]
     """``corpus.json``: name, fingerprint, context, vocab_size, rows; documents, tokens and bytes of each split; by
-    source also rows and what was skipped; leakage."""
+    source also rows and what was skipped; leakage. Of a streamed corpus what is known so far, and complete and
+    segment_rows."""
     weights: Mapping[str, float | None] = field(default_factory=dict)
     """Of the sources, where they are mixed."""
 
@@ -194,14 +216,45 @@ class PreparedCorpus:
 
     @property
     def rows(self) -> int:
-        """Training rows; each predicts ``context`` tokens."""
+        """Training rows, of a streamed corpus those prepared so far; each predicts ``context`` tokens."""
         return int(self.counts["rows"])
 
     @property
     def mixture(self) -> Mixture:
         """What the order of the rows is made from."""
         rows = {name: int(counts["rows"]) for name, counts in self.counts["sources"].items()}
-        return Mixture.of(rows, self.weights)
+        return Mixture.of(rows, self.weights, int(self.counts.get("segment_rows", 0)))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is prepared; a streamed corpus is not at first."""
+        return bool(self.counts.get("complete", True))
+
+    @property
+    def drawable(self) -> int:
+        """How many rows of the order are there: those of whole segments; of a complete corpus this is one epoch."""
+        return self.rows if self.is_complete else self.rows - self.rows % self.mixture.segment
+
+    def has(self, drawn: int) -> bool:
+        """Whether so many rows can be drawn in order; of a complete corpus any number, in several epochs."""
+        return self.is_complete or self.drawable >= drawn
+
+    def wait_for(self, drawn: int) -> PreparedCorpus:
+        """This corpus as it is once so many rows can be drawn in order.
+
+        Raises:
+            CorpusError: preparing it further has failed; the message says why.
+        """
+        corpus, told = self, time.monotonic()
+        while not corpus.has(drawn):
+            if problem := corpus.counts.get("problem"):
+                raise CorpusError(corpus.counts["name"], [f"{corpus.rows} rows are prepared, then: {problem}"])
+            if time.monotonic() - told > WAIT_TOLD_SECONDS:
+                told = time.monotonic()
+                log.warning("waiting for row %d of %s, %d are prepared", drawn, self.folder.name, corpus.rows)
+            time.sleep(WAIT_SECONDS)
+            corpus = PreparedCorpus.open(self.folder, self.weights) or corpus
+        return corpus
 
     def validation(self) -> list[HeldOutDocument]:
         """The held-out documents, in the corpus's order."""
@@ -264,11 +317,15 @@ class RowReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
+        self._opened: dict[int, tuple[pq.ParquetFile, int]] = {}
+        self._group: tuple[tuple[int, int], pa.Array] | None = None
+        self._look()
+
+    def _look(self) -> None:
+        """See which parts there are; a streamed corpus gets more."""
         parts = json.loads((self._folder / "parts.json").read_text())
         self._parts = [part["file"] for part in parts]
         self._starts = np.cumsum([0, *(part["rows"] for part in parts)])
-        self._opened: dict[int, tuple[pq.ParquetFile, int]] = {}
-        self._group: tuple[tuple[int, int], pa.Array] | None = None
 
     def read(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         """The rows of these sequence ids: ``(len(ids), context + 1)``.
@@ -276,6 +333,8 @@ class RowReader:
         Raises:
             IndexError: an id is not in the corpus.
         """
+        if len(ids) and ids.max() >= self._starts[-1]:
+            self._look()
         if len(ids) and (ids.min() < 0 or ids.max() >= self._starts[-1]):
             raise IndexError(f"sequence ids {ids.min()}..{ids.max()} are not all in 0..{self._starts[-1] - 1}")
         part_of = np.searchsorted(self._starts, ids, side="right") - 1

@@ -16,13 +16,14 @@ import pandas as pd
 import pyarrow.dataset
 
 from haltscale.platform.corpora.corpus import Corpus, CorpusError
+from haltscale.platform.corpora.shard_jobs import write_dropped
 
 MEMORY = "1GB"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentPlan:
-    """The documents' parts in the corpus; ``dropped.parquet`` beside the shards lists those not trained on."""
+    """The documents' parts in the corpus; a ``dropped`` file beside each shard lists those not trained on."""
 
     shards: list[dict[str, Any]]
     """In order: index, source, take (documents within the source's limit), train_tokens (end-of-text included)."""
@@ -100,10 +101,9 @@ def _decide(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> tuple[A
         duplicates = db.execute(
             "SELECT source, count(*) FROM dropped JOIN shards USING (shard) WHERE role = 'duplicate' GROUP BY source"
         ).fetchall()
-        db.execute(
-            f"COPY (SELECT * FROM dropped ORDER BY shard, position) TO '{quoted}/dropped.parquet'"
-            " (FORMAT parquet, ROW_GROUP_SIZE 10000)"
-        )
+        dropped = db.execute("SELECT shard, list(position) FROM shards LEFT JOIN dropped USING (shard) GROUP BY shard")
+        while row := dropped.fetchone():
+            write_dropped(work, row[0], [position for position in row[1] if position is not None])
     return probe, held_out, counted, duplicates
 
 

@@ -31,12 +31,15 @@ class Mixture:
     """Of each source."""
     weights: tuple[Fraction, ...] = ()
     """Of each source, summing to 1. Empty: all rows are one pool, each drawn once per epoch."""
+    segment: int = 0
+    """Of a streamed corpus: rows of a segment. Segments are drawn from in turn, so that the order in the first ones is
+    known before the number of rows is: ``rows`` may then be any number that holds them. 0: no segments."""
 
     @classmethod
-    def of(cls, rows: Mapping[str, int], weights: Mapping[str, float | None]) -> Mixture:
+    def of(cls, rows: Mapping[str, int], weights: Mapping[str, float | None], segment: int = 0) -> Mixture:
         """From rows and weights by source, in the order of the sources' names; without weights, one pool."""
         if any(weight is None for weight in weights.values()) or not weights:
-            return cls((sum(rows.values()),))
+            return cls((sum(rows.values()),), segment=segment)
         exact = [Fraction(str(weights[name])) for name in sorted(rows)]  # 0.1 is a tenth
         return cls(tuple(rows[name] for name in sorted(rows)), tuple(weight / sum(exact) for weight in exact))
 
@@ -85,7 +88,7 @@ def global_batches(*, seed: int, mixture: Mixture, batch: int, first_step: int, 
     """
     position = np.arange(first_step * batch, (first_step + steps) * batch, dtype=np.int64)
     if not mixture.weights:
-        return _rows_of_source(seed, mixture.rows[0], position).reshape(steps, batch)
+        return _rows_of_source(seed, mixture.rows[0], position, mixture.segment).reshape(steps, batch)
     source, index = _draws(seed, mixture, position)
     ids = np.empty_like(position)
     first_row = 0
@@ -98,12 +101,18 @@ def global_batches(*, seed: int, mixture: Mixture, batch: int, first_step: int, 
     return ids.reshape(steps, batch)
 
 
-def _rows_of_source(seed: int, rows: int, index: Ids) -> Ids:
-    """The rows at these places of a source's endless order, epoch after epoch."""
+def _rows_of_source(seed: int, rows: int, index: Ids, segment: int = 0) -> Ids:
+    """The rows at these places of a source's endless order, epoch after epoch, in an epoch segment after segment."""
     ids = np.empty_like(index)
-    for epoch in np.unique(index // rows):
-        inside = index // rows == epoch
-        ids[inside] = permutation(seed, int(epoch), rows, index[inside] % rows)
+    epochs, places = np.divmod(index, rows)
+    segments = places // (segment or rows)
+    for epoch, number in sorted({*zip(epochs.tolist(), segments.tolist(), strict=True)}):
+        inside = (epochs == epoch) & (segments == number)
+        first = number * segment
+        # Each segment has a seed of its own, as each source has; without segments, the seed itself is used.
+        own_seed = int(_splitmix64(np.array([seed], dtype=np.uint64))[0]) ^ (number + 1) if segment else seed
+        size = min(segment or rows, rows - first)
+        ids[inside] = first + permutation(own_seed, epoch, size, places[inside] - first)
     return ids
 
 

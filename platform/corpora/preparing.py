@@ -1,8 +1,8 @@
-"""Prepare a corpus: read and tokenise its shards, choose what is held out, pack rows, and publish, in that order.
+"""Prepare a corpus, or open it where that was done before.
 
-Tokenising and packing are maps over shards (:mod:`.shard_jobs`), which any runner can spread over processes (Ray Data's
-is in :mod:`.ray_data`; the default works in this process). The rows do not depend on how a source was cut into shards:
-packing gives each row to the shard that it begins in. No process holds more than a few megabytes of tokens.
+:func:`prepare` prepares all of it (:mod:`.preparation`). :func:`begin` lets the caller train while a streamed corpus is
+still being prepared (:mod:`.streamed`). Both work in this process or through a runner (Ray Data's is in
+:mod:`.ray_data`).
 """
 
 from __future__ import annotations
@@ -11,46 +11,20 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from tokenizers import Tokenizer
-
-from haltscale.platform.corpora import leakage
-from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus
-from haltscale.platform.corpora.document_plan import DocumentPlan, plan_documents
-from haltscale.platform.corpora.formats import SourceError
-from haltscale.platform.corpora.shard_jobs import (
-    UNWRITABLE,
-    PackJob,
-    Result,
-    TokeniseJob,
-    end_of_text_id,
-    kept_result,
-    name_hash,
-    pack_shard,
-    read_document,
-    tokenise_shard,
-    whole,
-    write_json,
-)
-from haltscale.platform.corpora.tokenization import BytePairs
-from haltscale.platform.sweeps.progress import clock
+from haltscale.platform.corpora.corpus import WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
+from haltscale.platform.corpora.preparation import Preparation, Runner
+from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result
+from haltscale.platform.corpora.streamed import StreamedPreparation
 
 log = logging.getLogger(__name__)
 
-Runner = Callable[[Callable[[Any], Result], list[Any]], Iterable[Result]]
-"""Maps a function over jobs, in any processes, and gives the results in the order of the jobs."""
-
-SAMPLED_SHARDS = 16
-PROGRESS_SECONDS = 5.0
+STOP_SECONDS = 30.0
+"""How long the end of a study waits for the shard at hand."""
 
 
 def in_process(function: Callable[[Any], Result], jobs: list[Any]) -> Iterator[Result]:
@@ -71,39 +45,113 @@ def prepare(corpus: Corpus, context: int, *, batch: int = 1, run: Runner = in_pr
         CorpusError: the corpus cannot be prepared as it is, or the cache cannot be written; nothing was published. What
             was finished before the disk filled or the process was killed is kept, and the next call goes on from it.
     """
-    folder = corpus.cache(context)
-    prepared = PreparedCorpus.open(folder, corpus.weights)
-    if not prepared:
-        if problems := corpus.problems():
-            raise CorpusError(corpus.name, [problem.removeprefix(f"corpus {corpus.name}: ") for problem in problems])
-        try:
-            with _alone(folder):
-                prepared = PreparedCorpus.open(folder, corpus.weights)  # another process may have been faster
-                prepared = prepared or _Preparation(corpus, context, folder, run).publish()
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            message = f"the cache {folder.parent} cannot be written ({error.strerror}): free space, or point"
-            kept = "HALTSCALE_HOME elsewhere; what is finished is kept, and preparing again goes on from there"
-            raise CorpusError(corpus.name, [f"{message} {kept}"]) from error
-    if prepared.rows < batch:
-        message = f"{prepared.rows} training rows of {context} tokens, but one batch needs {batch}"
-        raise CorpusError(corpus.name, [f"{message}: use a larger corpus, a shorter context or a smaller batch"])
-    return prepared
+    return _enough_for(batch, _prepare(corpus, context, run, rows=None, stop=threading.Event()))
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def begin(
+    corpus: Corpus, context: int, *, batch: int = 1, rows: int | None = None, run: Runner = in_process
+) -> Iterator[PreparedCorpus]:
+    """Like :func:`prepare`, but of a streamed corpus only the beginning; a thread prepares the rest beside the block.
+
+    What the block has not waited for (:meth:`PreparedCorpus.wait_for`) when it ends is left to a later preparation.
+
+    Args:
+        corpus: what to prepare.
+        context: tokens that a row predicts.
+        batch: sequences that a training step needs.
+        rows: how many rows will be drawn, so that no more is prepared; None: all there are.
+        run: spreads the work; called in the thread.
+
+    Yields:
+        The corpus, with at least one batch.
+
+    Raises:
+        CorpusError: as in :func:`prepare`; what fails later is raised where it is waited for.
+    """
+    prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
+    if corpus.segment_tokens is None or (prepared and prepared.is_complete):
+        yield prepare(corpus, context, batch=batch, run=run)
+        return
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def go_on() -> None:
+        try:
+            wanted = None if rows is None else max(rows, batch)
+            _prepare(corpus, context, run, rows=wanted, stop=stop)
+        except Exception as error:
+            failures.append(error)
+            if not stop.is_set():
+                log.error("preparing corpus %s has failed: %s", corpus.name, error)
+
+    thread = threading.Thread(target=go_on, daemon=True, name=f"corpus-{corpus.name}")
+    thread.start()
+    try:
+        while not (prepared and prepared.has(batch)):
+            is_over = not thread.is_alive()
+            prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
+            if is_over and failures and not (prepared and prepared.has(batch)):
+                raise failures[0]
+            thread.join(WAIT_SECONDS)
+        yield _enough_for(batch, prepared)
+    finally:
+        stop.set()
+        thread.join(STOP_SECONDS)
+
+
+def _enough_for(batch: int, prepared: PreparedCorpus) -> PreparedCorpus:
+    if prepared.rows < batch:
+        few = f"{prepared.rows} training rows of {prepared.counts['context']} tokens, but one batch needs {batch}"
+        advice = "use a larger corpus, a shorter context or a smaller batch"
+        raise CorpusError(prepared.counts["name"], [f"{few}: {advice}"])
+    return prepared
+
+
+def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, stop: threading.Event) -> PreparedCorpus:
+    folder = corpus.cache(context)
+
+    def there() -> PreparedCorpus | None:
+        prepared = PreparedCorpus.open(folder, corpus.weights)
+        return prepared if prepared and (prepared.is_complete or (rows is not None and prepared.has(rows))) else None
+
+    if prepared := there():
+        return prepared
+    if problems := corpus.problems():
+        raise CorpusError(corpus.name, [problem.removeprefix(f"corpus {corpus.name}: ") for problem in problems])
+    try:
+        with _alone(folder, stop):
+            if prepared := there():  # another process may have been faster
+                return prepared
+            if corpus.segment_tokens is None:
+                return Preparation(corpus, context, folder, run).publish()
+            return StreamedPreparation(corpus, context, folder, run, rows=rows, stop=stop).publish()
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        message = f"the cache {folder.parent} cannot be written ({error.strerror}): free space, or point"
+        kept = "HALTSCALE_HOME elsewhere; what is finished is kept, and preparing again goes on from there"
+        raise CorpusError(corpus.name, [f"{message} {kept}"]) from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, stop: threading.Event) -> Iterator[None]:
     """One preparation of a folder at a time; the system releases the lock however its holder ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f"{folder.name}.lock")
+    is_told = False
     while True:
         lock = open(path, "w")  # noqa: SIM115 - closed below
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process prepares %s: waiting for it", folder.name)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.close()
+            if not is_told:
+                log.info("another process prepares %s: waiting for it", folder.name)
+            is_told = True
+            if stop.wait(WAIT_SECONDS):
+                raise CorpusError(folder.name, ["another process prepares it"]) from None
+            continue
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break
         lock.close()  # it was removed by the process that held it
@@ -112,245 +160,3 @@ def _alone(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         lock.close()
-
-
-# ---- the whole ------------------------------------------------------------------------------------------------------
-
-
-class _Preparation:
-    """One corpus on its way; everything lies below ``<folder>.partial`` until it is published."""
-
-    def __init__(self, corpus: Corpus, context: int, folder: Path, run: Runner) -> None:
-        self.corpus, self.context, self.folder, self.run = corpus, context, folder, run
-        self.partial = folder.with_name(f"{folder.name}.partial")
-        self.work, self.ready = self.partial / "work", self.partial / "ready"
-
-    def publish(self) -> PreparedCorpus:
-        if self.folder.exists():
-            raise CorpusError(self.corpus.name, [f"{self.folder} has no readable corpus.json: remove it"])
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.ready.mkdir(exist_ok=True)
-        try:
-            self._write()
-        except CorpusError:
-            shutil.rmtree(self.partial)  # other documents have another fingerprint: nothing here is of use to them
-            raise
-        self.ready.rename(self.folder)  # a reader sees all of it or nothing
-        shutil.rmtree(self.partial)
-        prepared = PreparedCorpus.open(self.folder, self.corpus.weights)
-        assert prepared is not None, "just published"
-        return prepared
-
-    def _write(self) -> None:
-        tokenizer = self._tokenizer()
-        shards = self._tokenise(tokenizer)
-        plan = plan_documents(self.corpus, shards, self.work)
-        end = end_of_text_id(tokenizer, self.corpus.tokenizer.end_of_text)
-        held_out = [read_document(self.work, each["shard"], each["position"]) for each in plan.held_out]
-        windows = leakage.window_hashes([document["tokens"] for document in held_out])
-        np.save(self.work / "windows.npy", windows)
-        rows, packed = self._pack(plan, end)
-
-        columns = {
-            "document": [self.corpus.document_name(each["source"], each["name"]) for each in plan.held_out],
-            "source": [each["source"] for each in plan.held_out],
-            "bytes": [document["bytes"] for document in held_out],
-            "tokens": [np.concatenate([[end], document["tokens"]]).astype(np.uint32) for document in held_out],
-        }
-        pq.write_table(pa.table(columns), self.ready / "validation.parquet", compression="zstd")
-        write_json(self.ready / "probe.json", self._probe(plan, tokenizer, end))
-        counts = np.zeros(self.corpus.vocab_size, dtype=np.int64)
-        for index in (result["index"] for result in packed):
-            counts += np.load(self.work / f"packed-{index:06d}.npy")
-        np.save(self.ready / "token_counts.npy", counts)
-        parts = [{"file": result["file"], "rows": result["rows"]} for result in packed if result["rows"]]
-        write_json(self.ready / "parts.json", parts)
-        found = sorted({window for result in packed for window in result["leaked"]})
-        lengths = [len(document["tokens"]) for document in held_out]
-        statistics = {
-            "name": self.corpus.name,
-            "fingerprint": self.corpus.prepared_fingerprint,
-            "context": self.context,
-            "vocab_size": self.corpus.vocab_size,
-            "rows": sum(rows.values()),
-            **plan.totals(),
-            "validation_documents": len(held_out),
-            "validation_bytes": sum(columns["bytes"]),
-            "validation_tokens": sum(lengths),
-            "probe": self.corpus.document_name(plan.probe["source"], plan.probe["name"]),
-            "sources": {name: {**plan.sources[name], "rows": rows[name]} for name in plan.sources},
-            "leakage": leakage.report(windows[found], [document["tokens"] for document in held_out]),
-            "prepared": self.corpus.identity(),
-        }
-        write_json(self.ready / "corpus.json", statistics)
-
-    # ---- tokenizer --------------------------------------------------------------------------------------------------
-
-    def _tokenizer(self) -> Tokenizer:
-        path = self.ready / "tokenizer.json"
-        if not path.exists():
-            spec = self.corpus.tokenizer
-            if isinstance(spec, BytePairs):
-                log.info("corpus %s: training a tokenizer of %d", self.corpus.name, spec.vocab_size)
-                text = spec.train(self._sample(spec.sample_bytes)).to_str()
-            else:
-                text = spec.json
-            with whole(path) as partial:
-                partial.write_text(text, encoding="utf-8")
-        return Tokenizer.from_file(str(path))
-
-    def _sample(self, sample_bytes: int) -> list[str]:
-        """Beginnings of evenly spread shards, in order; of a source with a limit, no document beyond it.
-
-        In each source the documents whose names hash lowest are left out, one more than are held out of it: whatever
-        part of the source the sample is, the held-out documents that are in it are among these.
-        """
-        sample: list[str] = []
-        for _, source in sorted(self.corpus.sources.items()):
-            shards = source.shards()
-            budget = sample_bytes // len(self.corpus.sources)
-            if source.documents is None:
-                shards = shards[:: max(1, -(-len(shards) // SAMPLED_SHARDS))]
-                budget //= len(shards)
-            documents: list[tuple[str, str]] = []
-            for shard in shards:
-                left = budget
-                with contextlib.suppress(SourceError):  # told by the pass that reads everything, with all others
-                    for name, text in source.documents_of(shard, Counter()):
-                        documents.append((name, str(text)))
-                        left -= len(str(text))
-                        if left <= 0 or len(documents) == source.documents:
-                            break
-                if len(documents) == source.documents:
-                    break
-            lowest = sorted(map(name_hash, dict(documents)))[: self.corpus.validation_documents + 1]
-            sample += [
-                text for name, text in documents if name_hash(name) not in lowest and name != self.corpus.probe_document
-            ]
-        return sample
-
-    # ---- the two passes ---------------------------------------------------------------------------------------------
-
-    def _tokenise(self, tokenizer: Tokenizer) -> list[Result]:
-        """Tokenise every shard; results in the order of sources and shards.
-
-        Raises:
-            CorpusError: with what could not be read, of all shards.
-        """
-        common = {
-            "work": str(self.work),
-            "tokenizer": str(self.ready / "tokenizer.json"),
-            "end_of_text": self.corpus.tokenizer.end_of_text,
-        }
-        names = sorted(self.corpus.sources)
-        shards = {name: self.corpus.sources[name].shards() for name in names}
-        starts = dict(zip(names, np.cumsum([0, *(len(shards[name]) for name in names)]).tolist(), strict=False))
-        jobs = {
-            name: [
-                TokeniseJob(
-                    index=starts[name] + n, name=name, source=self.corpus.sources[name].bare(), shard=shard, **common
-                )
-                for n, shard in enumerate(shards[name])
-            ]
-            for name in names
-        }
-        unlimited = [job for name in names if self.corpus.sources[name].documents is None for job in jobs[name]]
-        results = list(self._told("tokenising", tokenise_shard, unlimited, "tokens"))
-        for name in names:
-            if (limit := self.corpus.sources[name].documents) is not None:
-                taken = 0
-                for result in self._told(f"tokenising {name}", tokenise_shard, jobs[name], "tokens"):
-                    results.append(result)
-                    taken += result.get("documents", 0)
-                    if taken >= limit or "problem" in result:
-                        break  # what follows is not read
-        if problems := [result["problem"] for result in results if "problem" in result]:
-            raise CorpusError(self.corpus.name, problems)
-        return sorted(results, key=lambda result: result["index"])
-
-    def _pack(self, plan: DocumentPlan, end: int) -> tuple[dict[str, int], list[Result]]:
-        """Pack every shard's rows; gives the rows of each source and the results."""
-        rows, jobs, problems = {}, [], []
-        first_row = 0
-        for name, source in plan.sources.items():
-            rows[name] = max(0, (source["train_tokens"] - 1) // self.context)
-            if rows[name] < 1:
-                many = f"source {name}: {source['train_tokens']} training tokens do not fill one row of"
-                problems.append(f"{many} {self.context + 1}; use a larger corpus or a shorter context")
-            shards = [shard for shard in plan.shards if shard["source"] == name]
-            offset = 0
-            for n, shard in enumerate(shards):
-                begin, stop = (-(-at // self.context) for at in (offset, offset + shard["train_tokens"]))
-                count = max(0, min(stop, rows[name]) - begin)
-                jobs.append(
-                    PackJob(
-                        index=shard["index"],
-                        work=str(self.work),
-                        ready=str(self.ready),
-                        context=self.context,
-                        end_of_text=end,
-                        vocab_size=self.corpus.vocab_size,
-                        first_row=first_row + begin,
-                        rows=count,
-                        skip=begin * self.context - offset,
-                        takes=tuple((each["index"], each["take"]) for each in shards[n:]),
-                    )
-                )
-                offset += shard["train_tokens"]
-            first_row += rows[name]
-        if problems:
-            raise CorpusError(self.corpus.name, problems)
-        return rows, list(self._told("packing", pack_shard, jobs, "packed"))
-
-    def _told(self, what: str, function: Callable[[Any], Result], jobs: list[Any], stem: str) -> Iterator[Result]:
-        """Run the jobs that have no result yet, telling how far they are; all results, in the order of the jobs."""
-        kept = {job.index: kept_result(self.work, stem, job.index) for job in jobs}
-        fresh = iter(self.run(function, [job for job in jobs if kept[job.index] is None]))
-        began = told = time.monotonic()
-        done = before = sum(result is not None for result in kept.values())
-        if before and before < len(jobs):
-            log.info("corpus %s: %s goes on, %d of %d shards are done", self.corpus.name, what, before, len(jobs))
-        for job in jobs:
-            result = kept[job.index]
-            if result is None:
-                result = next(fresh)
-                done += 1
-            if "errno" in result:
-                raise OSError(result["errno"], result["strerror"])
-            yield result
-            if (now := time.monotonic()) - told > PROGRESS_SECONDS:
-                told, left = now, (now - began) / max(1, done - before) * (len(jobs) - done)
-                log.info(
-                    "corpus %s: %s, %d of %d shards, about %s left",
-                    self.corpus.name,
-                    what,
-                    done,
-                    len(jobs),
-                    clock(left),
-                )
-
-    def _probe(self, plan: DocumentPlan, tokenizer: Tokenizer, end: int) -> Result:
-        document = read_document(self.work, plan.probe["shard"], plan.probe["position"])
-        text = tokenizer.decode(document["tokens"].tolist(), skip_special_tokens=False)
-        return {
-            "document": self.corpus.document_name(plan.probe["source"], plan.probe["name"]),
-            **probe_text(text, tokenizer, end, self.corpus.probe_characters),
-        }
-
-
-def probe_text(text: str, tokenizer: Tokenizer, end: int, characters: int) -> Result:
-    """The text cut at the last white space before ``characters``, its tokens, and what each adds to the text."""
-    if len(text) > characters:
-        cut = text[:characters]
-        text = cut[: max(cut.rfind(" "), cut.rfind("\n"))] if " " in cut or "\n" in cut else cut
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    offsets = encoding.offsets
-    starts = [*(start for start, _ in offsets[1:]), len(text)]
-    return {
-        "text": text,
-        "tokens": [end, *encoding.ids],
-        # Where a character is several tokens, the one that completes it adds it to the text.
-        "pieces": [
-            text[start : min(stop, following)] for (start, stop), following in zip(offsets, starts, strict=True)
-        ],
-    }

@@ -7,12 +7,13 @@ read those rows while the trainer computes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ RESERVED_CPUS = 0.25
 """CPU that a run's workers leave to its streaming tasks and its drivers, or all of them would wait for ever."""
 WINDOW_TOKENS = 1 << 20
 """What one streaming task reads, at least a step."""
+BESIDE_SHARE = 4
+"""Beside training, a streamed corpus is prepared by one process for so many CPUs of the cluster, and at least one."""
 
 
 def quiet_ray_data() -> None:
@@ -50,17 +53,40 @@ def prepare(corpus: Corpus, context: int, *, batch: int = 1) -> PreparedCorpus:
     return preparing.prepare(corpus, context, batch=batch, run=spread)
 
 
-def spread(function: Callable[[Any], dict[str, Any]], jobs: list[Any]) -> Iterator[dict[str, Any]]:
-    """Map a function over jobs with Ray Data; the results in the order of the jobs."""
+def begin(
+    corpus: Corpus, context: int, *, batch: int = 1, rows: int | None = None
+) -> contextlib.AbstractContextManager[PreparedCorpus]:
+    """:func:`haltscale.platform.corpora.preparing.begin`, its shards spread over the cluster.
+
+    What is prepared while others train asks Ray for no CPU: it would wait for ever for one that the workers hold, and
+    they for its rows. Few processes do it instead.
+    """
+    beside = None if corpus.segment_tokens is None else max(1, int(ray.cluster_resources()["CPU"]) // BESIDE_SHARE)
+    return preparing.begin(corpus, context, batch=batch, rows=rows, run=partial(spread, beside=beside))
+
+
+def spread(
+    function: Callable[[Any], dict[str, Any]], jobs: list[Any], *, beside: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Map a function over jobs with Ray Data; each result in the order of the jobs, as soon as it is there.
+
+    Args:
+        function: from a job to a small result.
+        jobs: one task each.
+        beside: at most so many at once, which ask for no CPU; None: as many as there are CPUs free.
+    """
     if not jobs:
         return
     quiet_ray_data()
     items = [{"job": pickle.dumps(job)} for job in jobs]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    dataset = dataset.map(_run_job, fn_kwargs={"function": function})
+    resources: dict[str, Any] = {}
+    if beside is not None:
+        resources = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=beside)}
+    dataset = dataset.map(_run_job, fn_kwargs={"function": function}, **resources)
     dataset.context.execution_options.preserve_order = True
-    for row in dataset.iter_rows():
-        yield json.loads(row["result"])
+    for results in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+        yield from map(json.loads, results["result"].to_pylist())
 
 
 def _run_job(row: dict[str, Any], function: Callable[[Any], dict[str, Any]]) -> dict[str, str]:
@@ -86,6 +112,9 @@ def stream(
 ) -> Iterator[Batch]:
     """Stream one rank's batches of the steps ``first_step .. steps - 1``, in order, reading ahead.
 
+    Of a streamed corpus that is not complete, those that are there are streamed, then those that have come meanwhile.
+    It is this process that waits for more, not a task: tasks that wait would keep the CPUs of others.
+
     Args:
         folder: a prepared corpus's folder.
         seed: of the order.
@@ -95,14 +124,34 @@ def stream(
         steps: the run's last step + 1.
         rank: this worker.
         world: how many workers share a batch.
+
+    Raises:
+        CorpusError: a streamed corpus could not be prepared further.
     """
+    rank_of: dict[str, Any] = {"folder": str(folder), "seed": seed, "batch": batch, "rank": rank, "world": world}
+    if not mixture.segment:
+        yield from _windows(first_step, steps, mixture=mixture, **rank_of)
+        return
+    corpus = PreparedCorpus.open(folder)
+    assert corpus is not None, "the caller has opened it"
+    while first_step < steps:
+        corpus = corpus.wait_for((first_step + 1) * batch)
+        there = steps if corpus.is_complete else min(steps, corpus.drawable // batch)
+        yield from _windows(first_step, there, mixture=corpus.mixture, **rank_of)
+        first_step = there
+
+
+def _windows(
+    first_step: int, steps: int, *, folder: str, seed: int, mixture: Mixture, batch: int, rank: int, world: int
+) -> Iterator[Batch]:
+    """:func:`stream` of rows that are all there."""
     quiet_ray_data()
-    row_tokens = _reader(str(folder)).read(np.array([0])).shape[1]
+    row_tokens = _reader(folder).read(np.array([0])).shape[1]
     each = min(64, max(1, WINDOW_TOKENS * world // (batch * row_tokens)))
     windows = [{"first": first, "steps": min(each, steps - first)} for first in range(first_step, steps, each)]
     if not windows:
         return
-    read = {"folder": str(folder), "seed": seed, "mixture": mixture, "batch": batch, "rank": rank, "world": world}
+    read = {"folder": folder, "seed": seed, "mixture": mixture, "batch": batch, "rank": rank, "world": world}
     dataset = ray.data.from_items(windows, override_num_blocks=len(windows))
     dataset = dataset.map_batches(_read_window, batch_size=None, fn_kwargs=read, num_cpus=DATA_CPUS)
     dataset.context.execution_options.preserve_order = True

@@ -215,10 +215,15 @@ def _batches(documents: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, A
         yield batch
 
 
-def _documents(work: Path, shard: int, take: int) -> Iterator[Uint32]:
+def write_dropped(work: Path, shard: int, positions: list[int]) -> None:
+    """Write down which of a shard's documents are not trained on."""
+    with whole(work / f"dropped-{shard:06d}.npy") as partial, open(partial, "wb") as file:
+        np.save(file, np.array(sorted(positions), dtype=np.int32))
+
+
+def training_documents(work: Path, shard: int, take: int) -> Iterator[Uint32]:
     """The tokens of a shard's training documents, in order."""
-    dropped = pq.read_table(work / "dropped.parquet", filters=[("shard", "==", shard)])["position"].to_pylist()
-    left_out = set(dropped)
+    left_out = set(np.load(work / f"dropped-{shard:06d}.npy").tolist())
     position = 0
     with pq.ParquetFile(work / f"tokens-{shard:06d}.parquet") as file:
         for group in range(file.num_row_groups):
@@ -252,7 +257,7 @@ def _pack(job: PackJob) -> Result:
     end = np.array([job.end_of_text], dtype=np.uint32)
     name = f"part-{job.index:06d}.parquet"
     with RowWriter(Path(job.ready) / name, job) as writer:
-        for tokens in _documents(work, *job.takes[0]):
+        for tokens in training_documents(work, *job.takes[0]):
             counts += np.bincount(tokens, minlength=job.vocab_size)
             counts[job.end_of_text] += 1
             leaked.update(leakage.found_in(tokens, hashes).tolist())
@@ -260,7 +265,7 @@ def _pack(job: PackJob) -> Result:
         for following in job.takes[1:]:
             if writer.is_full:
                 break
-            for tokens in _documents(work, *following):
+            for tokens in training_documents(work, *following):
                 writer.add(end, tokens)
                 if writer.is_full:
                     break

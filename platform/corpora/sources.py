@@ -325,7 +325,7 @@ def _grouped(files: list[File], least: int) -> Iterator[Shard]:
     size = 0
     for file in files:
         group.append(file)
-        size += file.size
+        size += file.size or least  # a web server's listing tells no sizes, and a shard must not hold everything then
         if size >= least:
             yield Shard(files=tuple(group))
             group, size = [], 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from haltscale.platform import cluster
 
 if TYPE_CHECKING:
+    from haltscale.platform.config import RunConfig
     from haltscale.platform.sweeps.expansion import PlannedRun
     from haltscale.platform.sweeps.study import Halving, Study
 
@@ -31,6 +32,7 @@ from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from haltscale.platform.corpora import ray_data  # noqa: E402
+from haltscale.platform.corpora.corpus import PreparedCorpus  # noqa: E402
 from haltscale.platform.recorder import RunRecorder  # noqa: E402
 from haltscale.platform.store import RunState, RunStore, haltscale_home  # noqa: E402
 from haltscale.platform.sweeps.progress import SweepProgress  # noqa: E402
@@ -70,12 +72,38 @@ def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore
     A run that fails is recorded as failed and the others go on.
     """
     runs = {key: entry.run for key, entry in missing.items() if entry.run}
-    corpora = {
-        run.context: ray_data.prepare(study.corpus, run.context, batch=run.batch_sequences)
-        for run in sorted(runs.values(), key=lambda run: run.batch_sequences)
-    }
-    counts = next(iter(corpora.values())).counts
+    with contextlib.ExitStack() as beside:  # a streamed corpus is prepared further until its runs have ended
+        corpora = {
+            context: beside.enter_context(_begin(study, [run for run in runs.values() if run.context == context]))
+            for context in sorted({run.context for run in runs.values()})
+        }
+        _describe(study, corpora, store)
+        _run(study, runs, missing, corpora, store)
+    if study.corpus.segment_tokens:  # its statistics are fuller now
+        _describe(study, corpora, store)
+
+
+def _begin(study: Study, runs: list[RunConfig]) -> contextlib.AbstractContextManager[PreparedCorpus]:
+    """The corpus for runs of one context."""
+    lengths = [run.steps * run.batch_sequences for run in runs if run.steps is not None]
+    rows = max(lengths) if len(lengths) == len(runs) else None  # a budget of FLOPs does not tell
+    batch = max(run.batch_sequences for run in runs)
+    return ray_data.begin(study.corpus, runs[0].context, batch=batch, rows=rows)
+
+
+def _describe(study: Study, corpora: Mapping[int, PreparedCorpus], store: RunStore) -> None:
+    corpus = next(iter(corpora.values()))
+    counts = (PreparedCorpus.open(corpus.folder) or corpus).counts
     store.write_json(store.path(study.name, None, "study.json"), study.document(counts, store))
+
+
+def _run(
+    study: Study,
+    runs: Mapping[str, RunConfig],
+    missing: Mapping[str, PlannedRun],
+    corpora: Mapping[int, PreparedCorpus],
+    store: RunStore,
+) -> None:
     specs = []
     for key, run in runs.items():
         spec = ray_train.RunSpec(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Iterator
 
 import pandas as pd
 import pytest
@@ -15,29 +14,6 @@ from hypothesis import strategies as st
 from haltscale.platform import store as store_module
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.store import RunState, RunStore, StoreError
-
-pytest.importorskip("s3fs", reason="needs haltscale[s3]")
-moto_server = pytest.importorskip("moto.server")
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The URL of an empty bucket; the environment points to its server, as a user's would."""
-    with pytest.MonkeyPatch.context() as patch:
-        server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name, value in {
-            "ACCESS_KEY_ID": "test",
-            "SECRET_ACCESS_KEY": "test",
-            "DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(f"AWS_{name}", value)
-        store = RunStore("s3://bucket/runs")
-        store.fs.mkdir("bucket")
-        yield "s3://bucket"
-        server.stop()
 
 
 @pytest.fixture

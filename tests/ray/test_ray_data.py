@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from web import Gate, served
 
 from haltscale.platform.corpora import preparing
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.corpora.sources import Source
-from haltscale.platform.corpora.tokenization import BytePairs
+from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 
 pytestmark = pytest.mark.ray
 
@@ -113,3 +115,61 @@ def test_the_stream_is_the_order(prepared: PreparedCorpus, first_step: int, worl
         together = [batches[index] for batches in streams]
         assert all(batch.seq_ids.tolist() == ids.tolist() for batch in together)
         np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in together]), reader.read(ids))
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate("39.txt")
+
+
+@pytest.fixture
+def remote(corpus: Corpus, gate: Gate) -> Iterator[str]:
+    """The texts on a web server, whose last file is behind the gate."""
+    with served(corpus.sources["texts"].path, gate) as url:
+        yield url
+
+
+def test_a_streamed_corpus_is_drawn_from_before_its_last_file_is_read(
+    connected: None, remote: str, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, while two tasks hold every CPU of the cluster but what runs leave to the stream."""
+    import ray
+
+    from haltscale.platform.corpora import ray_data, sources
+
+    class Holder:  # in here, so that it travels by value: workers do not have this module
+        def there(self) -> None:
+            """Return when it is."""
+
+    monkeypatch.setattr(sources, "SHARD_BYTES", 1)
+    source = Source(path=f"{remote}*.txt")
+    flow = Corpus(
+        name="flow",
+        sources={"texts": source},
+        tokenizer=Pretrained(name="bytes"),
+        validation_documents=3,
+        segment_tokens=6000,
+    )
+    holders = [ray.remote(num_cpus=(2 - ray_data.RESERVED_CPUS) / 2)(Holder).remote() for _ in range(2)]
+    ray.get([holder.there.remote() for holder in holders])
+    batch, steps = 4, 60
+    with ray_data.begin(flow, CONTEXT, batch=batch) as early:
+        assert not early.is_complete
+        order = {"seed": 5, "mixture": early.mixture, "batch": batch, "first_step": 0}
+        streams = [ray_data.stream(early.folder, **order, steps=steps, rank=rank, world=2) for rank in range(2)]
+        seen = [[next(stream)] for stream in streams]
+        assert not PreparedCorpus.open(early.folder).is_complete
+        gate.open()
+        for batches, stream in zip(seen, streams, strict=True):
+            batches.extend(stream)
+    for holder in holders:
+        ray.kill(holder)
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
+    whole = preparing.prepare(flow, CONTEXT)
+    assert steps * batch > early.drawable
+    expected = global_batches(seed=5, mixture=whole.mixture, batch=batch, first_step=0, steps=steps)
+    for step, ids in enumerate(expected):
+        assert all(batches[step].step == step for batches in seen)
+        assert all(batches[step].seq_ids.tolist() == ids.tolist() for batches in seen)
+        together = np.concatenate([batches[step].tokens for batches in seen])
+        np.testing.assert_array_equal(together, RowReader(whole.folder).read(ids))
