@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from haltscale.dashboard import style
-from haltscale.dashboard.data import sound
+from haltscale.dashboard.data import size_order, sound
 from haltscale.dashboard.figures import MUTED, layout
 
 MOST_LINES = 500
@@ -77,7 +77,7 @@ def parallel(runs: pd.DataFrame, kind: str) -> go.Figure:
     kept = runs[sound(runs) & runs["loss"].notna()].sort_values("loss").head(MOST_LINES)
     axes = []
     for name in varying(kept):
-        codes = sorted(kept[name].dropna().unique())
+        codes = sorted(kept[name].dropna().unique(), key=size_order if name == "size" else None)
         places = {value: index for index, value in enumerate(codes)}
         axes.append(
             {
@@ -148,13 +148,21 @@ def slice_of(runs: pd.DataFrame, table: pd.DataFrame, name: str, target: str) ->
     figure = go.Figure()
     kept = runs[sound(runs) & runs[target].notna() & runs[name].notna()]
     text = {value: f"{value:g}" if isinstance(value, float) else str(value) for value in table["value"]}
-    for index, (size, part) in enumerate(kept.groupby("size")):
+    sizes = sorted(set(kept["size"]), key=lambda size: (size_order(size), size))
+    for index, size in enumerate(sizes):
+        part = kept[kept["size"] == size]
         figure.add_scatter(
             x=part[name].map(lambda value: text.get(value, str(value))),
             y=part[target],
             mode="markers",
             name=html.escape(str(size)),
-            marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": 9, "opacity": 0.75},
+            marker={
+                "symbol": style.MARKERS[index % len(style.MARKERS)],
+                "color": style.step_color(index, max(len(sizes) - 1, 1)),
+                "line": {"width": 1, "color": MUTED},
+                "size": 9,
+                "opacity": 0.75,
+            },
             customdata=[html.escape(label) for label in part["label"]],
             hovertemplate="%{customdata}: %{y:.3g}<extra></extra>",
         )
