@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from haltscale.dashboard import style
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 from haltscale.platform.sweeps.report import RECURRENT
 
@@ -383,10 +384,12 @@ _NONE = pd.DataFrame()
 
 
 def _unique(runs: pd.DataFrame) -> list[str]:
-    """Labels that can name a run in a selection: those that occur twice get their seed, or the end of their key."""
+    """Labels that name a run in a selection: those that occur twice get their tokens, seed, or the end of their key."""
     labels = [str(label) for label in runs["label"]]
     keys = [str(key) for key in runs["key"]]
-    for suffixes in ([f"seed {seed:g}" for seed in runs["seed"]], [key[-6:] for key in keys], keys):
+    tokens = [f"{style.compact(count)} tokens" for count in runs["tokens"]]
+    seeds = [f"seed {seed:g}" for seed in runs["seed"]]
+    for suffixes in (tokens, seeds, [key[-6:] for key in keys], keys):
         kinds: dict[str, set[str]] = {}
         for label, suffix in zip(labels, suffixes, strict=True):
             kinds.setdefault(label, set()).add(suffix)

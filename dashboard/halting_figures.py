@@ -81,7 +81,7 @@ def gains(rows: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     most = int(rows["depth"].max()) if len(rows) else 1
     for index, (depth, part) in enumerate(rows.assign(depth=rows["depth"].astype(int)).groupby("depth")):
-        color = style.step_color(int(str(depth)), most)
+        color = style.line_color(int(str(depth)), most)
         figure.add_scatter(
             x=[0, *part["step"]],
             y=[0.0, *part["mean"]],

@@ -255,7 +255,7 @@ def isoflop(found: IsoFlop, kind: FlopsKind) -> go.Figure:
     figure = go.Figure()
     most = len(found.profiles) - 1
     for index, profile in enumerate(found.profiles):
-        color, name = style.step_color(index, max(most, 1)), f"{style.scientific(profile.budget)} FLOPs"
+        color, name = style.line_color(index, most), f"{style.scientific(profile.budget)} FLOPs"
         marker = style.MARKERS[index % len(style.MARKERS)]
         curve = profile.curve()
         figure.add_scatter(

@@ -33,7 +33,7 @@ def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figur
     figure = make_subplots(
         rows=max(len(values), 1),
         cols=2,
-        horizontal_spacing=0.14,
+        horizontal_spacing=0.2,
         vertical_spacing=0.36 / max(len(values), 1),
         subplot_titles=[
             f"{title}{f' · {OPTION_NAMES[str(split)]} {value:g}' if value is not None else ''}"
@@ -59,7 +59,7 @@ def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figur
                 text=[[style.three(cell) for cell in line] for line in grid.to_numpy()],
                 texttemplate="%{text}",
                 colorscale="Cividis" if target == "mean_steps" else "Cividis_r",
-                colorbar={"title": title, "x": 0.43 if col == 1 else 1.0, "len": 0.8, "thickness": 12},
+                colorbar={"title": title, "x": 0.4 if col == 1 else 1.0, "len": 0.8, "thickness": 12},
                 showscale=row == 1,
                 xgap=2,
                 ygap=2,
@@ -158,7 +158,7 @@ def slice_of(runs: pd.DataFrame, table: pd.DataFrame, name: str, target: str) ->
             name=html.escape(str(size)),
             marker={
                 "symbol": style.MARKERS[index % len(style.MARKERS)],
-                "color": style.step_color(index, max(len(sizes) - 1, 1)),
+                "color": style.line_color(index, len(sizes) - 1),
                 "line": {"width": 1, "color": MUTED},
                 "size": 9,
                 "opacity": 0.75,

@@ -197,6 +197,14 @@ def test_labels_that_occur_twice_get_what_tells_them_apart(author):
     assert labels == ["same · seed 0", "same · seed 1 · bbbbbb", "same · seed 1 · cccccc", "other"]
 
 
+def test_runs_of_one_label_and_different_lengths_are_told_apart_by_their_tokens(author):
+    for key, tokens in (("short", 5e6), ("long", 2e9)):
+        author.begin(key, identity={"method": "vanilla", "size": "0.6m", "seed": 0, "tokens": tokens}, label="same")
+    author.plan(["short", "long"])
+    labels = list(data.load_study(author.store, STUDY).runs["label"])
+    assert labels == ["same · 5.00M tokens", "same · 2.00B tokens"]
+
+
 def test_filters_keep_what_has_no_lam_and_an_empty_filter_keeps_all(author):
     author.finished_study()
     view = data.load_study(author.store, STUDY)
