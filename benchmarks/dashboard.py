@@ -98,9 +98,13 @@ def measure(root: Path, repeats: int) -> None:
 
 
 def points(spec: str) -> int:
-    """Points of a figure as it goes to the browser."""
+    """Points of a figure as it goes to the browser: of lines and markers, of coordinates, cells of maps."""
     return sum(
-        max([size(trace.get("x")), *(size(axis.get("values")) for axis in trace.get("dimensions", []))])
+        max(
+            size(trace.get("x")),
+            *(size(axis.get("values")) for axis in trace.get("dimensions", [])),
+            size(trace["x"]) * size(trace["y"]) if trace["type"] == "heatmap" else 0,
+        )
         for trace in json.loads(spec)["data"]
     )
 

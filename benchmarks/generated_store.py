@@ -24,7 +24,8 @@ from haltscale.platform.evaluation.token_kinds import TokenClass
 from haltscale.platform.store import SCHEMA_VERSION
 
 SIZES = {"0.6m": 6e5, "1.8m": 1.8e6, "4m": 4.2e6, "8m": 8.4e6, "17m": 1.7e7, "35m": 3.5e7}
-TOKENS = (5e7, 2e8, 8e8)
+BUDGETS = (3e15, 1.2e16, 5e16, 2e17)
+"""Training FLOPs of a model that does not think."""
 PHI = {"vanilla": 0.0, "adaptive": 0.42, "fixed": 0.25, "shuffled": 0.2, "looped": 0.3}
 CONTEXT = 1024
 PROSE = (
@@ -36,11 +37,11 @@ ROWS = 200
 
 
 def points(count: int) -> list[dict[str, Any]]:
-    """Runs until there are enough: methods over sizes and tokens, the adaptive ones over their options, then seeds."""
+    """Runs until there are enough: methods over sizes and budgets, the adaptive ones over their options, then seeds."""
     found: list[dict[str, Any]] = []
     for seed in itertools.count():
-        for size, tokens in itertools.product(SIZES, TOKENS):
-            shared = {"size": size, "tokens": int(tokens), "seed": seed}
+        for size, budget in itertools.product(SIZES, BUDGETS):
+            shared = {"size": size, "tokens": int(budget / (6 * SIZES[size])), "seed": seed}
             found += [{"method": name, "options": {}, **shared} for name in ("vanilla",)]
             found += [{"method": name, "options": {"steps": 3}, **shared} for name in ("fixed", "looped")]
             for lam, beta, l_max in itertools.product((0.01, 0.03, 0.1, 0.3, 1.0), (0.5, 1.0), (2, 3)):
@@ -85,9 +86,9 @@ def write_run(folder: Path, study: str, key: str, point: dict[str, Any], random:
     """A finished run, as a trainer would have left it, without weights."""
     folder.mkdir(parents=True)
     identity = {**point, "context": CONTEXT, "batch_tokens": 65536, "learning_rate": 3e-3}
-    label = " · ".join(
-        [point["method"], point["size"], *([f"λ {point['options']['lam']:g}"] if "lam" in point["options"] else [])]
-    )
+    symbols = {"lam": "λ", "beta": "β", "l_max": "l_max"}
+    options = [f"{symbol} {point['options'][name]:g}" for name, symbol in symbols.items() if name in point["options"]]
+    label = " · ".join([point["method"], point["size"], *options])
     noise = float(random.normal(0, 0.004))
     steps = point["tokens"] // 65536
     rows = [row(point, (index + 1) / ROWS, noise, steps, random) for index in range(ROWS)]
@@ -162,6 +163,7 @@ def row(
         "flops_realised": flops,
         "flops_executed": 1.15 * flops,
         "flops_paper": 0.92 * flops,
+        "straggling": 1 + (0.08 * abs(random.normal()) if "lam" in point["options"] else 0.0),
         "tokens_per_second": 9e5 / (1 + mean) * (1 + random.normal(0, 0.02)),
         "grad_norm": 0.4,
         "seconds": 900 * progress * (1 + mean),

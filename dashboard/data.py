@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from haltscale.dashboard import style
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 from haltscale.platform.sweeps.report import RECURRENT
 
@@ -92,6 +93,7 @@ NUMBERS = (
     *("wall_seconds", "inference_flops_realised", "inference_flops_executed", "inference_flops_paper", "heartbeat"),
     *(
         "tokens_per_second",
+        "straggling",
         "step",
         "steps",
         "seconds_left",
@@ -159,11 +161,19 @@ def _frame(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def metrics(store: RunStore, study: str, key: str) -> pd.DataFrame:
-    """Training metrics of a run; empty when there are none or they cannot be read."""
+    """Training metrics of a run; empty when there are none or they cannot be read.
+
+    ``flops_realised_per_second`` is added: realised FLOPs over seconds between two logged steps.
+    """
     try:
-        return _frame(store.metrics(study, key))
+        rows = _frame(store.metrics(study, key))
     except UNREADABLE:
         return pd.DataFrame()
+    if {"flops_realised", "seconds"} <= set(rows):
+        # Both count from the beginning of the run, also when it was resumed; so the first row counts from zero.
+        spent = rows[["flops_realised", "seconds"]].diff().fillna(rows.loc[:0, ["flops_realised", "seconds"]])
+        rows["flops_realised_per_second"] = (spent["flops_realised"] / spent["seconds"]).where(spent["seconds"] > 0)
+    return rows
 
 
 def evaluations(store: RunStore, study: str, key: str) -> pd.DataFrame:
@@ -231,7 +241,10 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
     recurrent = sum(number(groups.get(name)) for name in RECURRENT) if groups else math.nan
     inference = mapping(record.get("inference_flops_per_token"))
     row |= {f"inference_flops_{kind}": number(inference.get(kind)) for kind in FlopsKind}
-    speed = trained["tokens_per_second"].tail(20).median() if "tokens_per_second" in trained else math.nan
+    recent = {
+        name: number(trained[name].tail(20).median()) if name in trained else math.nan
+        for name in ("tokens_per_second", "straggling")
+    }
     row |= {
         "key": view.key,
         "label": words(view.spec.get("label")) or words(record.get("label")) or view.key,
@@ -250,7 +263,8 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "parameters_recurrent": recurrent,
         "passes": number(record.get("passes_per_token")),
         "wall_seconds": number(record.get("wall_seconds")),
-        "tokens_per_second": number(record.get("tokens_per_second")) if record else number(speed),
+        "tokens_per_second": number(record.get("tokens_per_second")) if record else recent["tokens_per_second"],
+        "straggling": recent["straggling"],
         "step": number(record.get("steps") if record else status.get("step")),
         "steps": number(record.get("steps") if record else status.get("steps")),
         "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
@@ -370,10 +384,12 @@ _NONE = pd.DataFrame()
 
 
 def _unique(runs: pd.DataFrame) -> list[str]:
-    """Labels that can name a run in a selection: those that occur twice get their seed, or the end of their key."""
+    """Labels that name a run in a selection: those that occur twice get their tokens, seed, or the end of their key."""
     labels = [str(label) for label in runs["label"]]
     keys = [str(key) for key in runs["key"]]
-    for suffixes in ([f"seed {seed:g}" for seed in runs["seed"]], [key[-6:] for key in keys], keys):
+    tokens = [f"{style.compact(count)} tokens" for count in runs["tokens"]]
+    seeds = [f"seed {seed:g}" for seed in runs["seed"]]
+    for suffixes in (tokens, seeds, [key[-6:] for key in keys], keys):
         kinds: dict[str, set[str]] = {}
         for label, suffix in zip(labels, suffixes, strict=True):
             kinds.setdefault(label, set()).add(suffix)

@@ -23,18 +23,22 @@ from haltscale.dashboard import style
 from haltscale.dashboard.data import size_order
 
 MOST_POINTS = 10_000
+MANY_RUNS = 100
+"""More markers than this are drawn small, faint and without their standard errors."""
+MOST_LEGEND = 14
+"""A legend with more series than this names methods only; hover boxes still name every run."""
 MUTED = "rgba(128,128,128,0.9)"
 
 
-def log_axis(figure: go.Figure, axis: str, values: pd.Series, title: str) -> None:
-    """A logarithmic axis with a margin around the values and ticks written in full."""
+def log_axis(figure: go.Figure, axis: str, values: pd.Series, title: str, **where: int) -> None:
+    """A logarithmic axis with a margin around the values and ticks written in full; ``row`` and ``col`` say which."""
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes
-    update(type="log", title=title)
+    update(type="log", title=title, **where)
     if len(values):
         margin = max(0.12 * math.log10(values.max() / values.min()), 0.006)
         low, high = math.log10(values.min()) - margin, math.log10(values.max()) + margin
         ticks, names = style.log_ticks(10**low, 10**high)
-        update(range=[low, high], tickvals=ticks, ticktext=names)
+        update(range=[low, high], tickvals=ticks, ticktext=names, **where)
 
 
 def steps_share(runs: pd.DataFrame) -> go.Figure:
@@ -205,42 +209,66 @@ def most_steps(events: pd.DataFrame) -> int:
     return int(max(events["steps"].max(), widths.max())) if len(events) else 0
 
 
+PANELS = (
+    ("loss", "training loss, nats/token", 0.5),
+    ("mean_steps", "latent steps/token", 0.26),
+    ("tokens_per_second", "tokens/s", 0.22),
+    ("flops_realised_per_second", "FLOP/s, realised", 0.22),
+    ("straggling", "busiest worker,<br>times the mean", 0.22),
+)
+"""Column of the metrics, title of the axis, height relative to the others'."""
+
+
 def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.Figure:
-    """Loss, mean latent steps and speed over tokens, one line per run; ``metrics`` holds a frame per run key."""
-    panels = (
-        ("loss", "training loss, nats/token"),
-        ("mean_steps", "latent steps per token"),
-        ("tokens_per_second", "tokens/s"),
-    )
-    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[0.5, 0.27, 0.23])
+    """Loss, latent steps, speed and balance of the workers over tokens, a line per run.
+
+    Balance is the most over the mean latent steps of the workers, step by step: all wait for the busiest. It has a
+    panel where a run has workers that differ.
+
+    Args:
+        metrics: a frame of :func:`haltscale.dashboard.data.metrics` per run key.
+    """
     shown = runs[runs["key"].isin(metrics)]
-    most = MOST_POINTS // max(3 * len(shown), 1)
+    uneven = any("straggling" in rows and rows["straggling"].gt(1).any() for rows in metrics.values())
+    told = {name for rows in metrics.values() for name in rows} - (set() if uneven else {"straggling"})
+    panels = [panel for index, panel in enumerate(PANELS) if index < 3 or panel[0] in told]
+    figure = make_subplots(
+        rows=len(panels),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.04,
+        row_heights=[share for *_, share in panels],
+    )
+    most = MOST_POINTS // max(len(panels) * len(shown), 1)
     for index, (_, run) in enumerate(shown.iterrows()):
         rows = thin(metrics[str(run["key"])], most)
         color, name = style.shade(style.method_color(str(run["method"])), run["shade"]), short(str(run["label"]))
-        for panel, (column, _) in enumerate(panels, start=1):
+        for place, (column, title, _) in enumerate(panels, start=1):
             if column not in rows or "tokens" not in rows:
                 continue
             ends = [0] * (len(rows) - 1) + [9]  # a marker where the curve stands now
+            what, digits = title.replace("<br>", " "), ".3~s" if "second" in column else ".3~g"
             figure.add_scatter(
                 x=rows["tokens"],
                 y=rows[column],
                 mode="lines+markers",
                 name=name,
                 legendgroup=str(run["key"]),
-                showlegend=panel == 1,
+                showlegend=place == 1,
                 line={"color": color, "dash": style.DASHES[index % len(style.DASHES)], "width": 2},
                 marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": ends, "opacity": 1},
-                hovertemplate=f"{name}: %{{y:.3g}} at %{{x:.3s}} tokens<extra></extra>",
-                row=panel,
+                hovertemplate=f"{name}<br>{what}: %{{y:{digits}}}<br>%{{x:.3~s}} tokens<extra></extra>",
+                row=place,
                 col=1,
             )
-    for panel, (_, title) in enumerate(panels, start=1):
-        figure.update_yaxes(title=title, row=panel, col=1)
-    figure.update_yaxes(rangemode="tozero", row=2, col=1)
-    figure.update_yaxes(rangemode="tozero", row=3, col=1)
-    figure.update_xaxes(title="tokens trained on", tickformat=".3~s", row=3, col=1)
-    return layout(figure, height=720)
+    for place, (column, title, _) in enumerate(panels, start=1):
+        figure.update_yaxes(title=title, row=place, col=1)
+        if column not in ("loss", "straggling"):
+            figure.update_yaxes(rangemode="tozero", row=place, col=1)
+        if "second" in column:
+            figure.update_yaxes(tickformat=".3~s", row=place, col=1)
+    figure.update_xaxes(title="tokens trained on", tickformat=".3~s", row=len(panels), col=1)
+    return layout(figure, height=270 + 150 * len(panels))
 
 
 def thin(rows: pd.DataFrame, most: int) -> pd.DataFrame:

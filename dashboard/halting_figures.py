@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from haltscale.dashboard import style
 from haltscale.dashboard.data import number, size_order
-from haltscale.dashboard.figures import MUTED, layout
+from haltscale.dashboard.figures import MANY_RUNS, MOST_LEGEND, MUTED, layout, log_axis
 
 DIMENSIONS = {
     "by_surprisal": "surprisal (deciles of the token's NLL; 0 is predicted best)",
@@ -66,6 +66,7 @@ def steps_by(rows: pd.DataFrame, dimension: str) -> go.Figure:
             "overlaying": "y",
             "side": "right",
             "showgrid": False,
+            "tickformat": ".3~g",
             "rangemode": "tozero",
         }
     )
@@ -80,7 +81,7 @@ def gains(rows: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     most = int(rows["depth"].max()) if len(rows) else 1
     for index, (depth, part) in enumerate(rows.assign(depth=rows["depth"].astype(int)).groupby("depth")):
-        color = style.step_color(int(str(depth)), most)
+        color = style.line_color(int(str(depth)), most)
         figure.add_scatter(
             x=[0, *part["step"]],
             y=[0.0, *part["mean"]],
@@ -169,22 +170,26 @@ def inference(runs: pd.DataFrame, kind: str) -> go.Figure:
     figure = go.Figure()
     column = f"inference_flops_{kind}"
     kept = runs[runs["loss"].notna() & runs[column].gt(0)]
+    brief, named = kept["series"].nunique() > MOST_LEGEND, set()
     for name, part in kept.groupby("series", sort=False):
-        index = int(part["rank"].iloc[0])
+        index, group = int(part["rank"].iloc[0]), str(part["method"].iloc[0]) if brief else str(name)
         figure.add_scatter(
             x=part[column],
             y=part["loss"],
             mode="markers",
-            name=html.escape(str(name)),
+            name=html.escape(group),
+            legendgroup=group,
+            showlegend=group not in named,
             marker={
                 "color": style.shade(style.method_color(str(part["method"].iloc[0])), float(part["shade"].iloc[0])),
                 "symbol": style.MARKERS[index % len(style.MARKERS)],
-                "size": 11,
+                "size": 11 if len(kept) <= MANY_RUNS else 7,
             },
             customdata=[html.escape(label) for label in part["label"]],
             hovertemplate="%{customdata}: %{y:.3f} nats/token at %{x:.3g} FLOPs per token<extra></extra>",
         )
-    figure.update_xaxes(title=f"inference FLOPs per token, {kind}", type="log")
+        named.add(group)
+    log_axis(figure, "x", kept[column], f"inference FLOPs per token, {kind}")
     figure.update_yaxes(title="validation loss, nats/token")
     return layout(figure, height=420)
 

@@ -18,13 +18,11 @@ from plotly.subplots import make_subplots
 
 from haltscale.dashboard import style
 from haltscale.dashboard.data import FlopsKind, plotted
-from haltscale.dashboard.figures import MUTED, layout, log_axis
+from haltscale.dashboard.figures import MANY_RUNS, MOST_LEGEND, MUTED, layout, log_axis
 from haltscale.platform.analysis import Estimate, HeldOut, IsoFlop, LawFit, Multiplier
 
 MOST_NAMES = 16
 """More markers than this would write their sizes over each other."""
-MOST_LEGEND = 14
-"""A legend with more series than this names methods only; hover boxes still name every run."""
 
 
 class Measure(StrEnum):
@@ -85,7 +83,7 @@ def scaling(
     shown = shown.assign(y=measure.of(shown["loss"]))
     for method, law in (laws or {}).items():
         _add_law(figure, method, law, measure, float(shown[flops].max()))
-    brief = shown["series"].nunique() > MOST_LEGEND
+    brief, many = shown["series"].nunique() > MOST_LEGEND, len(shown) > MANY_RUNS
     for name, members in shown.groupby("series", sort=False):
         index, method = int(members["rank"].iloc[0]), str(members["method"].iloc[0])
         color = style.shade(style.method_color(method), float(members["shade"].iloc[0]))
@@ -119,12 +117,18 @@ def scaling(
                     y=part["y"],
                     mode="markers",
                     name=f"{name}, {detail}",
-                    marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
+                    marker={
+                        "color": color,
+                        "symbol": symbol,
+                        "size": 6 if many else 11,
+                        "opacity": 0.6 if many else 1,
+                        "line": {"width": 1 if many else 2, "color": color},
+                    },
                     # A standard error of the loss is a factor on the perplexity.
                     error_y={
                         "type": "data",
                         "array": error if measure is Measure.LOSS else part["y"] * np.expm1(error),
-                        "visible": bool(part["loss_standard_error"].gt(0).any()),
+                        "visible": not many and bool(part["loss_standard_error"].gt(0).any()),
                         "thickness": 1.5,
                         "width": 3,
                     },
@@ -251,7 +255,7 @@ def isoflop(found: IsoFlop, kind: FlopsKind) -> go.Figure:
     figure = go.Figure()
     most = len(found.profiles) - 1
     for index, profile in enumerate(found.profiles):
-        color, name = style.step_color(index, max(most, 1)), f"{style.scientific(profile.budget)} FLOPs"
+        color, name = style.line_color(index, most), f"{style.scientific(profile.budget)} FLOPs"
         marker = style.MARKERS[index % len(style.MARKERS)]
         curve = profile.curve()
         figure.add_scatter(
@@ -323,7 +327,11 @@ def multipliers(found: Mapping[str, Multiplier], reference: str) -> go.Figure:
         )
     figure.add_hline(y=1, line={"color": MUTED, "width": 1.5, "dash": "dash"})
     figure.update_xaxes(title="validation loss, nats/token (better to the right)", autorange="reversed")
-    figure.update_yaxes(title=f"what {html.escape(reference)} needs, times", type="log")
+    # The bands may run off the figure: the range is that of the curves and of "as much", with room for an interval.
+    curves = [one.table["multiplier"] for one in found.values()]
+    shown = pd.concat([*curves, pd.Series([1.0])]).clip(1e-3, 1e3)
+    reach = pd.Series([float(shown.min()) / 3, float(shown.max()) * 3])
+    log_axis(figure, "y", reach, f"what {html.escape(reference)} needs, times")
     return layout(figure, height=380)
 
 
@@ -381,6 +389,7 @@ def predicted(laws: Mapping[str, LawFit]) -> go.Figure:
     figure.add_hline(y=0, line={"color": MUTED, "dash": "dash"}, row=1, col=2)
     figure.update_xaxes(title="fitted loss, nats/token", row=1, col=1)
     figure.update_yaxes(title="observed loss, nats/token", row=1, col=1)
-    figure.update_xaxes(title="parameters", type="log", row=1, col=2)
+    sizes = pd.concat([law.runs["parameters"] for law in laws.values()]).astype(float)
+    log_axis(figure, "x", sizes, "parameters", row=1, col=2)
     figure.update_yaxes(title="residual, %", row=1, col=2)
     return layout(figure, height=380)

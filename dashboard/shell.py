@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from haltscale.dashboard import data, figures, style
-from haltscale.dashboard.data import StudyView
+from haltscale.dashboard.data import FlopsKind, StudyView
 from haltscale.dashboard.shelf import store
 
 ACTIVE_SECONDS = 3.0
@@ -168,6 +168,21 @@ def heading(view: StudyView, title: str) -> None:
     )
     question = f"{plain(view.question)}  \n" if view.question else ""
     st.markdown(question + badges)
+
+
+def flops_kind() -> FlopsKind:
+    """The reader's choice of how FLOPs are counted; one choice for all pages, as it stands in the address."""
+    choice = st.segmented_control(
+        "Count FLOPs as",
+        [kind.value for kind in FlopsKind],
+        default=FlopsKind.REALISED.value,
+        required=True,
+        key="flops",
+        bind="query-params",
+        help="  \n".join(f"**{kind.value}**: {kind.meaning}." for kind in FlopsKind)
+        + "  \nNumbers of two kinds never share an axis.",
+    )
+    return FlopsKind(choice)
 
 
 def honest(view: StudyView) -> None:

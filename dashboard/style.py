@@ -106,6 +106,11 @@ def step_color(step: int, most: int) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
+def line_color(index: int, most: int) -> str:
+    """Cividis for ordinal lines and markers, without its ends: they would be lost on a dark page or on a light one."""
+    return step_color(25 * most + 60 * min(max(index, 0), most), 100 * most) if most else step_color(1, 2)
+
+
 def ink_on(color: str) -> str:
     """Black or white, whichever reads better on a colour (by WCAG contrast)."""
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from haltscale.dashboard import style
-from haltscale.dashboard.data import sound
+from haltscale.dashboard.data import size_order, sound
 from haltscale.dashboard.figures import MUTED, layout
 
 MOST_LINES = 500
@@ -33,7 +33,7 @@ def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figur
     figure = make_subplots(
         rows=max(len(values), 1),
         cols=2,
-        horizontal_spacing=0.14,
+        horizontal_spacing=0.2,
         vertical_spacing=0.36 / max(len(values), 1),
         subplot_titles=[
             f"{title}{f' · {OPTION_NAMES[str(split)]} {value:g}' if value is not None else ''}"
@@ -59,7 +59,7 @@ def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figur
                 text=[[style.three(cell) for cell in line] for line in grid.to_numpy()],
                 texttemplate="%{text}",
                 colorscale="Cividis" if target == "mean_steps" else "Cividis_r",
-                colorbar={"title": title, "x": 0.43 if col == 1 else 1.0, "len": 0.8, "thickness": 12},
+                colorbar={"title": title, "x": 0.4 if col == 1 else 1.0, "len": 0.8, "thickness": 12},
                 showscale=row == 1,
                 xgap=2,
                 ygap=2,
@@ -77,7 +77,7 @@ def parallel(runs: pd.DataFrame, kind: str) -> go.Figure:
     kept = runs[sound(runs) & runs["loss"].notna()].sort_values("loss").head(MOST_LINES)
     axes = []
     for name in varying(kept):
-        codes = sorted(kept[name].dropna().unique())
+        codes = sorted(kept[name].dropna().unique(), key=size_order if name == "size" else None)
         places = {value: index for index, value in enumerate(codes)}
         axes.append(
             {
@@ -148,13 +148,21 @@ def slice_of(runs: pd.DataFrame, table: pd.DataFrame, name: str, target: str) ->
     figure = go.Figure()
     kept = runs[sound(runs) & runs[target].notna() & runs[name].notna()]
     text = {value: f"{value:g}" if isinstance(value, float) else str(value) for value in table["value"]}
-    for index, (size, part) in enumerate(kept.groupby("size")):
+    sizes = sorted(set(kept["size"]), key=lambda size: (size_order(size), size))
+    for index, size in enumerate(sizes):
+        part = kept[kept["size"] == size]
         figure.add_scatter(
             x=part[name].map(lambda value: text.get(value, str(value))),
             y=part[target],
             mode="markers",
             name=html.escape(str(size)),
-            marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": 9, "opacity": 0.75},
+            marker={
+                "symbol": style.MARKERS[index % len(style.MARKERS)],
+                "color": style.line_color(index, len(sizes) - 1),
+                "line": {"width": 1, "color": MUTED},
+                "size": 9,
+                "opacity": 0.75,
+            },
             customdata=[html.escape(label) for label in part["label"]],
             hovertemplate="%{customdata}: %{y:.3g}<extra></extra>",
         )

@@ -27,16 +27,7 @@ DIAL = ("dial", "value", "own", "loss", "loss_standard_error", "mean_steps", "fl
 
 def body(view: StudyView) -> None:
     shell.heading(view, "What the models can do, and for how much")
-    kind = FlopsKind(
-        st.segmented_control(
-            "Count FLOPs as",
-            [kind.value for kind in FlopsKind],
-            default=FlopsKind.REALISED.value,
-            required=True,
-            key="flops",
-            bind="query-params",
-        )
-    )
+    kind = shell.flops_kind()
     finished = view.runs[(view.runs["state"] == "finished") & view.runs["loss"].notna()]
     if finished.empty:
         st.info(

@@ -13,6 +13,7 @@ TITLE = "Halting"
 ICON = ":material/hourglass_top:"
 ORDER = 4
 MOST_ROWS = 24
+MOST_PAIRS = 10
 INTERVAL = ("mean", "low", "high")
 
 
@@ -62,7 +63,8 @@ def every_run(counted: pd.DataFrame) -> None:
 def easy_and_hard(counted: pd.DataFrame) -> None:
     """Whether the steps went to the tokens that are hard."""
     st.subheader("Easy against hard tokens", anchor=False)
-    known = counted.dropna(subset=["well_steps", "badly_steps"]).head(MOST_ROWS)
+    every = counted.dropna(subset=["well_steps", "badly_steps"])
+    known = every.head(MOST_PAIRS)
     if known.empty:
         st.info(
             "Finished runs that may think show here what easy and hard tokens got.", icon=":material/hourglass_empty:"
@@ -79,6 +81,7 @@ def easy_and_hard(counted: pd.DataFrame) -> None:
         "Well predicted is the quarter of tokens with the lowest NLL, badly predicted the quarter with the highest. "
         "A router that spends its steps where they may help gives badly-predicted tokens (diamonds) more than "
         "well-predicted ones (circles)."
+        + (f" The first {MOST_PAIRS} of {len(every)} runs: filter in the sidebar." if len(every) > MOST_PAIRS else "")
     )
 
 

@@ -56,6 +56,8 @@ def progress_text(run: pd.Series) -> str:
         parts.append(f"validation loss {style.three(run['loss'])} nats/token")
     if math.isfinite(run["tokens_per_second"]):
         parts.append(f"{style.compact(run['tokens_per_second'])} tokens/s")
+    if run["straggling"] > 1:  # with one worker, or steps that are fixed, all are equally busy
+        parts.append(f"busiest worker {style.three(run['straggling'])} times the mean latent steps")
     return shell.plain(" · ".join(parts))
 
 
@@ -88,7 +90,12 @@ def curves(view: StudyView) -> None:
                 pd.concat([rows.assign(run=labels[key]) for key, rows in found.items()]),
                 key="training-curves",
                 title=f"{view.name}: training",
-                alt=f"Training loss, latent steps and tokens per second of {len(found)} runs over tokens",
+                alt=f"Training loss, latent steps, speed and balance of the workers of {len(found)} runs over tokens",
+            )
+            st.caption(
+                "FLOP/s count what active positions needed, not what the hardware could do. Tokens halt differently, "
+                "so workers take differently long and all wait for the busiest: where a run has several, the lowest "
+                "panel shows the busiest one's latent steps over the mean of all (1 is even)."
             )
         spread(view, found)
     else:
@@ -105,8 +112,10 @@ def spread(view: StudyView, found: dict[str, pd.DataFrame]) -> None:
     with st.container(border=True):
         st.subheader("How halting changed in training", anchor=False)
         labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
+        routed = view.runs[view.runs["key"].isin(thinks) & view.runs["l_max"].gt(0)]  # not those of fixed steps
+        first = thinks.index(routed["key"].iloc[0]) if len(routed) else 0
         key = st.selectbox(
-            "Run", thinks, format_func=lambda key: labels.get(key, key), key="spread", bind="query-params"
+            "Run", thinks, index=first, format_func=lambda key: labels.get(key, key), key="spread", bind="query-params"
         )
         shell.chart(
             figures.steps_over_training(found[key]),

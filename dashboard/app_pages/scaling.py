@@ -1,5 +1,7 @@
 """Loss against training compute: fits with bands, frontier, isoFLOP profiles, and what a latent step is worth."""
 
+import math
+
 import pandas as pd
 import streamlit as st
 
@@ -29,18 +31,7 @@ def body(view: StudyView) -> None:
             label_visibility="collapsed",
         )
     with right, st.container(horizontal=True, horizontal_alignment="right"):
-        kind = FlopsKind(
-            st.segmented_control(
-                "Count FLOPs as",
-                [kind.value for kind in FlopsKind],
-                default=FlopsKind.REALISED.value,
-                required=True,
-                key="flops",
-                bind="query-params",
-                help="  \n".join(f"**{kind.value}**: {kind.meaning}." for kind in FlopsKind)
-                + "  \nNumbers of two kinds never share an axis.",
-            )
-        )
+        kind = shell.flops_kind()
     runs = fits.settled(data.analysed(view.runs))
     if part == "Compute":
         summary(view, kind)
@@ -152,7 +143,7 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
 
 def parameters(laws: dict[str, analysis.LawFit]) -> None:
     """The laws in numbers."""
-    st.subheader("L(C) = E + A · C^−α", anchor=False)
+    st.subheader(r"$L(C) = E + A\,C^{-\alpha}$", anchor=False)
     rows = [
         {
             "method": method,
@@ -170,7 +161,8 @@ def told(one: Estimate) -> str:
     """A number with its interval, or why there is none."""
     if not one.identifiable:
         return one.problem
-    return f"{style.three(one.value)} [{style.three(one.low)}, {style.three(one.high)}]"
+    low, high = ("∞" if end == math.inf else style.three(end) for end in (one.low, one.high))
+    return f"{style.three(one.value)} [{low}, {high}]"
 
 
 def extrapolation(runs: pd.DataFrame, x: str) -> None:
@@ -289,7 +281,8 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
 def worth(runs: pd.DataFrame) -> None:
     """phi: what a further pass is worth, in new parameters."""
     st.markdown(
-        "L = E + A (N_once + r^φ N_rec)^−a + B D^−b, one law over all methods, φ for each: **1** where a further "
+        r"$L = E + A\,(N_\text{once} + r^{\varphi} N_\text{rec})^{-a} + B\,D^{-b}$, "
+        "one law over all methods, φ for each: **1** where a further "
         "pass of the stack is worth as many new parameters, **0** where it is worth nothing."
     )
     found = fits.recurrence(runs)

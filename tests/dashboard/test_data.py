@@ -138,6 +138,24 @@ def test_telemetry_with_rubbish_lines_and_rows_written_twice(author):
     assert data.metrics(author.store, STUDY, "absent").empty
 
 
+def test_realised_flops_per_second_are_those_between_two_rows(author):
+    author.begin("k")
+    rows = [
+        {"step": 1, "tokens": 10, "flops_realised": 4.0, "seconds": 2.0, "straggling": 1.1},
+        {"step": 2, "tokens": 20, "flops_realised": 10.0, "seconds": 3.0, "straggling": 1.3},
+        {"step": 3, "tokens": 30, "flops_realised": 20.0, "seconds": 3.0, "straggling": 1.2},
+        {"step": 4, "tokens": 40, "flops_realised": None, "seconds": 4.0},
+        {"step": 5, "tokens": 50, "flops_realised": 30.0, "seconds": 5.0},
+    ]
+    author.store.append_lines(author.store.path("quick", "k", "metrics.jsonl"), rows)
+    author.status("k", step=5)
+    author.plan(["k"])
+    speed = data.metrics(author.store, "quick", "k")["flops_realised_per_second"].tolist()
+    assert speed[:2] == [2.0, 6.0]
+    assert all(math.isnan(one) for one in speed[2:])  # no time passed; no count; none before
+    assert data.load_study(author.store, "quick").runs["straggling"].tolist() == [pytest.approx(1.2)]
+
+
 def test_a_study_of_another_schema_becomes_a_problem(author):
     author.plan([])
     Path(author.store.path(STUDY, None, "study.json")).write_text('{"schema": 99, "runs": []}')
@@ -177,6 +195,14 @@ def test_labels_that_occur_twice_get_what_tells_them_apart(author):
     author.plan(["adaptive-0.6m-aaaaaa", "adaptive-0.6m-bbbbbb", "adaptive-0.6m-cccccc", "other"])
     labels = list(data.load_study(author.store, STUDY).runs["label"])
     assert labels == ["same · seed 0", "same · seed 1 · bbbbbb", "same · seed 1 · cccccc", "other"]
+
+
+def test_runs_of_one_label_and_different_lengths_are_told_apart_by_their_tokens(author):
+    for key, tokens in (("short", 5e6), ("long", 2e9)):
+        author.begin(key, identity={"method": "vanilla", "size": "0.6m", "seed": 0, "tokens": tokens}, label="same")
+    author.plan(["short", "long"])
+    labels = list(data.load_study(author.store, STUDY).runs["label"])
+    assert labels == ["same · 5.00M tokens", "same · 2.00B tokens"]
 
 
 def test_filters_keep_what_has_no_lam_and_an_empty_filter_keeps_all(author):

@@ -70,7 +70,7 @@ def test_probe_figures(author):
     figures.steps_by_nll(empty)
 
 
-def test_training_curves_have_three_panels_and_a_budget_of_points(runs):
+def test_training_curves_have_a_budget_of_points(runs):
     steps = np.arange(50_000)
     long = pd.DataFrame(
         {"step": steps, "tokens": steps * 100, "loss": 5.0, "mean_steps": 1.0, "tokens_per_second": 9.0}
@@ -80,6 +80,24 @@ def test_training_curves_have_three_panels_and_a_budget_of_points(runs):
     assert len(figure.data) == 18
     assert figures.point_count(figure) <= figures.MOST_POINTS
     assert all(trace.x[0] == 0 and trace.x[-1] == steps[-1] * 100 for trace in figure.data)
+    full = long.assign(flops_realised_per_second=2e9, straggling=1.2)
+    full = figures.training_curves(runs, dict.fromkeys(keys, full))
+    assert len(full.data) == 30
+    assert figures.point_count(full) <= figures.MOST_POINTS
+
+
+def test_workers_that_differ_get_a_panel_of_their_balance(runs):
+    key, other = map(str, runs["key"][:2])
+    alone = pd.DataFrame({"tokens": [1.0, 2.0], "loss": [5.0, 4.0], "straggling": [1.0, 1.0]})
+    uneven = alone.assign(straggling=[1.3, 1.1])
+
+    figure = figures.training_curves(runs, {key: alone, other: uneven})
+    last = [trace for trace in figure.data if trace.yaxis == "y4"]
+    assert [list(trace.y) for trace in last] == [[1.0, 1.0], [1.3, 1.1]]
+    assert "busiest worker" in figure.layout.yaxis4.title.text
+    assert figure.layout.xaxis4.title.text == "tokens trained on"
+
+    assert len(figures.training_curves(runs, {key: alone}).data) == 1
 
 
 def test_training_curves_without_some_telemetry(runs):

@@ -208,6 +208,10 @@ def test_importance_and_slices_show_the_analysis():
     line = by_name(sweep_figures.slice_of(shown, means, "lam", "loss"), "mean")[0]
     assert list(line.y) == means["mean"].tolist()
     assert len(sweep_figures.parallel(shown, "realised").data[0].dimensions) >= 4
+    sizes = [str(size) for size in shown.sort_values("parameters")["size"].unique()]
+    axes = {axis.label: axis for axis in sweep_figures.parallel(shown, "realised").data[0].dimensions}
+    assert list(axes["size"].ticktext) == sizes  # by their number, not by their letters
+    assert [trace.name for trace in sweep_figures.slice_of(shown, means, "lam", "loss").data][:-1] == sizes
 
 
 def test_halting_figures_show_the_summary():
@@ -222,6 +226,17 @@ def test_halting_figures_show_the_summary():
     drawn = halting_figures.gains(gains.assign(low=gains["mean"] - 0.1, high=gains["mean"] + 0.1)).data
     assert [list(trace.y) for trace in drawn] == [[0, -0.1], [0, 0.2, 0.3]]
     assert halting_figures.table_of(None, ("value",)).empty
+
+
+def test_ordinal_lines_rise_in_lightness_and_stay_clear_of_both_pages():
+    def lightness(color: str) -> float:
+        return sum(weight * int(color[i : i + 2], 16) for weight, i in ((0.3, 1), (0.59, 3), (0.11, 5)))
+
+    shades = [lightness(style.line_color(index, 4)) for index in range(5)]
+    assert shades == sorted(shades)
+    assert shades[0] > 60
+    assert shades[-1] < 215
+    assert style.line_color(0, 0)
 
 
 def test_shades_of_a_method_differ_and_stay_clear_of_both_pages():

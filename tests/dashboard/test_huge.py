@@ -1,0 +1,64 @@
+"""Every page over the store that the benchmark generates: a thousand runs, some with telemetry of many tokens."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from test_pages import PAGES, TITLES, open_page, text
+
+RUNS, EVENTS = 1_000, 300_000
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """benchmarks/dashboard.py, which counts a figure's points as the browser gets them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("dashboard")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def root(benchmark, tmp_path_factory):
+    """The store, generated once."""
+    folder = tmp_path_factory.mktemp("huge")
+    importlib.import_module("generated_store").generate(folder, runs=RUNS, events=EVENTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALTSCALE_STORE", str(folder))
+        yield folder
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "figures"),
+    [
+        *((name, {}, 0) for name in PAGES if name not in ("live", "scaling", "sweeps", "halting", "tokens")),
+        ("live", {}, 2),
+        ("scaling", {}, 2),
+        ("scaling", {"view": "IsoFLOP"}, 1),
+        ("scaling", {"view": "Multipliers"}, 1),
+        ("scaling", {"view": "What a step is worth"}, 1),
+        ("scaling", {"view": "Size and data"}, 1),
+        ("sweeps", {}, 4),
+        ("halting", {}, 7),
+        ("tokens", {}, 2),
+    ],
+)
+def test_a_page_of_a_thousand_runs(benchmark, name, query, figures):
+    page = open_page(name, **query)
+    assert page.title[0].value == TITLES[name]
+    assert f"{RUNS} finished" in text(page)
+    assert not page.error
+    specs = [chart.proto.spec for chart in page.get("plotly_chart")]
+    assert len(specs) >= figures
+    counts = [benchmark.points(spec) for spec in specs]
+    assert all(0 < count <= 10_000 for count in counts), counts
+
+
+def test_a_filter_of_a_thousand_runs(benchmark):
+    page = open_page("scaling")
+    whole = benchmark.points(page.get("plotly_chart")[0].proto.spec)
+    page.pills(key="method").set_value(["vanilla"]).run()
+    assert not page.exception
+    assert 0 < benchmark.points(page.get("plotly_chart")[0].proto.spec) < whole / 4
