@@ -2,14 +2,16 @@
 
 python benchmarks/dashboard.py [--runs 1000] [--events 10000000]
 
-Every figure is a median over repeats in one process, in Streamlit's own test runner: what the server does, without the
-browser's drawing. "cold" is a first paint with nothing remembered, "warm" one after the store was read.
+Every figure is a median over repeats. "First paint" and "filter" are of one process, in Streamlit's own test runner:
+what the server does, without the browser's drawing. "In Chromium", where there is one, is the whole way from the
+address to the first figure, table or text on the screen, and to everything drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import importlib.util
 import json
 import os
 import tempfile
@@ -20,6 +22,15 @@ from pathlib import Path
 import numpy as np
 from figures import Figure, show
 
+SCREENSHOT = Path(__file__).parents[1] / "tests" / "dashboard" / "screenshot.py"
+USEFUL = ", ".join(
+    (
+        '[data-testid="stPlotlyChart"] .main-svg',
+        *(f'[data-testid="{name}"]' for name in ("stDataFrame", "stMetric", "stAlert", "stCode")),
+        ".token",
+    )
+)
+"""What a reader came for, in place of a title."""
 PAGES = ("studies", "live", "scaling", "sweeps", "halting", "tokens", "evaluations", "playground", "method")
 
 
@@ -44,6 +55,7 @@ def main() -> None:
         seconds = time.perf_counter() - began
         print(f"store: {len(keys)} runs, {options.events:,} token events, written in {seconds:.0f} s")
         measure(Path(folder), options.repeats)
+        in_browser(Path(folder), options.repeats)
 
 
 def measure(root: Path, repeats: int) -> None:
@@ -95,6 +107,32 @@ def measure(root: Path, repeats: int) -> None:
         for order in Order:
             took = [timed(search, events, Path("none"), order) for _ in range(repeats)]
             show(Figure(name=f"search one run's events, {order.value}", values=took, unit="s"))
+
+
+def in_browser(root: Path, repeats: int) -> None:
+    """A real server and a real browser; the store has been read before."""
+    spec = importlib.util.spec_from_file_location("screenshot", SCREENSHOT)
+    assert spec is not None
+    assert spec.loader is not None
+    tools = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tools)
+    if tools.find_chromium() is None:
+        print("no Chromium found: nothing was measured in a browser")
+        return
+    with tools.server(str(root)) as address, tools.browser_page(address) as page:
+        for name in PAGES:
+            first, whole = [], []
+            for repeat in range(repeats + 1):
+                began = time.perf_counter()
+                page.goto(f"{address}/{'' if name == PAGES[0] else name}")
+                page.locator(USEFUL).first.wait_for()
+                useful = time.perf_counter() - began
+                tools.settled(page)
+                if repeat:  # the first reads the store and imports the page
+                    first.append(useful)
+                    whole.append(time.perf_counter() - began)
+            show(Figure(name=f"{name}: first useful paint in Chromium", values=first, unit="s", at_most=2))
+            show(Figure(name=f"{name}: all drawn in Chromium", values=whole, unit="s"))
 
 
 def points(spec: str) -> int:

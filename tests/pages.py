@@ -1,0 +1,42 @@
+"""Pages of the dashboard from its entry point, in process."""
+
+import json
+from pathlib import Path
+
+from streamlit.testing.v1 import AppTest
+
+import haltscale.dashboard
+
+FOLDER = Path(haltscale.dashboard.__file__).parent
+TITLES = {
+    "studies": "Studies",
+    "live": "Live runs",
+    "scaling": "Loss against training compute",
+    "sweeps": "What mattered",
+    "halting": "Where the thinking went",
+    "tokens": "Token by token",
+    "evaluations": "What the models can do, and for how much",
+    "playground": "Watch a model think",
+    "method": "Method card",
+}
+PAGES = tuple(TITLES)
+
+
+def open_page(name: str, **query: str | list[str]) -> AppTest:
+    page = AppTest.from_file(str(FOLDER / "app.py"), default_timeout=60)
+    for key, value in query.items():
+        page.query_params[key] = value
+    page.run()
+    page.switch_page(f"app_pages/{name}.py").run()
+    assert not page.exception
+    return page
+
+
+def text(page: AppTest) -> str:
+    """Everything a reader would read."""
+    kinds = (page.title, page.subheader, page.markdown, page.caption, page.info, page.warning, page.error, page.code)
+    return "\n".join(str(element.value) for kind in kinds for element in kind).replace("\\", "")
+
+
+def charts(page: AppTest) -> list[dict]:
+    return [json.loads(chart.proto.spec) for chart in page.get("plotly_chart")]
