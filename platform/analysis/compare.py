@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from haltscale.platform.analysis.estimates import Estimate, Floats, Refusal, estimate, interval
+from haltscale.platform.analysis.estimates import Estimate, Floats, Refusal, interval
 from haltscale.platform.analysis.laws import LawFit
 from haltscale.platform.analysis.runs import column
 
@@ -54,9 +54,7 @@ def equivalent(method: LawFit, reference: LawFit) -> Multiplier | Refusal:
     replicates = _inputs_at(reference.replicates[order[:count]], reference, losses) - _inputs_at(
         method.replicates[:count], method, losses
     )
-    # Where neither resampled law reaches a loss there is nothing to compare: that resample speaks for both ends.
-    replicates = np.where(np.isnan(replicates), value, replicates)
-    low, high = interval(np.exp(replicates))
+    low, high = _either_way(replicates)
     table = pd.DataFrame(
         {
             "x": np.exp(_inputs_at(method.theta[None], method, losses)[0]),
@@ -70,8 +68,25 @@ def equivalent(method: LawFit, reference: LawFit) -> Multiplier | Refusal:
     if table.empty:
         return Refusal(reason="the fitted laws meet at no loss that both methods' runs reach")
     kept = np.isfinite(value[0])
-    mean = estimate(float(np.exp(value[0][kept].mean())), np.exp(replicates[:, kept].mean(axis=1)))
+    compared = replicates[:, kept]
+    known = ~np.isnan(compared)
+    with np.errstate(invalid="ignore"):
+        means = np.where(known, compared, 0.0).sum(axis=1) / known.sum(axis=1)  # over what the resample can compare
+    least, most = _either_way(means)
+    mean = Estimate(value=float(np.exp(value[0][kept].mean())), low=float(least), high=float(most))
     return Multiplier(x=method.form.inputs[0], table=table, mean=mean)
+
+
+def _either_way(logs: Floats) -> tuple[Floats, Floats]:
+    """Interval of multipliers from replicates of their logarithm.
+
+    Where neither resampled law reaches a loss (infinity over infinity), the multiplier could be anything: that
+    replicate speaks for both ends.
+    """
+    unknown = np.isnan(logs)
+    low, _ = interval(np.exp(np.where(unknown, -np.inf, logs)))
+    _, high = interval(np.exp(np.where(unknown, np.inf, logs)))
+    return low, high
 
 
 def _shared(method: LawFit, reference: LawFit) -> tuple[float, float]:

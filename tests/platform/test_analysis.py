@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from haltscale.platform import analysis
 from haltscale.platform.analysis import Refusal, fitting, laws
-from haltscale.platform.analysis.compare import _inputs_at
+from haltscale.platform.analysis.compare import _either_way, _inputs_at
 from haltscale.platform.analysis.estimates import interval, resamples
 from haltscale.platform.analysis.form import Form
 from haltscale.platform.analysis.runs import budgets, levels
@@ -397,6 +397,14 @@ def test_the_multiplier_covers_the_truth():
         found = analysis.equivalent(method, reference)
         inside += found.mean.low <= 1.6 <= found.mean.high
     assert inside >= 20
+
+
+def test_a_resample_that_reaches_a_loss_by_neither_law_speaks_for_both_ends():
+    logs = np.log(np.full((100, 2), 1.5))
+    logs[:10, 1] = np.nan
+    low, high = _either_way(logs)
+    assert (low[0], high[0]) == (pytest.approx(1.5), pytest.approx(1.5))
+    assert (low[1], high[1]) == (0, math.inf)
 
 
 def test_parameters_are_compared_like_compute():
