@@ -18,7 +18,7 @@ from typing import Any
 
 from haltscale.platform.corpora.corpus import WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.corpora.preparation import Preparation, Runner
-from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result
+from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result, write_json
 from haltscale.platform.corpora.streamed import StreamedPreparation
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,9 @@ def begin(
     if corpus.segment_tokens is None or (prepared and prepared.is_complete):
         yield prepare(corpus, context, batch=batch, run=run)
         return
+    if prepared and prepared.counts.pop("problem", None):  # it is tried again: those who wait do not see the old one
+        with contextlib.suppress(OSError):
+            write_json(prepared.folder / "corpus.json", prepared.counts)
     stop = threading.Event()
     failures: list[Exception] = []
 

@@ -81,8 +81,6 @@ class StreamedPreparation(Preparation):
         self.known = PreparedCorpus.open(self.folder)
         if self.folder.exists() and not self.known:
             raise CorpusError(self.corpus.name, [f"{self.folder} has no readable corpus.json: remove it"])
-        if self.known and self.known.counts.pop("problem", None):
-            write_json(self.folder / "corpus.json", self.known.counts)  # it is tried again
         self.work.mkdir(parents=True, exist_ok=True)
         self.ready.mkdir(exist_ok=True)
         try:

@@ -29,10 +29,10 @@ from haltscale.platform.corpora import sources
 
 sources.SHARD_BYTES = 1
 Study(
-    name="flow",
+    name="river",
     question="Does it train before all is read?",
     corpus=Corpus(
-        name="flow",
+        name="river",
         sources={{"texts": Source(path={url!r})}},
         tokenizer=Pretrained(name="bytes"),
         validation_documents=2,
@@ -62,19 +62,19 @@ def test_both_runs_train_before_the_last_file_is_read(
         reader.start()
 
         def steps() -> list[int]:
-            return [view.status.get("step", 0) for view in store.runs("flow")]
+            return [view.status.get("step", 0) for view in store.runs("river")]
 
         while len(taken := steps()) < 2 or not all(taken):
             assert job.poll() is None, "".join(output)
             time.sleep(0.1)
-        (early,) = [PreparedCorpus.open(path) for path in store_corpora("flow")]
+        (early,) = [PreparedCorpus.open(path) for path in store_corpora("river")]
         assert early is not None
         assert not early.is_complete
         gate.open()
         reader.join()
         assert job.wait() == 0, "".join(output)
         corpus = Corpus(
-            name="flow",
+            name="river",
             sources={"texts": Source(path=f"{url}*.txt")},
             tokenizer=Pretrained(name="bytes"),
             validation_documents=2,
@@ -86,9 +86,9 @@ def test_both_runs_train_before_the_last_file_is_read(
     expected = Progress()
     for ids in global_batches(seed=0, mixture=whole.mixture, batch=8, first_step=0, steps=48):
         expected.saw(np.asarray(ids))
-    records = [view.record for view in store.runs("flow")]
+    records = [view.record for view in store.runs("river")]
     assert [record["sequence_digest"] for record in records] == [expected.sequence_digest] * 2
-    assert store.study("flow")["corpus"]["fingerprint"] == whole.counts["fingerprint"]
+    assert store.study("river")["corpus"]["fingerprint"] == whole.counts["fingerprint"]
 
 
 def store_corpora(name: str) -> list[Path]:

@@ -119,6 +119,29 @@ def test_an_uneven_share_is_refused():
         rank_share(np.zeros((1, 6), dtype=np.int64), rank=0, world=4)
 
 
+# ---- segments -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 5), rows=st.integers(1, 60), segment=st.integers(1, 25), data=st.data())
+def test_whole_segments_are_known_before_the_number_of_rows_is(seed, rows, segment, data):
+    known = data.draw(st.integers(1, rows))
+    drawable = known - known % segment
+    early = global_batches(seed=seed, mixture=Mixture((known,), segment=segment), batch=1, first_step=0, steps=drawable)
+    late = global_batches(seed=seed, mixture=Mixture((rows,), segment=segment), batch=1, first_step=0, steps=2 * rows)
+    assert late[:drawable].tolist() == early.tolist()
+    for epoch in late.reshape(2, rows):
+        for first in range(0, rows, segment):
+            assert sorted(epoch[first : first + segment]) == list(range(first, min(first + segment, rows)))
+
+
+def test_segments_and_epochs_are_shuffled_each_in_its_own_way():
+    ids = global_batches(seed=0, mixture=Mixture((300,), segment=100), batch=100, first_step=0, steps=6)
+    shuffles = {tuple(each - each.min()) for each in ids}
+    assert len(shuffles) == 6
+    assert tuple(range(100)) not in shuffles
+
+
 # ---- mixtures -------------------------------------------------------------------------------------------------------
 
 weights_ = st.lists(st.floats(0.01, 100), min_size=2, max_size=5)
