@@ -176,7 +176,8 @@ class RunStore:
         parts = self._parts(path) or [path]
         before = self.fs.cat_file(parts[-1]) if self.fs.exists(parts[-1]) else b""
         if len(before) >= PART_BYTES:
-            parts, before = [*parts, f"{path}.{len(parts):05d}"], b""
+            last = parts[-1].rsplit(".", 1)[1]  # the first part has no number
+            parts, before = [*parts, f"{path}.{int(last) + 1 if last.isdigit() else 1:05d}"], b""
         self.fs.pipe_file(parts[-1], before + added)
 
     def truncate_lines(self, path: str, *, after_step: int) -> None:
