@@ -190,9 +190,9 @@ PRESSED = ("1.8m", 1e12)
 def study() -> Study:
     """The study; ``python -m haltscale.studies.reference`` runs it."""
     points = [(*point, 0) for point in design()] + [(*point, seed) for point in SEEDED for seed in (1, 2)]
+    learned = sum((at([Method.ADAPTIVE], *point) for point in points), start=Sweep(()))
     tuned = [method for method in METHODS if method in rates()]
     compared = sum((at(tuned, *point) for point in points), start=Sweep(()))
-    learned = sum((at([Method.ADAPTIVE], *point) for point in points), start=Sweep(()))
     size, budget = PRESSED
     pressed = grid(lam=[0.03, 0.1, 0.3], beta=[0.5, 1.0, 2.0], l_max=[1, 3, 5]).where(
         lambda point: point != {"lam": 0.1, "beta": 1.0, "l_max": 3}  # the compared setting
