@@ -185,6 +185,8 @@ def design() -> list[tuple[str, float]]:
 
 SEEDED = [("0.6m", 3e11), ("1.8m", 1e12)]
 PRESSED = ("1.8m", 1e12)
+COMPARED = {"lam": 0.1, "beta": 1.0, "l_max": 3}
+"""The adaptive setting that is compared: the method's defaults."""
 
 
 def study() -> Study:
@@ -195,7 +197,7 @@ def study() -> Study:
     compared = sum((at(tuned, *point) for point in points), start=Sweep(()))
     size, budget = PRESSED
     pressed = grid(lam=[0.03, 0.1, 0.3], beta=[0.5, 1.0, 2.0], l_max=[1, 3, 5]).where(
-        lambda point: point != {"lam": 0.1, "beta": 1.0, "l_max": 3}  # the compared setting
+        lambda point: point != COMPARED
     ) * grid(
         method=Method.ADAPTIVE,
         size=size,

@@ -21,7 +21,8 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
     """Copy a study's finished runs to another store, in place of what that has of this study.
 
     Of each run: ``spec.json``, ``record.json``, evaluations, metrics thinned to :data:`MOST_METRICS` rows, and the last
-    evaluation's probe, cube and summary. ``study.json`` lists the runs that were copied; ``published_of`` says how many
+    evaluation's summary; of those that compare and whose tokens took different numbers of steps, also its probe and
+    cube, which are most of a run's size. ``study.json`` lists the runs that were copied; ``published_of`` says how many
     the study has.
 
     Args:
@@ -61,15 +62,19 @@ def _publish_run(store: RunStore, copy: RunStore, study: str, key: str, document
         rows = store.read_lines(store.path(study, key, f"{name}.jsonl"))
         if rows:
             copy.append_lines(copy.path(study, key, f"{name}.jsonl"), thinned(rows, most) if most else rows)
-    for name, steps in (
-        ("probe", store.probe_steps(study, key)),
-        ("cube", store.halting_steps(study, key)),
-        ("summary", store.halting_steps(study, key)),
-    ):
+    wanted = ["summary", *(("probe", "cube") if _is_ragged(documents) else ())]
+    for name in wanted:
+        steps = store.probe_steps(study, key) if name == "probe" else store.halting_steps(study, key)
         for step in steps[-1:]:
             _copy_file(store, copy, store.halting_path(study, key, name, step), study, key, "halting")
     for name in store.later_evaluations(study, key):
         _copy_file(store, copy, store.evaluation_path(study, key, name), study, key, "evaluations")
+
+
+def _is_ragged(documents: dict[str, Any]) -> bool:
+    """Whether a run compares, and its tokens took different numbers of steps."""
+    histogram = documents["record"].get("steps_histogram") or []
+    return documents["spec"].get("role") != "tuning" and sum(share > 0 for share in histogram) > 1
 
 
 def _copy_file(store: RunStore, copy: RunStore, path: str, study: str, key: str, folder: str) -> None:
