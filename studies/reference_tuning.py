@@ -1,6 +1,6 @@
 """Tuning for the reference study: which peak learning rate suits each method, and how does it change with the size?
 
-Three rates for every method at the smallest size and budget, and for vanilla at a larger size, which tells the rule for
+Four rates for every method at the smallest size and budget, and for vanilla at a larger size, which tells the rule for
 the sizes in between. The seed is one that the comparison does not use. `reference.rates` chooses from the records.
 """
 
@@ -31,9 +31,9 @@ def study() -> Study:
         corpus=reference.corpus(),
         base=replace(reference.BASE, seed=SEED),
         sweep=small.with_options(**reference.HALTING) * grid(learning_rate=reference.TUNED, training_flops=3e11)
-        + grid(method="vanilla", learning_rate=[1.25e-3, 2.5e-3, 5e-3], size="4m", training_flops=1e12),
+        + grid(method="vanilla", learning_rate=[5e-3, 1e-2, 2e-2], size="4m", training_flops=1e12),
         execution=ExecutionConfig(evaluations=1, checkpoints=1),
-        note="A lowest loss at the smallest or the largest of the three rates only bounds the best rate.",
+        note="A lowest loss at the smallest or the largest of the rates only bounds the best rate.",
     )
 
 

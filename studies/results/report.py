@@ -46,9 +46,9 @@ def load(store: RunStore) -> pd.DataFrame:
     logs = np.log(np.array(reference.BUDGETS))
     nearest = np.abs(np.log(frame["flops_realised"].to_numpy(dtype=float))[:, None] - logs).argmin(axis=1)
     frame["budget"] = np.array(reference.BUDGETS)[nearest]
-    center = reference.COMPARED
-    pressed = [any(frame[name].iloc[i] != value for name, value in center.items()) for i in range(len(frame))]
-    frame["compared"] = ~(frame["method"].eq("adaptive") & pd.Series(pressed, index=frame.index))
+    frame = frame.reindex(columns=frame.columns.union([*reference.COMPARED], sort=False))
+    other = pd.concat([frame[name] != value for name, value in reference.COMPARED.items()], axis=1).any(axis=1)
+    frame["compared"] = ~(frame["method"].eq("adaptive") & other)
     return frame
 
 
@@ -100,8 +100,7 @@ def paired(frame: pd.DataFrame, method: str, control: str) -> pd.DataFrame:
     """A row per point (size, budget, seed) that both have: ``difference`` in loss, nats per token."""
     keys = ["size", "budget", "seed"]
     one, other = (frame[frame["method"].eq(m) & frame["compared"]].set_index(keys) for m in (method, control))
-    both = one.join(other, lsuffix="", rsuffix="_control", how="inner")
-    return both.assign(difference=both["loss"] - both["loss_control"]).reset_index()
+    return (one["loss"] - other["loss"]).dropna().rename("difference").reset_index()
 
 
 def mean_difference(differences: pd.Series) -> Estimate | Refusal:
