@@ -1,6 +1,6 @@
 """What a sweep costs beside its training: the wall time of a study of 12 runs over the sum of its training times.
 
-    python benchmarks/sweep.py [--runs 12] [--tokens 200000] [--size 0.6m] [--at-once 1] [--repeats 3]
+    python benchmarks/sweep.py [--runs 12] [--tokens 100000] [--size 0.6m] [--at-once 1] [--repeats 2]
     python benchmarks/sweep.py --runs 2 --tokens 4096 --repeats 1    a toy
 
 One head serves all repeats, as `haltscale up` would; each repeat has a store of its own. The clock runs from
@@ -49,10 +49,10 @@ def measure(options: argparse.Namespace, folder: Path, name: str) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--size", default="0.6m")
     parser.add_argument("--at-once", type=int, default=1, help="CPUs of the head, and so runs that train at once")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     if options.runs < 2 or options.runs % 2:
         parser.error(f"--runs {options.runs}: an even number, half of them plain and half adaptive")

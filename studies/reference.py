@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +62,7 @@ BATCH_TOKENS = 512
 """Small, because a short run needs steps rather than tokens per step to learn when to stop (LOG.md, 2026-11-21)."""
 VOCABULARY = 2048
 BASE = RunConfig(batch_tokens=BATCH_TOKENS, context=256)
-METHODS = [method for method in Method if method not in (Method.FIXED, Method.SHUFFLED)]
+METHODS: list[Method] = [method for method in Method if method not in (Method.FIXED, Method.SHUFFLED)]
 HALTING = {"l_max": 3, "tau": 0.05, "router_bias": 1.0}
 """For every method with a router: short runs have few steps to learn when to stop."""
 RESULTS = Path(__file__).parent / "results"
@@ -161,7 +162,7 @@ def smallest(method: Method) -> str:
     return "1.8m" if method is Method.MOR else "0.6m"
 
 
-def at(methods: list[Method], size: str, budget: float, seed: int = 0) -> Sweep:
+def at(methods: Sequence[Method], size: str, budget: float, seed: int = 0) -> Sweep:
     """Some methods at one point of the design."""
     return sum(
         (

@@ -7,7 +7,7 @@ of single held-out tokens, and all runs that have not finished.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def _publish_run(store: RunStore, copy: RunStore, study: str, key: str, document
     for name, document in documents.items():
         copy.write_json(copy.path(study, key, f"{name}.json"), {k: v for k, v in document.items() if k != "schema"})
     for name, most in (("metrics", MOST_METRICS), ("evaluations", None)):
-        rows = store.read_lines(store.path(study, key, f"{name}.jsonl"))
+        rows: list[Mapping[str, Any]] = [*store.read_lines(store.path(study, key, f"{name}.jsonl"))]
         if rows:
             copy.append_lines(copy.path(study, key, f"{name}.jsonl"), thinned(rows, most) if most else rows)
     wanted = ["summary", *(("probe", "cube") if _is_ragged(documents) else ())]

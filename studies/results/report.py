@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -149,8 +151,8 @@ def halting(frame: pd.DataFrame) -> str:
     return table(["point", "steps", "easy", "hard", "learned", "shuffled at steps", "fixed at steps"], rows)
 
 
-def _run_order(run: dict[str, object]) -> tuple[float, int, float]:
-    return float(str(run["budget"])), reference.LADDER.index(str(run["size"])), float(str(run["seed"]))
+def _run_order(run: Mapping[Hashable, Any]) -> tuple[float, int, float]:
+    return float(run["budget"]), reference.LADDER.index(run["size"]), float(run["seed"])
 
 
 def frontier(frame: pd.DataFrame, noise: SeedNoise | Refusal) -> str:
