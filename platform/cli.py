@@ -128,20 +128,24 @@ def _model_verb(options: argparse.Namespace) -> None:
 
 
 class UnknownStudyError(ValueError):
-    """No study of that name ships; the message lists those that do."""
+    """No study of that name ships, and the message lists those that do; or it lacks what it is made of."""
 
 
 def load_study(name: str) -> Study:
     """The study of a module of ``haltscale.studies``.
 
     Raises:
-        UnknownStudyError: there is no such module.
+        UnknownStudyError: there is no such module, or its study cannot be made (a text that cannot be fetched).
     """
     studies = importlib.import_module("haltscale.studies")  # by name: the platform knows no study
     known = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
     if name not in known:
         raise UnknownStudyError(f"no study {name!r}; there are: {', '.join(known)}")
-    study: Study = importlib.import_module(f"haltscale.studies.{name}").study()
+    module = importlib.import_module(f"haltscale.studies.{name}")
+    try:
+        study: Study = module.study()
+    except ValueError as error:
+        raise UnknownStudyError(str(error)) from error
     return study
 
 

@@ -147,6 +147,12 @@ def test_a_fetch_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
         reference.shakespeare()
 
 
+def test_a_study_that_lacks_something_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="error: this study cannot run"):
+        cli.main(["run", "reference"])
+
+
 def test_a_method_is_compared_when_all_its_rates_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "RESULTS", tmp_path)
     store = RunStore(tmp_path)
