@@ -190,8 +190,8 @@ COMPARED = {"lam": 0.1, "beta": 1.0, "l_max": 3}
 """The adaptive setting that is compared: the method's defaults."""
 
 
-def study() -> Study:
-    """The study; ``python -m haltscale.studies.reference`` runs it."""
+def sweep() -> Sweep:
+    """All runs and controls of the tuned methods."""
     points = [(*point, 0) for point in design()] + [(*point, seed) for point in SEEDED for seed in (1, 2)]
     learned = sum((at([Method.ADAPTIVE], *point) for point in points), start=Sweep(()))
     tuned = [method for method in METHODS if method in rates()]
@@ -207,12 +207,17 @@ def study() -> Study:
         tau=HALTING["tau"],
         router_bias=HALTING["router_bias"],
     )
+    return compared + controls(of=learned, kinds=["fixed", "shuffled"]) + pressed
+
+
+def study() -> Study:
+    """The study; ``python -m haltscale.studies.reference`` runs it."""
     return Study(
         name="reference",
         question="Does adaptive latent chain-of-thought pay for its FLOPs, at sizes that one CPU core can train?",
         corpus=corpus(),
         base=BASE,
-        sweep=compared + controls(of=learned, kinds=["fixed", "shuffled"]) + pressed,
+        sweep=sweep(),
         execution=ExecutionConfig(evaluations=1, checkpoints=2),
         note="Small models on little text; compare a difference with the spread over seeds before believing it.",
     )

@@ -22,16 +22,22 @@ class TuningGrid(Study):
     role: ClassVar[str] = "tuning"
 
 
+def sweep() -> Sweep:
+    """Every method's rates, and vanilla's at a larger size."""
+    small = sum((grid(method=m, size=reference.smallest(m)) for m in reference.METHODS), start=Sweep(()))
+    return small.with_options(**reference.HALTING) * grid(learning_rate=reference.TUNED, training_flops=3e11) + grid(
+        method="vanilla", learning_rate=[5e-3, 1e-2, 2e-2], size="4m", training_flops=1e12
+    )
+
+
 def study() -> Study:
     """The study; ``python -m haltscale.studies.reference_tuning`` runs it."""
-    small = sum((grid(method=m, size=reference.smallest(m)) for m in reference.METHODS), start=Sweep(()))
     return TuningGrid(
         name="reference-tuning",
         question="Which peak learning rate suits each method, and how does it change with the size?",
         corpus=reference.corpus(),
         base=replace(reference.BASE, seed=SEED),
-        sweep=small.with_options(**reference.HALTING) * grid(learning_rate=reference.TUNED, training_flops=3e11)
-        + grid(method="vanilla", learning_rate=[5e-3, 1e-2, 2e-2], size="4m", training_flops=1e12),
+        sweep=sweep(),
         execution=ExecutionConfig(evaluations=1, checkpoints=1),
         note="A lowest loss at the smallest or the largest of the rates only bounds the best rate.",
     )

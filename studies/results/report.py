@@ -33,7 +33,7 @@ from haltscale.platform.analysis import (
 from haltscale.platform.analysis.estimates import LEVEL, Estimate
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps import report
-from haltscale.studies import reference
+from haltscale.studies import reference, reference_tuning
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- figures: python studies/results/report.py --write -->", "<!-- end of figures -->"
@@ -68,14 +68,15 @@ def told(value: Estimate | Refusal) -> str:
 
 
 def published(store: RunStore) -> str:
-    """How much of each study has run."""
+    """How much of each study has run, of what it plans for the methods whose rates are tuned."""
     rows = []
-    for study in store.studies():
-        runs = report.results(store, study)
-        planned = store.study(study).get("published_of", len(runs))
+    for study, sweep in (("reference", reference.sweep()), ("reference-tuning", reference_tuning.sweep())):
+        runs, planned = report.results(store, study), len(sweep)
         seconds, flops = runs["wall_seconds"].sum(), runs["flops_realised"].sum()
-        rows.append([study, f"{len(runs)} of {planned}", f"{seconds / 3600:.1f}", f"{flops:.2g}"])
-    return table(["study", "runs finished", "hours of training", "realised FLOPs"], rows)
+        rows.append([study, str(len(runs)), str(planned), f"{seconds / 3600:.1f}", f"{flops:.2g}"])
+    waiting = [method for method in reference.METHODS if method not in reference.rates()]
+    text = table(["study", "runs finished", "planned now", "hours of training", "realised FLOPs"], rows)
+    return f"{text}\n\nMethods that wait for their learning rates: {', '.join(waiting) or 'none'}."
 
 
 def losses(frame: pd.DataFrame) -> str:
