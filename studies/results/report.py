@@ -250,6 +250,21 @@ def _marked(found: dict[float, float], rate: float) -> str:
     return f"**{found[rate]:.3f}**" if found[rate] == min(found.values()) else f"{found[rate]:.3f}"
 
 
+def answer(frame: pd.DataFrame) -> str:
+    """The study's question, and what its controls say, in a sentence each."""
+    asked = {
+        "vanilla": "At equal realised FLOPs, the loss of adaptive is",
+        "shuffled": "Beside a router whose decisions are carried out at other tokens, it is",
+        "fixed": "Beside equally many steps at every token, it is",
+    }
+    lines = []
+    for control, beginning in asked.items():
+        found = paired(frame, "adaptive", control)
+        value = mean_difference(found["difference"])
+        lines.append(f"- {beginning} **{verdict(value)}**: {told(value)} nats/token, {len(found)} points.")
+    return "\n".join(lines)
+
+
 def figures(store: RunStore) -> str:
     """All of it."""
     frame = load(store)
@@ -257,6 +272,7 @@ def figures(store: RunStore) -> str:
     deviation = noise if isinstance(noise, Refusal) else noise.deviation
     others = [str(m) for m in dict.fromkeys(frame["method"]) if m != "vanilla"]
     parts = {
+        "The answer so far": answer(frame),
         "What has run": published(store),
         "Held-out loss, nats per token": losses(frame),
         "Is it worth its FLOPs?": against(frame, [(method, "vanilla") for method in others]),
