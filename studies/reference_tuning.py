@@ -1,7 +1,7 @@
 """Tuning for the reference study: which peak learning rate suits each method, and how does it change with the size?
 
-Four rates for every method at the smallest size and budget, and for vanilla at a larger size, which tells the rule for
-the sizes in between. The seed is one that the comparison does not use. `reference.rates` chooses from the records.
+Four rates for every method at the smallest size and budget, and for vanilla at a larger size, which checks the rule
+for larger sizes. The seed is one that the comparison does not use. `reference.rates` chooses from the records.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sweep() -> Sweep:
     """Every method's rates, and vanilla's at a larger size."""
     small = sum((grid(method=m, size=reference.smallest(m)) for m in reference.METHODS), start=Sweep(()))
     return small.with_options(**reference.HALTING) * grid(learning_rate=reference.TUNED, training_flops=3e11) + grid(
-        method="vanilla", learning_rate=[5e-3, 1e-2, 2e-2], size="4m", training_flops=1e12
+        method="vanilla", learning_rate=[2.5e-3, 5e-3, 1e-2], size="4m", training_flops=1e12
     )
 
 

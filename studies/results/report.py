@@ -261,7 +261,8 @@ def answer(frame: pd.DataFrame) -> str:
     for control, beginning in asked.items():
         found = paired(frame, "adaptive", control)
         value = mean_difference(found["difference"])
-        lines.append(f"- {beginning} **{verdict(value)}**: {told(value)} nats/token, {len(found)} points.")
+        number = value.reason if isinstance(value, Refusal) else f"{told(value)} nats/token over {len(found)} points"
+        lines.append(f"- {beginning} **{verdict(value)}**: {number}.")
     return "\n".join(lines)
 
 

@@ -165,6 +165,6 @@ def test_a_method_is_compared_when_all_its_rates_are_published(tmp_path: Path, m
     runs = [str(number) for number in range(len(tried))]
     store.write_json(store.path("reference-tuning", None, "study.json"), {"name": "reference-tuning", "runs": runs})
     assert reference.rates() == {"vanilla": reference.TUNED[1]}
-    assert reference.rate(reference.Method.VANILLA, "8m") == reference.TUNED[1] / 2, "d is 4 times as large"
+    assert reference.rate(reference.Method.VANILLA, "8m") == reference.TUNED[1] / 4, "d is 4 times as large"
     with pytest.raises(ConfigError, match="no tuned rate of looped: haltscale submit reference_tuning"):
         reference.rate(reference.Method.LOOPED, "0.6m")
