@@ -15,9 +15,9 @@ near-duplicates would leak into the held-out text). One address and one play are
 read once, at the end: to read them costs a short run as much as a good part of its training.
 
 **Learning rates.** The best of four for each method at the smallest size and budget, by held-out loss, at a seed that
-is not compared (`reference_tuning`, whose records are in `results`). Larger sizes: that rate times d_smallest / d, for all
-methods alike, the rule of muP for hidden matrices (arXiv 2203.03466). Mixture-of-Recursions begins at the second size: it
-needs three layers.
+is not compared (`reference_tuning`, whose records are in `results`). Larger sizes: that rate times d_smallest / d, for
+all methods alike, the rule of muP for hidden matrices (arXiv 2203.03466). Mixture-of-Recursions begins at the second
+size: it needs three layers.
 
 One run at a time takes one core; none takes longer than about six minutes of it, the cheapest come first, and a study
 that was stopped goes on, so it grows while the machine has nothing else to do. The fixed controls are known when their

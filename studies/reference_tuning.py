@@ -1,7 +1,7 @@
 """Tuning for the reference study: which peak learning rate suits each method, and how does it change with the size?
 
-Four rates for every method at the smallest size and budget, and for vanilla at a larger size, which checks the rule
-for larger sizes. The seed is one that the comparison does not use. `reference.rates` chooses from the records.
+Four rates for every method at the smallest size and budget, and three for vanilla at a larger one, which check the
+rule for sizes. The seed is one that the comparison does not use. `reference.rates` chooses from the records.
 """
 
 from __future__ import annotations
