@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import ray
 from figures import Figure, machine, show
 
 from haltscale.platform import cluster
@@ -65,6 +66,7 @@ def main() -> None:
             measure(warm, Path(name), "warm-up")  # prepares the corpus
             pairs = [measure(options, Path(name), f"sweep-{repeat}") for repeat in range(options.repeats)]
         finally:
+            ray.shutdown()  # a client of a head that has gone waits a minute for it
             cluster.down()
     setting = f"{options.runs} runs of {options.tokens:,} tokens at {options.size}, {options.at_once} at once"
     wall, training = pairs[-1]
