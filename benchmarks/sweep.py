@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import ray
 from figures import Figure, machine, show
 
 from haltscale.platform import cluster
@@ -66,6 +65,8 @@ def main() -> None:
             measure(warm, Path(name), "warm-up")  # prepares the corpus
             pairs = [measure(options, Path(name), f"sweep-{repeat}") for repeat in range(options.repeats)]
         finally:
+            import ray  # not before the study, which prepares the environment that Ray reads when it is imported
+
             ray.shutdown()  # a client of a head that has gone waits a minute for it
             cluster.down()
     setting = f"{options.runs} runs of {options.tokens:,} tokens at {options.size}, {options.at_once} at once"
