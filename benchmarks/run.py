@@ -32,7 +32,7 @@ COMMANDS: dict[str, list[str]] = {
     "data": ["benchmarks/data.py"],
     "training": ["benchmarks/training.py", "benchmarks/training.py --method adaptive --stages 1 --workers 1"],
     "evaluation": ["benchmarks/evaluation.py"],
-    "studies": ["benchmarks/studies.py"],
+    "studies": ["benchmarks/studies.py", "benchmarks/sweep.py"],
     "laws": ["benchmarks/scaling_laws.py time coverage"],
     "dashboard": ["benchmarks/dashboard.py"],
 }

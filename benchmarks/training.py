@@ -165,6 +165,7 @@ def compare(options: argparse.Namespace, stage: int, workers: int) -> None:
         raise SystemExit("\n".join(problems))
     execution = ExecutionConfig(zero_stage=stage, workers=workers, evaluations=1, checkpoints=2, log_every_seconds=1.0)
     ratios: dict[str, list[float]] = {"platform": [], "deepspeed": []}
+    rates: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HALTSCALE_HOME"] = name
@@ -177,10 +178,12 @@ def compare(options: argparse.Namespace, stage: int, workers: int) -> None:
                 "corpus": str(corpus.cache(run.context))
             }
             deepspeed, pytorch = (bare(arm, folder, task, workers) for arm in ("deepspeed", "pytorch"))
+            rates.append(platform)
             ratios["platform"].append(platform / deepspeed)
             ratios["deepspeed"].append(deepspeed / pytorch)
             detail = f"last: {platform:,.0f}, {deepspeed:,.0f}, {pytorch:,.0f} tokens/s in the three"
     setting = f"{options.method} {options.size}, ZeRO {stage}, {workers} worker{'s' if workers > 1 else ''}"
+    show(Figure(name=f"platform, {setting}", values=rates, unit="tokens/s"))
     show(Figure(name=f"platform / DeepSpeed, {setting}", values=ratios["platform"], at_least=0.95, detail=detail))
     show(Figure(name=f"DeepSpeed / PyTorch, {setting}", values=ratios["deepspeed"], detail=detail))
 

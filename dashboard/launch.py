@@ -6,6 +6,7 @@ The server listens on this machine only (127.0.0.1): a store can hold text that 
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import os
 import socket
 import subprocess
@@ -13,10 +14,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from haltscale.platform.store import default_root
+from haltscale.platform.store import RunStore, default_root
 
+DEMO = "results"
+"""Folder in the room of studies with the records that are published with the code."""
 ADDRESS = "127.0.0.1"
 PORT = 8501
+
+
+def demo_root() -> str:
+    """Root of the store with the published studies.
+
+    Raises:
+        FileNotFoundError: this installation has none; the message says what to do.
+    """
+    root = Path(str(importlib.resources.files("haltscale.studies") / DEMO))
+    if not RunStore(root).studies():
+        raise FileNotFoundError(
+            f"{root} holds no published study: use a clone of the repository, or train one with `make study`"
+        )
+    return str(root)
 
 
 def is_free(port: int) -> bool:
@@ -69,14 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Show the studies of a run store.",
         epilog="example: haltscale dashboard --port 8501",
     )
-    parser.add_argument("--store", default=None, help="the run store, a folder or a URL (default: HALTSCALE_STORE)")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--store", default=None, help="root of the run store, a folder or a URL (default: HALTSCALE_STORE)"
+    )
+    shown.add_argument("--demo", action="store_true", help="show the studies that are published with the code")
     parser.add_argument(
         "--port", type=int, default=None, help=f"port on {ADDRESS} (default: {PORT}, else any free one)"
     )
     options = parser.parse_args(argv)
     if options.port is not None and not is_free(options.port):
         parser.error(f"port {options.port} is taken; choose another or leave --port out")
-    root = options.store or default_root()
+    try:
+        root = demo_root() if options.demo else options.store or default_root()
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
     port = options.port or free_port()
     sys.stdout.write(f"haltscale dashboard: http://{ADDRESS}:{port}\nstore: {environment(root)['HALTSCALE_STORE']}\n")
     sys.stdout.flush()

@@ -26,6 +26,7 @@ IDLE_SECONDS = 10.0
 MOST_PILLS = 8
 PLOTLY = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 SUBMIT = "make study"
+DEMO = "haltscale dashboard --demo"
 SUBMIT_RAY = (  # `haltscale up` tells the address
     "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 RAY_AUTH_MODE=token\n"
     "ray job submit --working-dir . -- python -m haltscale.studies.quickstart"
@@ -133,6 +134,8 @@ def empty() -> None:
         st.code(SUBMIT, language="bash")
         st.markdown("On a Ray cluster that is already up, submit it as a job:")
         st.code(SUBMIT_RAY, language="bash")
+        st.markdown("Or look at a finished one first:")
+        st.code(DEMO, language="bash")
         st.caption("This page shows the study as soon as its first file is there. No reload is needed.")
 
     @st.fragment(run_every=ACTIVE_SECONDS)

@@ -62,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("study", nargs="?" if name == "status" else None, help="a study in the store")
         command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
         command.add_argument("--json", action="store_true", help="machine-readable")
+        if name == "results":
+            command.add_argument(
+                "--export", metavar="DIR", help="copy the finished runs' records (no weights) to a store in this folder"
+            )
     logs = verb("logs", "the output of a study's last job")
     logs.add_argument("study", help="the study's name")
     logs.add_argument("--follow", action="store_true", help="go on until the job ends, and exit as it does")
@@ -69,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "study", help="the study's name"
     )
     model_verbs.add_verbs(verb)
-    verb("dashboard", "open the dashboard (--store, --port)", add_help=False)
+    verb("dashboard", "open the dashboard (--store, --port, --demo)", add_help=False)
     verb("report", "a study as one HTML file (STUDY, --out, --store)", add_help=False)
 
     options, rest = parser.parse_known_args(arguments)
@@ -105,7 +109,10 @@ def _dispatch(options: argparse.Namespace) -> None:
         case "status":
             _status(RunStore(options.store), options.study, as_json=options.json)
         case "results":
-            _results(RunStore(options.store), options.study, as_json=options.json)
+            if options.export:
+                _export_results(RunStore(options.store), options.study, options.export)
+            else:
+                _results(RunStore(options.store), options.study, as_json=options.json)
         case "evaluate" | "generate" | "serve" | "export":
             _model_verb(options)
         case "dashboard" | "report":
@@ -121,20 +128,24 @@ def _model_verb(options: argparse.Namespace) -> None:
 
 
 class UnknownStudyError(ValueError):
-    """No study of that name ships; the message lists those that do."""
+    """No study of that name ships, and the message lists those that do; or it lacks what it is made of."""
 
 
 def load_study(name: str) -> Study:
     """The study of a module of ``haltscale.studies``.
 
     Raises:
-        UnknownStudyError: there is no such module.
+        UnknownStudyError: there is no such module, or its study cannot be made (a text that cannot be fetched).
     """
     studies = importlib.import_module("haltscale.studies")  # by name: the platform knows no study
     known = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
     if name not in known:
         raise UnknownStudyError(f"no study {name!r}; there are: {', '.join(known)}")
-    study: Study = importlib.import_module(f"haltscale.studies.{name}").study()
+    module = importlib.import_module(f"haltscale.studies.{name}")
+    try:
+        study: Study = module.study()
+    except ValueError as error:
+        raise UnknownStudyError(str(error)) from error
     return study
 
 
@@ -253,6 +264,14 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
         print(frame.to_json(orient="records", indent=1))
         return
     report.show_results(frame, title=study, note=str(store.study(study).get("note", "")))
+
+
+def _export_results(store: RunStore, study: str, folder: str) -> None:
+    from haltscale.platform.sweeps import publishing
+
+    copy = publishing.publish(store, study, folder)
+    print(f"{len(copy.run_keys(study))} finished runs of {study} are in {copy.root}")
+    print(f"see them: haltscale dashboard --store {folder}")
 
 
 def _without_schema(document: object) -> dict[str, object]:

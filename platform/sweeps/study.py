@@ -118,8 +118,7 @@ class Study:
             view = views.get(self.key(subject))
             control = control_run(kind, subject, view.record if view else {}, self.vocab_size)
             if control is None:
-                label = f"{kind} control of {subject.label}"
-                waiting.append(PlannedRun(label=label, run=None, control=kind, subject=subject))
+                waiting.append((kind, subject))
             elif control not in runs:  # two subjects may ask for the same control, or the sweep may have it already
                 controls.setdefault(control, (kind, subject))
         known = sorted([*runs, *controls], key=self.flops_bound)
@@ -128,7 +127,10 @@ class Study:
         for run in known:
             control_kind, subject_run = controls.get(run, (None, None))
             found.append(PlannedRun(label=named[run], run=run, control=control_kind, subject=subject_run))
-        return [*found, *waiting]
+        for kind, subject in waiting:
+            label = f"{kind} control of {named[subject]}"
+            found.append(PlannedRun(label=label, run=None, control=kind, subject=subject))
+        return found
 
     def _views(self, store: RunStore) -> dict[str, RunView]:
         """All of the study's runs in the store, those of its earlier versions too; none where its name is no name."""

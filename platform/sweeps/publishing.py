@@ -1,0 +1,94 @@
+"""Publish a study: its records and what the dashboard draws of them, small enough for a repository.
+
+The copy is itself a run store, so every reader of stores reads it. Left behind are weights, checkpoints, the telemetry
+of single held-out tokens, and all runs that have not finished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from haltscale.platform.store import RunState, RunStore, StoreError
+
+MOST_METRICS = 40
+"""Rows of training metrics of a run that are kept, spread evenly, the first and the last among them."""
+
+
+def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
+    """Copy a study's finished runs to another store, in place of what that has of this study.
+
+    Of each run: ``spec.json``, ``record.json``, evaluations, metrics thinned to :data:`MOST_METRICS` rows, and the last
+    evaluation's summary; of those that compare and whose tokens took different numbers of steps, also its probe and
+    cube, which are most of a run's size. ``study.json`` lists the runs that were copied; ``published_of`` says how many
+    the study has.
+
+    Args:
+        store: where the study is.
+        study: its name.
+        root: root of the store to copy to, a local folder.
+
+    Returns:
+        The store that was copied to.
+
+    Raises:
+        StoreError: the study is not there, has no finished run, or would be copied onto itself.
+    """
+    document = {name: value for name, value in store.study(study).items() if name != "schema"}
+    if not document:
+        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+    copy = RunStore(root)
+    if copy.root == store.root:
+        raise StoreError(f"{root} is the store that the study is in: give another folder")
+    runs = [run for run in store.runs(study) if run.state is RunState.FINISHED and not run.problem]
+    if not runs:
+        raise StoreError(f"study {study!r} has no finished run yet: `haltscale status {study}` shows how far it is")
+    shutil.rmtree(copy.path(study), ignore_errors=True)
+    for run in runs:
+        _publish_run(store, copy, study, run.key, {"spec": run.spec, "record": run.record})
+    kept = {run.key for run in runs}
+    controls = {key: control for key, control in document.get("controls", {}).items() if key in kept}
+    listed = {"runs": [run.key for run in runs], "controls": controls, "published_of": len(store.run_keys(study))}
+    copy.write_json(copy.path(study, None, "study.json"), {**document, **listed})
+    return copy
+
+
+def _publish_run(store: RunStore, copy: RunStore, study: str, key: str, documents: dict[str, Any]) -> None:
+    for name, document in documents.items():
+        copy.write_json(copy.path(study, key, f"{name}.json"), {k: v for k, v in document.items() if k != "schema"})
+    for name, most in (("metrics", MOST_METRICS), ("evaluations", None)):
+        rows: list[Mapping[str, Any]] = [*store.read_lines(store.path(study, key, f"{name}.jsonl"))]
+        if rows:
+            copy.append_lines(copy.path(study, key, f"{name}.jsonl"), thinned(rows, most) if most else rows)
+    wanted = ["summary", *(("probe", "cube") if _is_ragged(documents) else ())]
+    for name in wanted:
+        steps = store.probe_steps(study, key) if name == "probe" else store.halting_steps(study, key)
+        for step in steps[-1:]:
+            _copy_file(store, copy, store.halting_path(study, key, name, step), study, key, "halting")
+    for name in store.later_evaluations(study, key):
+        _copy_file(store, copy, store.evaluation_path(study, key, name), study, key, "evaluations")
+
+
+def _is_ragged(documents: dict[str, Any]) -> bool:
+    """Whether a run compares, and its tokens took different numbers of steps."""
+    histogram = documents["record"].get("steps_histogram") or []
+    return documents["spec"].get("role") != "tuning" and sum(share > 0 for share in histogram) > 1
+
+
+def _copy_file(store: RunStore, copy: RunStore, path: str, study: str, key: str, folder: str) -> None:
+    target = copy.path(study, key, folder, path.rsplit("/", 1)[-1])
+    copy.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+    Path(target).write_bytes(store.fs.cat_file(path))
+
+
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the rows, spread evenly, the first and the last among them.
+
+    >>> thinned(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]

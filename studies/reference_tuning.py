@@ -1,0 +1,47 @@
+"""Tuning for the reference study: which peak learning rate suits each method, and how does it change with the size?
+
+Four rates for every method at the smallest size and budget, and three for vanilla at a larger one, which check the
+rule for sizes. The seed is one that the comparison does not use. `reference.rates` chooses from the records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from haltscale.platform.api import ExecutionConfig, Study, Sweep, grid
+from haltscale.studies import reference
+
+SEED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningGrid(Study):
+    """A study whose runs are for choosing, not for comparing."""
+
+    role: ClassVar[str] = "tuning"
+
+
+def sweep() -> Sweep:
+    """Every method's rates, and vanilla's at a larger size."""
+    small = sum((grid(method=m, size=reference.smallest(m)) for m in reference.METHODS), start=Sweep(()))
+    return small.with_options(**reference.HALTING) * grid(learning_rate=reference.TUNED, training_flops=3e11) + grid(
+        method="vanilla", learning_rate=[2.5e-3, 5e-3, 1e-2], size="4m", training_flops=1e12
+    )
+
+
+def study() -> Study:
+    """The study; ``python -m haltscale.studies.reference_tuning`` runs it."""
+    return TuningGrid(
+        name="reference-tuning",
+        question="Which peak learning rate suits each method, and how does it change with the size?",
+        corpus=reference.corpus(),
+        base=replace(reference.BASE, seed=SEED),
+        sweep=sweep(),
+        execution=ExecutionConfig(evaluations=1, checkpoints=1),
+        note="A lowest loss at the smallest or the largest of the rates only bounds the best rate.",
+    )
+
+
+if __name__ == "__main__":
+    study().main()

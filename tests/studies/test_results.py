@@ -1,0 +1,111 @@
+"""The published records and the page about them: they agree, they are whole, and they are small."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+
+from haltscale.platform.analysis.estimates import Estimate, Refusal
+from haltscale.platform.store import RunState, RunStore
+from haltscale.studies import reference
+
+FOLDER = Path(__file__).parents[2] / "studies" / "results"
+MOST_BYTES = 12e6
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    """studies/results/report.py."""
+    spec = importlib.util.spec_from_file_location("results_report", FOLDER / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_says_what_the_records_say(report: ModuleType) -> None:
+    page = (FOLDER / "README.md").read_text()
+    assert report.written(page, report.figures(RunStore(FOLDER))) == page, report.BEGIN
+
+
+def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> None:
+    before, _, rest = (FOLDER / "README.md").read_text().partition(report.BEGIN)
+    prose = before + rest.partition(report.END)[2]
+    assert "nats/token" not in prose
+    assert "%" not in prose.replace("95 %", "")
+
+
+def test_the_records_are_whole_and_small() -> None:
+    store = RunStore(FOLDER)
+    assert store.studies() == ["reference", "reference-tuning"]
+    for study, role in (("reference", "comparison"), ("reference-tuning", "tuning")):
+        runs = list(store.runs(study))
+        assert runs
+        assert {run.state for run in runs} == {RunState.FINISHED}
+        assert {run.record["role"] for run in runs} == {role}
+        assert all(math.isfinite(run.record["loss"]) for run in runs)
+        assert len({run.record["identity"]["corpus_fingerprint"] for run in runs}) == 1, "one corpus"
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < MOST_BYTES
+    assert not [file for file in files if file.suffix == ".safetensors" or "checkpoints" in file.parts]
+
+
+def test_each_compared_run_has_its_methods_tuned_rate() -> None:
+    for run in RunStore(FOLDER).runs("reference"):
+        identity = run.record["identity"]
+        method = {"shuffled": "adaptive", "fixed": "adaptive"}.get(identity["method"], identity["method"])
+        assert identity["learning_rate"] == reference.rate(reference.Method(method), identity["size"]), run.label
+
+
+def test_marks_that_are_missing_are_told(report: ModuleType) -> None:
+    assert report.written(f"a {report.BEGIN} old {report.END} b", "new") == f"a {report.BEGIN}\n\nnew\n\n{report.END} b"
+    with pytest.raises(ValueError, match="needs the lines"):
+        report.written("no marks", "new")
+
+
+def runs(**losses: list[float]) -> pd.DataFrame:
+    """Runs of some methods, at as many seeds as there are losses."""
+    rows = [
+        {"method": method, "size": "0.6m", "budget": 3e11, "seed": seed, "loss": loss, "compared": True}
+        for method, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_differences_are_paired_by_point(report: ModuleType) -> None:
+    frame = runs(adaptive=[4.9, 5.0, 5.1], vanilla=[5.0, 5.1, 5.2, 9.0])
+    found = report.paired(frame, "adaptive", "vanilla")
+    assert found["difference"].round(6).tolist() == [-0.1, -0.1, -0.1]
+    value = report.mean_difference(found["difference"] + [0.0, 0.01, -0.01])
+    assert isinstance(value, Estimate)
+    # t(0.975, 2) = 4.303 times 0.01 / sqrt(3)
+    assert (value.value, value.high) == pytest.approx((-0.1, -0.1 + 4.302653 * 0.01 / 3**0.5))
+    assert report.verdict(value) == "lower"
+
+
+def test_two_points_decide_nothing(report: ModuleType) -> None:
+    value = report.mean_difference(pd.Series([-1.0, -1.0]))
+    assert isinstance(value, Refusal)
+    assert report.verdict(value) == "not decided"
+    wide = report.mean_difference(pd.Series([-1.0, 1.0, 0.5]))
+    assert report.verdict(wide) == "not decided"
+
+
+def test_budgets_are_told_apart_and_pressed_settings_are_not_compared(report: ModuleType, tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    for key, lam, flops in (("a", 0.1, 2.9e11), ("b", 0.3, 1.02e12)):
+        identity = {"method": "adaptive", "size": "0.6m", "seed": 0, "options": {**reference.COMPARED, "lam": lam}}
+        store.write_json(store.path("reference", key, "spec.json"), {"label": key, "identity": identity})
+        record = {"identity": identity, "loss": 5.0, "flops_realised": flops}
+        store.write_json(store.path("reference", key, "record.json"), record)
+    store.write_json(store.path("reference", None, "study.json"), {"name": "reference", "runs": ["a", "b"]})
+    frame = report.load(store)
+    assert frame["budget"].tolist() == [3e11, 1e12]
+    assert frame["compared"].tolist() == [True, False]
