@@ -205,7 +205,8 @@ def _stop_processes(head: Head) -> bool:
     """
     import psutil
 
-    marks = {f"--gcs-address={head.gcs}", f"--gcs_address={head.gcs}", f"--gcs_server_port={head.gcs.split(':')[1]}"}
+    flags = ("--gcs-address", "--gcs_address", "--address")  # the last is Ray's client server
+    marks = {*(f"{flag}={head.gcs}" for flag in flags), f"--gcs_server_port={head.gcs.split(':')[1]}"}
 
     def belongs(process: psutil.Process) -> bool:
         try:

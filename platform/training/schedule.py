@@ -95,7 +95,7 @@ def _warmup_share(run: RunConfig) -> float:
 
 def stable_steps(run: RunConfig) -> int | None:
     """How many steps a WSD run takes before its decay; None where the first steps depend on the budget."""
-    if run.schedule is not Schedule.WSD or run.warmup_tokens is None or run.steps is None:
+    if run.schedule != Schedule.WSD or run.warmup_tokens is None or run.steps is None:
         return None
     steps = run.steps
 

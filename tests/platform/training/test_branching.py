@@ -48,6 +48,10 @@ def test_stable_steps_have_the_rate_of_any_other_budget(steps, more, decay, warm
         assert (1 - stable / steps) / decay < 1, "the next step decays"
 
 
+def test_a_schedule_is_known_by_its_name_too():
+    assert stable_steps(wsd(8, schedule="wsd")) == stable_steps(wsd(8)) == 5
+
+
 @pytest.mark.parametrize("changes", [{"warmup_tokens": None}, {"schedule": Schedule.COSINE}, {"flops": 1e12}])
 def test_what_depends_on_the_budget_has_no_branches(changes):
     assert stable_steps(wsd(8, **changes)) is None
