@@ -135,7 +135,7 @@ class Author:
         return keys
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # clients are cached, with the address of their server
 def s3() -> Iterator[str]:
     """The URL of an empty bucket on a real server (moto's); the environment points to it, as a user's would."""
     pytest.importorskip("s3fs", reason="needs haltscale[s3]")
