@@ -33,7 +33,7 @@ def spread(
         cpus: of each part, which computes with as many threads.
 
     Raises:
-        ValueError: as :meth:`Evaluation.results` does; parts that have not begun are not started any more.
+        ValueError: as :meth:`Evaluation.results` does; the other parts go on until this process ends.
         ClusterError: the head takes jobs only.
     """
     with connected():
@@ -54,9 +54,8 @@ def spread(
                 yield part, ray.get(result)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        finally:
-            for result in pending:
-                ray.cancel(result)  # does nothing to those that are done
+        # Other parts are left alone, not cancelled: Ray 2.60 aborts a process whose cancelled tasks end all the same
+        # ("Tried to complete task that was not pending").
 
 
 def _results(part: Evaluation, threads: int) -> list[tuple[str, dict[str, Any]]]:
