@@ -4,7 +4,10 @@ import os
 
 import pytest
 
+from haltscale.dashboard import document
+
 pytestmark = pytest.mark.browser
+STUDY = "quick"
 
 
 @pytest.fixture
@@ -127,3 +130,24 @@ def test_an_empty_store_fills_without_a_reload(author, browser):
         author.plan(["first"])
         page.get_by_text("1 finished").wait_for()
         assert page.evaluate("window.theSamePage") is True
+
+
+def test_a_report_opens_from_the_disk_alone(author, browser, tmp_path):
+    author.finished_study()
+    out = tmp_path / "report.html"
+    assert document.main([STUDY, "--out", str(out), "--store", author.store.root]) == 0
+    with browser.browser_page("about:blank") as page:
+        asked: list[str] = []
+        errors: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(out.as_uri())
+        page.wait_for_function(
+            """() => {
+                const figures = [...document.querySelectorAll('figure')]
+                return figures.length && figures.every(figure => figure.querySelector('.main-svg'))
+            }"""
+        )
+        assert page.locator(".scatterlayer .points path.point").count() >= 3
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert errors == []
