@@ -141,7 +141,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def stale_keys(views: Mapping[str, RunView], wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
