@@ -27,6 +27,7 @@ from haltscale.platform.evaluation.held_out import batches, read_events
 from haltscale.platform.evaluation.reading import share_by_step
 from haltscale.platform.evaluation.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
+from haltscale.platform.memory import keep_freed_memory
 
 DOCUMENT = 4096
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.set_defaults(size="1.8m")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as evaluations and training do
     setting = setting_from(arguments, threads=arguments.threads)
     model = setting.ragged()
     with tempfile.TemporaryDirectory() as name:

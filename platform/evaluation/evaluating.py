@@ -16,6 +16,7 @@ from haltscale.platform.evaluation.scoring import score
 from haltscale.platform.evaluation.tasks import Task, find_tasks, versions
 from haltscale.platform.inference.finding import find_model, model_folder
 from haltscale.platform.inference.models import LoadedModel, load_model
+from haltscale.platform.memory import keep_freed_memory
 from haltscale.platform.store import RunStore
 
 
@@ -121,6 +122,7 @@ def evaluations(
     """
     if (controls or with_dial) and not corpora:
         raise EvaluationError("controls and dial read held-out text: name a prepared corpus")
+    keep_freed_memory()
     context = loaded.model.config.context
     for corpus in corpora if held_out_loss else ():
         yield f"held-out-{corpus.counts['name']}", held_out(loaded, corpus)

@@ -16,6 +16,7 @@ from haltscale.model import LanguageModel
 from haltscale.platform import llama
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
+from haltscale.platform.memory import keep_freed_memory
 from haltscale.platform.training.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
 from haltscale.platform.training.loop import Progress
 
@@ -50,6 +51,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     Returns:
         ``deepspeed.DeepSpeedEngine``.
     """
+    keep_freed_memory()
     open_process_group()
     import deepspeed
 

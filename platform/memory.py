@@ -1,0 +1,28 @@
+"""Memory that is freed stays with the process.
+
+A training step frees what the next one takes again. glibc's malloc gives large blocks back to the kernel at once, and
+the kernel fills them with zeros, page by page, when they are taken anew: a tenth of a small model's step (LOG.md,
+2026-11-25).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_MOST = (1 << 31) - 1
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep what it frees, for the next one that asks: it stays as large as it ever was.
+
+    Blocks above 2 GiB still go back at once. Other C libraries than glibc know no such order: nothing is changed there.
+
+    Returns:
+        Whether it was understood.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_TRIM_THRESHOLD, _MOST)) and bool(mallopt(_MMAP_THRESHOLD, _MOST))
