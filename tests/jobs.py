@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -65,3 +67,21 @@ def command_line(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def drivers(script: str) -> list[psutil.Process]:
+    """The processes that run a study's script: what the job server started, not the `ray job submit` that asked."""
+    pattern = rf"\S*python\S* {re.escape(script)}( .*)?"
+    return [process for process in psutil.process_iter() if re.fullmatch(pattern, command_line(process))]
+
+
+def training_workers() -> list[psutil.Process]:
+    """The processes of this machine in which a model is trained."""
+    return [process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process)]
+
+
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+    """Poll until something has happened, as long as the job that is to make it happen lives."""
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)

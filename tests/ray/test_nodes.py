@@ -14,34 +14,17 @@ from typing import Any
 
 import psutil
 import pytest
+from toys import BATCH, write_study, write_texts
 
 from haltscale.platform import cluster
 from haltscale.platform.store import RunState, RunStore
 
-from jobs import of_head, submit
+from jobs import of_head, submit, wait_for
 from looping import timeless
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 NODE = str(Path(__file__).parents[1] / "another_node.py")
-STUDY = """
-from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, RunConfig, Source, Study, grid
-
-Study(
-    name="nodes",
-    question="Does it live?",
-    corpus=Corpus(
-        name="toy",
-        sources={{"texts": Source(path={folder!r})}},
-        tokenizer=BytePairs(vocab_size=300),
-        validation_documents=2,
-        probe_characters=200,
-    ),
-    base=RunConfig(tokens={steps} * 512, context=64, batch_tokens=512, learning_rate=1e-2),
-    sweep=grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds}),
-    execution=ExecutionConfig(evaluations=1, checkpoints={steps} // 4, log_every_seconds=0.0),
-).main()
-"""
 
 
 def lives(process: psutil.Process) -> bool:
@@ -103,16 +86,17 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 @pytest.fixture
 def study(tmp_path: Path) -> Callable[..., str]:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for index in range(30):
-        words = [f"{['the', 'of', 'and', 'to'][n % 4]} w{(index + n * n) % 89}" for n in range(400)]
-        (folder / f"{index:02d}.txt").write_text(" ".join(words), encoding="utf-8")
+    texts = write_texts(tmp_path / "texts")
 
     def write(*, steps: int, seeds: list[int]) -> str:
-        path = tmp_path / "nodes.py"
-        path.write_text(STUDY.format(folder=str(folder), steps=steps, seeds=seeds))
-        return str(path)
+        return write_study(
+            tmp_path / "nodes.py",
+            texts,
+            name="nodes",
+            base=f"tokens={steps * BATCH}, context=64, batch_tokens={BATCH}, learning_rate=1e-2",
+            runs=f"sweep=grid(method='adaptive', lam=1.0, tau=0.2, seed={seeds})",
+            execution=f"evaluations=1, checkpoints={steps // 4}, log_every_seconds=0.0",
+        )
 
     return write
 
@@ -145,9 +129,7 @@ def test_a_run_outlives_its_node(nodes, study, tmp_path: Path) -> None:
     ended(submit(head, "python", script, "--store", alone.root))
 
     job = submit(head, "python", script, "--store", bereft.root)
-    while not any(len(rows(bereft, key)) >= 10 for key in bereft.present("nodes")):
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.05)
+    wait_for(lambda: any(len(rows(bereft, key)) >= 10 for key in bereft.present("nodes")), job)
     second = add(1)
     first.die()
     ended(job)

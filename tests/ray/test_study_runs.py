@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from toys import write_study, write_texts
 
 from haltscale.platform import cluster
 from haltscale.platform.corpora.corpus import PreparedCorpus, sotu
@@ -19,60 +17,20 @@ from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training.loop import Progress
 
-from jobs import command_line, environment, run, submit
+from jobs import command_line, drivers, environment, run, submit, training_workers, wait_for
 from looping import timeless
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-TOY_STUDY = """
-from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, RunConfig, Source, Study, grid
-
-Study(
-    name="toy",
-    question="Does it run?",
-    corpus=Corpus(
-        name="toy",
-        sources={{"texts": Source(path={folder!r})}},
-        tokenizer=BytePairs(vocab_size=300),
-        validation_documents=2,
-        probe_characters=200,
-    ),
-    base=RunConfig(tokens=24576, context=64, batch_tokens=512, learning_rate=1e-2),
-    sweep=grid(method="vanilla") + grid(method="adaptive", lam=1.0, tau=0.2, seed={seeds!r}),
-    execution=ExecutionConfig(evaluations=2, checkpoints=4, log_every_seconds=0.1),
-).main()
-"""
-
-
-def training_workers() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process)]
-
-
-def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
-    """Poll until something has happened, as long as the job that is to make it happen lives."""
-    while not condition():
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.05)
-
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for index in range(30):
-        words = [f"{['the', 'of', 'and', 'to'][n % 4]} w{(index + n * n) % 89}" for n in range(400)]
-        (folder / f"{index:02d}.txt").write_text(" ".join(words), encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("study") / "toy")
 
 
 def toy(texts: Path, tmp_path: Path, *, seeds: list[int]) -> str:
-    path = tmp_path / "toy_study.py"
-    path.write_text(TOY_STUDY.format(folder=str(texts), seeds=seeds))
-    return str(path)
-
-
-def drivers(script: str) -> list[psutil.Process]:
-    """The processes that run a study's script: what the job server started, not the `ray job submit` that asked."""
-    return [p for p in psutil.process_iter() if re.fullmatch(rf"\S*python\S* {re.escape(script)}", command_line(p))]
+    runs = f"sweep=grid(method='vanilla') + grid(method='adaptive', lam=1.0, tau=0.2, seed={seeds})"
+    return write_study(tmp_path / "toy_study.py", texts, runs=runs)
 
 
 def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
@@ -122,17 +80,13 @@ def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
-    script = tmp_path / "toy_worker.py"
-    text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-worker",\n    q')
-    text = text.replace('grid(method="vanilla") + ', "")
-    script.write_text(text)
-    store = RunStore()
+    script, store = write_study(tmp_path / "toy_worker.py", texts, name="toy-worker"), RunStore()
 
     def checkpointed() -> bool:
         views = list(store.runs("toy-worker")) if "toy-worker" in store.studies() else []
         return any((views[0].status.get("step") or 0) > 12 for _ in views)
 
-    job = submit(head, "python", str(script))
+    job = submit(head, "python", script)
     wait_for(checkpointed, job)
     killed = training_workers()
     assert killed, "no training worker was found"
@@ -151,10 +105,7 @@ def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_p
 def test_a_budget_in_flops_ends_a_run(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
     """How many steps it buys is open when the run is submitted; a worker that dies meanwhile changes nothing."""
     budget, rows, records = 1.5e11, [], []
-    script = tmp_path / "toy_flops.py"
-    text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-flops",\n    q')
-    text = text.replace('grid(method="vanilla") + ', "").replace("log_every_seconds=0.1", "log_every_seconds=0.0")
-    script.write_text(text)
+    script = write_study(tmp_path / "toy_flops.py", texts, name="toy-flops")
     for name in ("alone", "killed"):
         store = RunStore(tmp_path / name)
 
@@ -163,7 +114,7 @@ def test_a_budget_in_flops_ends_a_run(head: cluster.Head, texts: Path, tmp_path:
             return [row for key in keys for row in store.read_lines(store.path("toy-flops", key, "metrics.jsonl"))]
 
         options = ["--store", store.root, "--set", f"flops={budget}", "--set", "precision=fp32"]
-        job = submit(head, "python", str(script), *options)
+        job = submit(head, "python", script, *options)
         if name == "killed":
             wait_for(lambda logged=logged: any(row["flops_realised"] > budget / 2 for row in logged()), job)
             for process in training_workers():
@@ -184,14 +135,14 @@ def test_a_budget_in_flops_ends_a_run(head: cluster.Head, texts: Path, tmp_path:
 
 def test_all_errors_at_once_and_nothing_starts(head: cluster.Head, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    script = tmp_path / "bad.py"
-    script.write_text(
-        TOY_STUDY.format(folder=str(tmp_path / "empty"), seeds=[0])
-        .replace('name="toy",\n    q', 'name="bad",\n    q')
-        .replace("lam=1.0", 'lam=-1.0, l_max=-2, size="0.7m"')
-        .replace("evaluations=2", "workers=64")
+    script = write_study(
+        tmp_path / "bad.py",
+        tmp_path / "empty",
+        name="bad",
+        runs="sweep=grid(method='adaptive', lam=-1.0, l_max=-2, size='0.7m')",
+        execution="workers=64",
     )
-    code, output = run(head, "python", str(script))
+    code, output = run(head, "python", script)
     assert code != 0
     for complaint in ("lam", "l_max", "'0.7m'", "did you mean", "no *.txt", "64 workers"):
         assert complaint in output, output
@@ -247,14 +198,13 @@ def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> Non
 
 @pytest.mark.slow
 def test_two_workers_see_the_sequences_of_one(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
-    script = tmp_path / "toy_workers.py"
-    text = TOY_STUDY.format(folder=str(texts), seeds=[0]).replace('name="toy",\n    q', 'name="toy-two",\n    q')
-    script.write_text(text.replace('grid(method="vanilla") + ', "").replace("tau=0.2", "tau=0.3"))
+    runs = "sweep=grid(method='adaptive', lam=1.0, tau=0.3)"
+    script = write_study(tmp_path / "toy_workers.py", texts, name="toy-two", runs=runs)
     records = []
     for workers in (1, 2):
         store = RunStore(tmp_path / f"{workers}-workers")
         options = ["--store", store.root, "--set", f"workers={workers}", "--set", "tokens=8192"]
-        code, output = run(head, "python", str(script), *options)
+        code, output = run(head, "python", script, *options)
         assert code == 0, output
         (view,) = store.runs("toy-two")
         records.append(view.record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -14,59 +13,34 @@ from pathlib import Path
 
 import psutil
 import pytest
+from toys import write_study, write_texts
 
 from haltscale.platform import cluster
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.sweeps.study import StudyBusyError
 
-from jobs import ROOT, command_line, run, submit
+from jobs import ROOT, drivers, environment, run, submit, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-SWEEP = """
-from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, RunConfig, Source, Study, controls, grid
-
-Study(
-    name="sweep",
-    question="Does it run?",
-    corpus=Corpus(
-        name="sweep",
-        sources={{"texts": Source(path={folder!r})}},
-        tokenizer=BytePairs(vocab_size=300),
-        validation_documents=2,
-        probe_characters=100,
-    ),
-    base=RunConfig(tokens=1024, context=32, batch_tokens=128, learning_rate=1e-2, precision="fp32"),
-    sweep={sweep},
-    execution=ExecutionConfig(evaluations=1, checkpoints=2, log_every_seconds=0.0),
-).main(["--store", {store!r}])
-"""
+BASE = "tokens=1024, context=32, batch_tokens=128, learning_rate=1e-2, precision='fp32'"
+EXECUTION = "evaluations=1, checkpoints=2, log_every_seconds=0.0"
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for index in range(12):
-        words = [f"{['the', 'of', 'and', 'to'][n % 4]} w{(index + n * n) % 89}" for n in range(120)]
-        (folder / f"{index:02d}.txt").write_text(" ".join(words), encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("sweep") / "sweep", documents=12, words=120)
 
 
-def script(folder: Path, texts: Path, store: RunStore, sweep: str) -> str:
-    folder.mkdir(exist_ok=True)
-    path = folder / "sweep.py"
-    path.write_text(SWEEP.format(folder=str(texts), store=store.root, sweep=sweep))
-    return str(path)
+def script(folder: Path, texts: Path, sweep: str, *, base: str = BASE, execution: str = EXECUTION) -> str:
+    runs = f"sweep={sweep}"
+    return write_study(folder / "sweep.py", texts, name="sweep", base=base, execution=execution, runs=runs)
 
 
 def finished(store: RunStore) -> dict[str, float]:
     """When each finished run wrote its record."""
     views = store.views("sweep", store.present("sweep")).values()
     return {view.key: view.record["finished_at"] for view in views if view.state is RunState.FINISHED}
-
-
-def drivers(path: str) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if re.fullmatch(rf"\S*python\S* {re.escape(path)}", command_line(p))]
 
 
 def table(store: RunStore) -> dict[str, list[object]]:
@@ -81,13 +55,11 @@ def test_a_driver_killed_three_times_leaves_the_table_of_one_left_alone(
 ) -> None:
     sweep = "grid(seed=range(12))"
     alone, killed = RunStore(tmp_path / "alone"), RunStore(tmp_path / "killed")
-    path = script(tmp_path / "killed-script", texts, killed, sweep)
+    path = script(tmp_path / "killed-script", texts, sweep)
     seen: dict[str, float] = {}
     for enough in (2, 5, 8):
-        job = submit(head, "python", path)
-        while len(finished(killed)) < enough:
-            assert job.poll() is None, job.communicate()[0]
-            time.sleep(0.05)
+        job = submit(head, "python", path, "--store", killed.root)
+        wait_for(lambda enough=enough: len(finished(killed)) >= enough, job)
         for process in drivers(path):
             process.send_signal(signal.SIGKILL)
         assert job.wait() != 0
@@ -96,14 +68,14 @@ def test_a_driver_killed_three_times_leaves_the_table_of_one_left_alone(
         assert len(now) < 12
         assert {key: now[key] for key in seen} == seen, "a finished run is not run again"
         seen = now
-    code, output = run(head, "python", path)
+    code, output = run(head, "python", path, "--store", killed.root)
     assert code == 0, output
     last = finished(killed)
     assert {key: last[key] for key in seen} == seen
     for view in killed.runs("sweep"):
         steps = killed.metrics("sweep", view.key)["step"].tolist()
         assert steps == list(range(1, 9)), "every step once"
-    code, output = run(head, "python", script(tmp_path / "alone-script", texts, alone, sweep))
+    code, output = run(head, "python", script(tmp_path / "alone-script", texts, sweep), "--store", alone.root)
     assert code == 0, output
     assert len(table(alone)) == 12
     assert table(killed) == table(alone)
@@ -113,10 +85,14 @@ def test_a_driver_killed_three_times_leaves_the_table_of_one_left_alone(
 def test_an_interrupted_study_can_go_on_and_leaves_no_process(texts: Path, tmp_path: Path) -> None:
     """Ctrl-C in a terminal, where the study had started a Ray of its own: everything of its group is signalled."""
     store, home = RunStore(tmp_path / "runs"), tmp_path / "home"
-    path = script(tmp_path / "script", texts, store, "grid(seed=range(3), tokens=40960)")
-    environment = {**os.environ, "HALTSCALE_HOME": str(home), "RAY_AUTH_MODE": "token"}
+    path = script(tmp_path / "script", texts, "grid(seed=range(3), tokens=40960)")
+    variables = {**os.environ, "HALTSCALE_HOME": str(home), "RAY_AUTH_MODE": "token"}
     study = subprocess.Popen(
-        [sys.executable, path], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
+        [sys.executable, path, "--store", store.root],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
     )
     while not any(view.state is RunState.RUNNING for view in store.views("sweep", store.present("sweep")).values()):
         assert study.poll() is None, study.communicate()[0]
@@ -125,16 +101,9 @@ def test_an_interrupted_study_can_go_on_and_leaves_no_process(texts: Path, tmp_p
     output, _ = study.communicate()
     assert study.returncode == 130, output.decode()
     assert b"interrupted" in output
-    left = [p for p in psutil.process_iter() if str(home) in _environment(p)]
+    left = [p for p in psutil.process_iter() if str(home) in environment(p)]
     psutil.wait_procs(left, timeout=60)  # workers see that their Ray has gone
-    assert not [p.pid for p in psutil.process_iter() if str(home) in _environment(p)]
-
-
-def _environment(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.environ().values())
-    except psutil.Error:
-        return ""
+    assert not [p.pid for p in psutil.process_iter() if str(home) in environment(p)]
 
 
 SHIPPED = '''"""Shipped: is this the code that I have here?"""
@@ -156,8 +125,8 @@ def test_submit_ships_the_code_that_is_here(head: cluster.Head, tmp_path: Path) 
         shutil.copytree(ROOT / room, tmp_path / "haltscale" / room, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "haltscale" / "studies" / "shipped.py").write_text(SHIPPED)
     command = [sys.executable, "-m", "haltscale.platform.cli", "submit", "shipped", "--", "--dry-run"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NO_COLOR": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path), "NO_COLOR": "1"}
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "shipped: the plan" in done.stdout
     assert "vanilla · 0.6m · seed 7" in done.stdout
@@ -180,7 +149,7 @@ def test_controls_are_trained_after_their_subject(head: cluster.Head, texts: Pat
     store = RunStore(tmp_path / "runs")
     learned = 'grid(method="adaptive", lam=1.0, tau=0.2)'
     sweep = f'{learned} + controls(of={learned}, kinds=["dense", "fixed"])'
-    code, output = run(head, "python", script(tmp_path / "script", texts, store, sweep))
+    code, output = run(head, "python", script(tmp_path / "script", texts, sweep), "--store", store.root)
     assert code == 0, output
     assert "0 of 1 runs are finished, 1 to train, 2 controls wait for them" in output
     assert "1 of 3 runs are finished, 2 to train" in output
@@ -196,35 +165,19 @@ def test_controls_are_trained_after_their_subject(head: cluster.Head, texts: Pat
     assert kinds == {"vanilla": "dense", "fixed": "fixed"}
 
 
-TUNING = """
-from haltscale.platform.api import BytePairs, Corpus, ExecutionConfig, Halving, RunConfig, Source, TuningStudy
-from haltscale.platform.api import log_uniform
-
-TuningStudy(
-    name="sweep",
-    question="Which learning rate?",
-    corpus=Corpus(
-        name="sweep",
-        sources={{"texts": Source(path={folder!r})}},
-        tokenizer=BytePairs(vocab_size=300),
-        validation_documents=2,
-        probe_characters=100,
-    ),
-    base=RunConfig(tokens=4096, context=32, batch_tokens=128, precision="fp32"),
-    space={{"learning_rate": log_uniform(1e-6, 1e-2)}},
-    samples=4,
-    stop_early=Halving(first=0.25),
-    execution=ExecutionConfig(evaluations=4, checkpoints=1, log_every_seconds=0.0),
-).main(["--store", {store!r}])
-"""
-
-
 @pytest.mark.slow
 def test_bad_runs_of_a_tuning_study_are_ended_early(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
     store = RunStore(tmp_path / "runs")
-    path = tmp_path / "tuning.py"
-    path.write_text(TUNING.format(folder=str(texts), store=store.root))
-    code, output = run(head, "python", str(path))
+    path = write_study(
+        tmp_path / "tuning.py",
+        texts,
+        name="sweep",
+        kind="TuningStudy",
+        base="tokens=4096, context=32, batch_tokens=128, precision='fp32'",
+        runs="space={'learning_rate': log_uniform(1e-6, 1e-2)}, samples=4, stop_early=Halving(first=0.25)",
+        execution="evaluations=4, checkpoints=1, log_every_seconds=0.0",
+    )
+    code, output = run(head, "python", path, "--store", store.root)
     assert code == 0, output
     views = list(store.runs("sweep"))
     states = {view.key: view.state for view in views}
@@ -234,7 +187,7 @@ def test_bad_runs_of_a_tuning_study_are_ended_early(head: cluster.Head, texts: P
     for view in views:
         if view.state is RunState.STOPPED:
             assert 8 <= view.status["step"] < 32, "after a quarter of its steps, and before the end"
-    code, output = run(head, "python", str(path))
+    code, output = run(head, "python", path, "--store", store.root)
     assert code == 0, output
     assert "nothing to train" in output
     assert {view.key: view.state for view in store.runs("sweep")} == states
@@ -264,9 +217,9 @@ def test_a_sweep_on_object_storage(
             time.sleep(0.1)
         store = RunStore("s3://bucket/runs")
         store.fs.mkdir("bucket")
-        path = script(tmp_path / "script", texts, store, "grid(seed=range(2))")
+        path = script(tmp_path / "script", texts, "grid(seed=range(2))")
         for expected in ("0 of 2 runs are finished, 2 to train", "all 2 runs are finished, nothing to train"):
-            job = submit(head, "python", path, variables=variables)
+            job = submit(head, "python", path, "--store", store.root, variables=variables)
             output, _ = job.communicate()
             assert job.returncode == 0, output
             assert expected in output
@@ -290,13 +243,12 @@ def _answers(port: int) -> bool:
 @pytest.mark.slow
 def test_three_budgets_from_one_run(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
     tables = {}
-    wsd = "tokens=1024, schedule='wsd', warmup_tokens=256, decay_fraction=0.5"
+    base = f"{BASE}, schedule='wsd', warmup_tokens=256, decay_fraction=0.5"
     for branch in (True, False):
         store = RunStore(tmp_path / f"branch-{branch}")
-        path = Path(script(tmp_path / "sweep", texts, store, "grid(tokens=[1024, 1536, 2048])"))
-        text = path.read_text().replace("base=RunConfig(tokens=1024", f"base=RunConfig({wsd}")
-        path.write_text(text.replace("evaluations=1", f"branch={branch}, evaluations=1"))
-        code, output = run(head, "python", str(path))
+        sweep, execution = "grid(tokens=[1024, 1536, 2048])", f"{EXECUTION}, branch={branch}"
+        path = script(tmp_path / "sweep", texts, sweep, base=base, execution=execution)
+        code, output = run(head, "python", path, "--store", store.root)
         assert code == 0, output
         tables[branch] = table(store)
         runs = sorted(store.runs("sweep"), key=lambda view: view.record["tokens"])
