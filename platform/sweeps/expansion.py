@@ -45,21 +45,30 @@ class PlannedRun:
     """Of a control: the run that it belongs to."""
 
 
+@dataclass(frozen=True)
+class RunControl:
+    """A control of a run."""
+
+    kind: ControlKind
+    subject: RunConfig
+    learning_rate: float | None
+    """Peak; None: the subject's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
     """A sweep, point by point."""
 
     runs: list[RunConfig]
     """Those that are known from the sweep alone, in its order."""
-    controls: list[tuple[ControlKind, RunConfig]]
-    """Kind and subject."""
+    controls: list[RunControl]
     problems: list[str]
 
 
 def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
     """The runs and controls of a sweep, with everything that is wrong about its points."""
     runs: list[RunConfig] = []
-    controls: list[tuple[int, ControlKind, RunConfig]] = []
+    controls: list[tuple[int, RunControl]] = []
     problems: list[str] = []
     for number, point in enumerate(sweep, start=1):
         plain = point.of if isinstance(point, Control) else point
@@ -68,7 +77,9 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
             if not found and run.method not in SUBJECTS[point.kind]:
                 allowed = ", ".join(SUBJECTS[point.kind])
                 found = [f"the {point.kind} control is for {allowed}, not for {run.method}: leave these runs out of it"]
-            controls.append((number, point.kind, run))
+            if not found and point.learning_rate is not None:
+                found = replace(run, learning_rate=point.learning_rate).problems(vocab_size)
+            controls.append((number, RunControl(point.kind, run, point.learning_rate)))
             problems += [f"point {number}, the {point.kind} control of {plain}: {problem}" for problem in found]
         else:
             runs.append(run)
@@ -79,12 +90,13 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
             if run in seen:
                 problems.append(f"point {index + 1} is the same run as point {seen[run] + 1}: {run.label}")
             seen.setdefault(run, index)
-        for number, kind, run in controls:
-            if run not in seen:
-                problems.append(f"point {number}, a {kind} control: the sweep has no such run to control ({run.label})")
-        if len({(kind, run) for _, kind, run in controls}) < len(controls):
+        for number, control in controls:
+            if control.subject not in seen:
+                missing = f"the sweep has no such run to control ({control.subject.label})"
+                problems.append(f"point {number}, a {control.kind} control: {missing}")
+        if len({(control.kind, control.subject) for _, control in controls}) < len(controls):
             problems.append("some controls are given twice: call controls(of=...) once for each run")
-    return Expansion(runs=runs, controls=[(kind, run) for _, kind, run in controls], problems=problems)
+    return Expansion(runs=runs, controls=[control for _, control in controls], problems=problems)
 
 
 def _run(base: RunConfig, point: Point, vocab_size: int) -> tuple[RunConfig, list[str]]:
@@ -102,11 +114,13 @@ def _run(base: RunConfig, point: Point, vocab_size: int) -> tuple[RunConfig, lis
         return run, error.problems
 
 
-def control_run(kind: ControlKind, subject: RunConfig, record: Mapping[str, Any], vocab_size: int) -> RunConfig | None:
-    """The control of a subject, or None where it has to wait for the subject's record.
+def control_run(control: RunControl, record: Mapping[str, Any], vocab_size: int) -> RunConfig | None:
+    """The run that a control is, or None where it has to wait for its subject's record.
 
     Steps are rounded to 0.01 and tokens to whole batches, so that a subject trained again asks for the same control.
     """
+    kind, rate = control.kind, control.learning_rate
+    subject = control.subject if rate is None else replace(control.subject, learning_rate=rate)
     if kind is ControlKind.SHUFFLED:  # its router decides itself how much it thinks, so there is nothing to wait for
         options = {f.name: getattr(subject.options, f.name) for f in fields(subject.options)}  # type: ignore[arg-type]
         return replace(subject, method=Method.SHUFFLED, options=ShuffledOptions(**options))

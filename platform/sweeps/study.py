@@ -30,13 +30,14 @@ from haltscale.platform.sweeps.expansion import (
     Expansion,
     PlannedRun,
     PlanState,
+    RunControl,
     control_run,
     expand,
     labels,
     stale_keys,
 )
 from haltscale.platform.sweeps.planning import Measured
-from haltscale.platform.sweeps.sweep import ControlKind, Sweep
+from haltscale.platform.sweeps.sweep import Sweep
 from haltscale.platform.training.branching import shortest_of_families
 
 log = logging.getLogger(__name__)
@@ -112,24 +113,25 @@ class Study:
 
     def _planned(self, views: Mapping[str, RunView]) -> list[PlannedRun]:
         runs = self.runs
-        controls: dict[RunConfig, tuple[ControlKind, RunConfig]] = {}
+        controls: dict[RunConfig, RunControl] = {}
         waiting = []
-        for kind, subject in self._expansion.controls:
-            view = views.get(self.key(subject))
-            control = control_run(kind, subject, view.record if view else {}, self.vocab_size)
-            if control is None:
-                waiting.append((kind, subject))
-            elif control not in runs:  # two subjects may ask for the same control, or the sweep may have it already
-                controls.setdefault(control, (kind, subject))
+        for control in self._expansion.controls:
+            view = views.get(self.key(control.subject))
+            run = control_run(control, view.record if view else {}, self.vocab_size)
+            if run is None:
+                waiting.append(control)
+            elif run not in runs:  # two subjects may ask for the same control, or the sweep may have it already
+                controls.setdefault(run, control)
         known = sorted([*runs, *controls], key=self.flops_bound)
         named = labels(known)
         found = []
         for run in known:
-            control_kind, subject_run = controls.get(run, (None, None))
-            found.append(PlannedRun(label=named[run], run=run, control=control_kind, subject=subject_run))
-        for kind, subject in waiting:
-            label = f"{kind} control of {named[subject]}"
-            found.append(PlannedRun(label=label, run=None, control=kind, subject=subject))
+            mine = controls.get(run)
+            of = {"control": mine.kind, "subject": mine.subject} if mine else {}
+            found.append(PlannedRun(label=named[run], run=run, **of))
+        for control in waiting:
+            label = f"{control.kind} control of {named[control.subject]}"
+            found.append(PlannedRun(label=label, run=None, control=control.kind, subject=control.subject))
         return found
 
     def _views(self, store: RunStore) -> dict[str, RunView]:

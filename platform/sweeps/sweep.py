@@ -59,6 +59,8 @@ class Control:
     kind: ControlKind
     of: Point
     """The subject's point; it has to be in the study too."""
+    learning_rate: float | None = None
+    """Peak; None: the subject's."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,18 @@ def isoflop(*, sizes: Sequence[str], flops: Sequence[float], **axes: Any) -> Swe
     return grid(training_flops=flops, size=sizes) * grid(**axes)
 
 
-def controls(*, of: Sweep, kinds: Sequence[str | ControlKind] = tuple(ControlKind)) -> Sweep:
+def controls(
+    *, of: Sweep, kinds: Sequence[str | ControlKind] = tuple(ControlKind), learning_rate: float | None = None
+) -> Sweep:
     """Controls for every run of ``of``, matched to what that run really spent.
 
     They are a second stage of the study: each waits for its subject, gets its tokens or steps from the subject's
     record, and is then a run like any other, with a key of its own. Add them to a sweep that has ``of`` in it:
     ``learned + controls(of=learned)``.
+
+    Args:
+        learning_rate: peak rate of these controls in place of their subject's. A control whose own rate is tuned says
+            more: where it is worse at its subject's, the rate may be the reason.
 
     Raises:
         ValueError: a kind is unknown.
@@ -179,7 +187,7 @@ def controls(*, of: Sweep, kinds: Sequence[str | ControlKind] = tuple(ControlKin
         if kind not in list(ControlKind):
             raise ValueError(f"control {str(kind)!r} is none of {', '.join(ControlKind)}")
     subjects = [point for point in of.points if not isinstance(point, Control)]
-    return Sweep(tuple(Control(ControlKind(kind), point) for point in subjects for kind in kinds))
+    return Sweep(tuple(Control(ControlKind(kind), point, learning_rate) for point in subjects for kind in kinds))
 
 
 # ---- drawn at random ------------------------------------------------------------------------------------------------

@@ -52,6 +52,19 @@ def test_controls_wait_and_then_match_what_was_spent(study, store, author):
     assert set(document["runs"]) == {controlled.key(run) for run in (subject, dense, fixed)}
 
 
+def test_a_control_may_have_a_rate_of_its_own(study, store, author):
+    rates = {"fixed": 0.02, "shuffled": 0.03}
+    own = sum((controls(of=LEARNED, kinds=[kind], learning_rate=rate) for kind, rate in rates.items()), LEARNED)
+    controlled = study(sweep=own)
+    (subject,) = (run for run in controlled.runs if run.method is Method.ADAPTIVE)
+    finish(controlled, store, author, subject)
+    found = {entry.run.method: entry.run.learning_rate for entry in controlled.missing(store).values()}
+    assert found == rates
+    wrong = study(sweep=LEARNED + controls(of=LEARNED, kinds=["fixed"], learning_rate=-1.0))
+    assert "the fixed control of" in " ".join(wrong.problems())
+    assert "learning_rate" in " ".join(wrong.problems())
+
+
 def test_a_shuffled_control_has_nothing_to_wait_for(study, store):
     plan = study(sweep=LEARNED + controls(of=LEARNED, kinds=["shuffled"])).plan(store)
     assert plan["state"].tolist() == ["planned"] * 2
