@@ -8,17 +8,17 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from haltscale.platform.cluster import LOOPBACK, free_ports
 from haltscale.platform.store import RunStore, default_root
 
 DEMO = "results"
 """Folder in the room of studies with the records that are published with the code."""
-ADDRESS = "127.0.0.1"
+ADDRESS = LOOPBACK
 PORT = 8501
 
 
@@ -38,23 +38,12 @@ def demo_root() -> str:
 
 def is_free(port: int) -> bool:
     """Whether this machine lets us listen on a port."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        if os.name == "posix":  # a port in TIME_WAIT is free, as the server itself sees it
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((ADDRESS, port))
-        except OSError:
-            return False
-    return True
+    return free_ports(1, preferred=(port,)) == [port]
 
 
-def free_port(preferred: int = PORT) -> int:
-    """The preferred port, or any free one when it is taken."""
-    if is_free(preferred):
-        return preferred
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((ADDRESS, 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """The dashboard's own port, or any free one when it is taken."""
+    return free_ports(1, preferred=(PORT,))[0]
 
 
 def environment(store_root: str) -> dict[str, str]:
