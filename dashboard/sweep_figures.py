@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,9 @@ from haltscale.dashboard.data import size_order, sound
 from haltscale.dashboard.figures import MUTED, layout
 
 MOST_LINES = 500
+LOSS_BANDS = 6
+"""Equally many runs in each; the best band is also the only one with thick and solid lines."""
+MOST_TICKS = 6
 OPTION_NAMES = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ", "size": "size", "seed": "seed"}
 TARGETS = {"perplexity": "perplexity", "mean_steps": "mean latent steps"}
 
@@ -73,40 +77,76 @@ def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figur
 
 
 def parallel(runs: pd.DataFrame, kind: str) -> go.Figure:
-    """Parallel coordinates: a line per run through its options and results, coloured by loss."""
+    """Parallel coordinates: a line per run through its options and results, in as many colours as ``LOSS_BANDS``.
+
+    Drawn as plain lines: Plotly's own parallel coordinates need WebGL, which holds up a browser without a graphics card
+    for seconds, and have neither dashes nor hover boxes.
+    """
     kept = runs[sound(runs) & runs["loss"].notna()].sort_values("loss").head(MOST_LINES)
-    axes = []
-    for name in varying(kept):
-        codes = sorted(kept[name].dropna().unique(), key=size_order if name == "size" else None)
-        places = {value: index for index, value in enumerate(codes)}
-        axes.append(
-            {
-                "label": OPTION_NAMES[name],
-                "values": kept[name].map(places).fillna(-0.5),
-                "tickvals": list(range(len(codes))),
-                "ticktext": [html.escape(f"{v:g}" if isinstance(v, float) else str(v)) for v in codes],
-            }
-        )
-    for name, label in (("mean_steps", "latent steps"), (f"flops_{kind}", f"log₁₀ FLOPs, {kind}"), ("loss", "loss")):
-        values = np.log10(kept[name]) if name.startswith("flops") else kept[name]
-        if values.notna().any():
-            axes.append({"label": label, "values": values.fillna(values.min()), "tickformat": ".3~g"})
-    figure = go.Figure(
-        go.Parcoords(
-            dimensions=axes,
+    axes = _axes(kept, kind)
+    figure = go.Figure()
+    bands = np.array_split(np.arange(len(kept)), min(LOSS_BANDS, len(kept)) or 1)
+    places = np.array([*range(len(axes)), np.nan])
+    for index, rows in reversed([*enumerate(bands)]):  # the best are drawn last, above the others
+        band = kept.iloc[rows]
+        heights = np.column_stack([*(axis["heights"][rows] for axis in axes), np.full(len(rows), np.nan)])
+        text = np.column_stack([*(np.asarray(axis["text"], dtype=object)[rows] for axis in axes), [""] * len(rows)])
+        labels = np.repeat([html.escape(label) for label in band["label"]], len(places))
+        figure.add_scatter(
+            x=np.tile(places, len(rows)),
+            y=heights.ravel(),
+            customdata=np.column_stack([labels, text.ravel()]),
+            hovertemplate="%{customdata[0]}: %{customdata[1]}<extra></extra>",
+            mode="lines",
+            name=f"{style.three(float(band['loss'].min()))} to {style.three(float(band['loss'].max()))}"
+            if len(band)
+            else "no run",
             line={
-                "color": kept["loss"],
-                "colorscale": "Cividis",
-                "reversescale": True,
-                "showscale": True,
-                "colorbar": {"title": "loss,<br>nats/token", "thickness": 12},
+                "color": style.line_color(len(bands) - 1 - index, len(bands) - 1),
+                "width": 3 if index == 0 else 1.2,
+                "dash": "solid" if index == 0 else "dot",
             },
-            labelfont={"size": 14},
+            legendrank=index,
         )
+    for place, axis in enumerate(axes):
+        figure.add_shape(type="line", x0=place, x1=place, y0=0, y1=1, line={"color": MUTED, "width": 1})
+        for height, name in axis["ticks"]:
+            figure.add_annotation(
+                x=place, y=height, text=name, showarrow=False, xanchor="left", xshift=4, font={"size": 12}
+            )
+    titles = [axis["title"] for axis in axes]
+    figure.update_xaxes(
+        tickvals=list(range(len(axes))), ticktext=titles, side="top", showgrid=False, range=[-0.2, len(axes) - 0.5]
     )
-    layout(figure, height=420, top=60)
-    figure.update_layout(margin={"l": 60, "r": 40, "t": 60, "b": 24})
-    return figure
+    figure.update_yaxes(visible=False, range=[-0.06, 1.06])
+    return layout(figure, height=420, top=60, legend_title="loss,<br>nats/token")
+
+
+def _axes(runs: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
+    """An axis for each option that varies, and for each result: the ``heights`` of the runs on it (0 to 1; NaN where a
+    run has none), their values as ``text``, and ``ticks`` of (height, text)."""
+    axes: list[dict[str, Any]] = []
+    for name in varying(runs):
+        codes = sorted(runs[name].dropna().unique(), key=size_order if name == "size" else None)
+        names = [html.escape(f"{v:g}" if isinstance(v, float) else str(v)) for v in codes]
+        at = runs[name].map({value: index for index, value in enumerate(codes)})
+        text = at.map(dict(enumerate(names))).fillna("–")
+        title, most = OPTION_NAMES[name], len(codes) - 1
+        shown = range(0, len(codes), -(-len(codes) // MOST_TICKS))
+        ticks = [(index / most, names[index]) for index in shown]
+        axes.append({"heights": at.to_numpy(dtype=float) / most, "ticks": ticks} | {"title": title, "text": text})
+    for name, title in (("mean_steps", "latent steps"), (f"flops_{kind}", f"FLOPs, {kind}"), ("loss", "loss")):
+        values = runs[name].to_numpy(dtype=float)
+        if not np.isfinite(values).any():
+            continue
+        scaled = np.log10(values) if name.startswith("flops") else values
+        low, high = np.nanmin(scaled), np.nanmax(scaled)
+        heights = (scaled - low) / (high - low) if high > low else np.where(np.isfinite(scaled), 0.5, np.nan)
+        shown = {float(np.nanmin(values)): np.nanmin(heights), float(np.nanmax(values)): np.nanmax(heights)}
+        ticks = [(float(height), style.three(value)) for value, height in shown.items()]
+        text = [f"{title} {style.three(float(value))}" for value in values]
+        axes.append({"title": title, "heights": heights, "ticks": ticks, "text": text})
+    return axes
 
 
 def importance(tables: dict[str, pd.DataFrame]) -> go.Figure:

@@ -42,8 +42,8 @@ def body(view: StudyView) -> None:
             " numbers are in the table of the page Studies",
         )
         st.caption(
-            f"Lighter lines have a lower loss. Drag along an axis to keep a part of the runs. "
-            f"At most {sweep_figures.MOST_LINES} runs, the best ones."
+            "Lighter lines have a lower loss; the solid ones are the best sixth. A click in the legend hides a range "
+            f"of losses. At most {sweep_figures.MOST_LINES} runs, the best ones."
         )
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):

@@ -207,11 +207,34 @@ def test_importance_and_slices_show_the_analysis():
     means = analysis.slices(shown, "lam")
     line = by_name(sweep_figures.slice_of(shown, means, "lam", "loss"), "mean")[0]
     assert list(line.y) == means["mean"].tolist()
-    assert len(sweep_figures.parallel(shown, "realised").data[0].dimensions) >= 4
     sizes = [str(size) for size in shown.sort_values("parameters")["size"].unique()]
-    axes = {axis.label: axis for axis in sweep_figures.parallel(shown, "realised").data[0].dimensions}
-    assert list(axes["size"].ticktext) == sizes  # by their number, not by their letters
     assert [trace.name for trace in sweep_figures.slice_of(shown, means, "lam", "loss").data][:-1] == sizes
+
+
+def test_a_line_goes_through_what_a_run_has():
+    shown = pd.concat([generated(("adaptive",)).assign(lam=lam) for lam in (0.1, 1.0)], ignore_index=True)
+    shown.loc[3, "mean_steps"] = float("nan")
+    figure = sweep_figures.parallel(shown, "realised")
+    titles = list(figure.layout.xaxis.ticktext)
+    assert [titles[0], *titles[-3:]] == ["λ", "latent steps", "FLOPs, realised", "loss"]
+    width, lines = len(titles) + 1, {}
+    for band in figure.data:
+        for start in range(0, len(band.y), width):
+            label = band.customdata[start][0]
+            lines.setdefault(label, []).append((band.y[start : start + width], band.customdata[start : start + width]))
+    assert sum(len(found) for found in lines.values()) == len(shown)
+    best = shown.sort_values("loss").iloc[0]
+    heights, said = next(found for found in lines[best["label"]] if found[0][-2] == 0)
+    assert heights[0] == [0.1, 1.0].index(best["lam"])
+    assert said[-2][1] == f"loss {style.three(best['loss'])}"
+    flops = np.log10(shown["flops_realised"])
+    assert heights[-3] == pytest.approx((np.log10(best["flops_realised"]) - flops.min()) / (flops.max() - flops.min()))
+    unknown = [found for found in lines[shown.loc[3, "label"]] if np.isnan(found[0][-4])]
+    assert len(unknown) == 1
+    sizes = [str(size) for size in shown.sort_values("parameters")["size"].unique()]
+    place = titles.index("size")
+    ticks = sorted((a.y, a.text) for a in figure.layout.annotations if a.x == place)
+    assert [text for _, text in ticks] == sizes  # by their number, not by their letters
 
 
 def test_halting_figures_show_the_summary():
