@@ -390,6 +390,14 @@ class RunStore:
         paths = sorted(path for path in self.fs.ls(folder, detail=False) if path.endswith(".json"))
         return {path.rsplit("/", 1)[-1].removesuffix(".json"): self.read_json(path) for path in paths}
 
+    def evaluated_steps(self, study: str, key: str) -> list[int]:
+        """Steps whose training checkpoints have later evaluations, ascending."""
+        folder = self._evaluations(study, key, None)
+        if not self.fs.isdir(folder):
+            return []
+        found = (re.fullmatch(r"step-(\d+)", path.rsplit("/", 1)[-1]) for path in self.fs.ls(folder, detail=False))
+        return sorted(int(match[1]) for match in found if match)
+
     def _table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame:
         with self.fs.open(path, "rb") as file:
             return pd.read_parquet(file, columns=columns)

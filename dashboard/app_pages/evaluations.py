@@ -29,13 +29,13 @@ def body(view: StudyView) -> None:
     shell.heading(view, "What the models can do, and for how much")
     kind = shell.flops_kind()
     finished = view.runs[(view.runs["state"] == "finished") & view.runs["loss"].notna()]
-    if finished.empty:
+    held_out(view, finished, kind)
+    found, unread = later(view)
+    if finished.empty and not found:
         st.info(
             "No run is finished: a finished run brings its model and its evaluation.", icon=":material/hourglass_empty:"
         )
         return
-    held_out(view, finished, kind)
-    found, unread = later(view, finished)
     tasks(found)
     dials(found)
     controls(found)
@@ -67,18 +67,20 @@ def held_out(view: StudyView, finished: pd.DataFrame, kind: FlopsKind) -> None:
         st.caption("A marker per finished run. FLOPs of one forward reading of a held-out token, halting included.")
 
 
-def later(view: StudyView, finished: pd.DataFrame) -> tuple[dict[str, dict[str, dict]], int]:
-    """Evaluations after the end of training, by run label and name, and how many runs have unreadable ones."""
+def later(view: StudyView) -> tuple[dict[str, dict[str, dict]], int]:
+    """What `haltscale evaluate` found of models and of training checkpoints, by label and name, and how many runs have
+    unreadable evaluations. Finished runs come first."""
     shelf, found, unread = store(), {}, 0
-    for run in finished.head(MOST_READ).to_dict("records"):
+    runs = view.runs.sort_values("state", key=lambda state: state != "finished", kind="stable")
+    for run in runs.head(MOST_READ).to_dict("records"):
+        key, label = str(run["key"]), str(run["label"])
         try:
-            one = shelf.later_evaluations(view.name, str(run["key"]))
+            found[label] = shelf.later_evaluations(view.name, key)
+            for step in shelf.evaluated_steps(view.name, key):
+                found[f"{label} @ step {step:,}"] = shelf.later_evaluations(view.name, key, step)
         except UNREADABLE:
             unread += 1
-            continue
-        if one:
-            found[str(run["label"])] = one
-    return found, unread
+    return {label: one for label, one in found.items() if one}, unread
 
 
 def tasks(found: dict[str, dict[str, dict]]) -> None:

@@ -283,6 +283,11 @@ def test_later_evaluations_are_shown_and_a_damaged_one_is_said(author):
     tasks, controls = (frame.value for frame in page.dataframe)
     assert tasks["accuracy"].tolist() == [0.3]
     assert controls["minus learned, nats"].tolist() == ["–", "0.200 [0.100, 0.300]"]
+    (folder / "step-00000020").mkdir()
+    author.store.write_json(str(folder / "step-00000020" / "sciq.json"), {"task": "sciq", "items": 9, "accuracy": 0.2})
+    tasks = open_page("evaluations").dataframe[0].value
+    label = tasks["run"][0]
+    assert tasks[["run", "accuracy"]].to_numpy().tolist() == [[label, 0.3], [f"{label} @ step 20", 0.2]]
     (folder / "sciq.json").write_text("{")
     assert "cannot be read" in text(open_page("evaluations"))
 

@@ -164,6 +164,7 @@ def test_the_verbs_on_a_checkpoint(run, tmp_path, capsys):
     stored = store.later_evaluations("study", "run", step=step)
     assert stored["held-out-tiny"]["loss"] == printed["held-out-tiny"]["loss"]
     assert store.later_evaluations("study", "run") == {}, "they are not the finished model's"
+    assert store.evaluated_steps("study", "run") == [step]
     assert call("generate", f"study/run@{step}", "Once", "--tokens", "3").startswith("Once")
     call("export", "study/run@latest", str(tmp_path / "there"))
     card = (tmp_path / "there" / "README.md").read_text()
