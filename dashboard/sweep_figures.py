@@ -18,6 +18,8 @@ MOST_LINES = 500
 LOSS_BANDS = 6
 """Equally many runs in each; the best band is also the only one with thick and solid lines."""
 MOST_TICKS = 6
+APART = 0.05
+"""Of an axis of parallel coordinates: how far apart the runs are that share a value."""
 OPTION_NAMES = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ", "size": "size", "seed": "seed"}
 TARGETS = {"perplexity": "perplexity", "mean_steps": "mean latent steps"}
 
@@ -115,16 +117,19 @@ def parallel(runs: pd.DataFrame, kind: str) -> go.Figure:
                 x=place, y=height, text=name, showarrow=False, xanchor="left", xshift=4, font={"size": 12}
             )
     titles = [axis["title"] for axis in axes]
-    figure.update_xaxes(
-        tickvals=list(range(len(axes))), ticktext=titles, side="top", showgrid=False, range=[-0.2, len(axes) - 0.5]
-    )
+    figure.update_xaxes(tickvals=list(range(len(axes))), ticktext=titles, showgrid=False, range=[-0.2, len(axes) - 0.5])
     figure.update_yaxes(visible=False, range=[-0.06, 1.06])
     return layout(figure, height=420, top=60, legend_title="loss,<br>nats/token")
 
 
 def _axes(runs: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     """An axis for each option that varies, and for each result: the ``heights`` of the runs on it (0 to 1; NaN where a
-    run has none), their values as ``text``, and ``ticks`` of (height, text)."""
+    run has none), their values as ``text``, and ``ticks`` of (height, text).
+
+    Args:
+        runs: by loss. Those that share an option's value are set apart a little, the best lowest.
+    """
+    apart = APART * (np.arange(len(runs)) / max(len(runs) - 1, 1) - 0.5)
     axes: list[dict[str, Any]] = []
     for name in varying(runs):
         codes = sorted(runs[name].dropna().unique(), key=size_order if name == "size" else None)
@@ -134,7 +139,9 @@ def _axes(runs: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
         title, most = OPTION_NAMES[name], len(codes) - 1
         shown = range(0, len(codes), -(-len(codes) // MOST_TICKS))
         ticks = [(index / most, names[index]) for index in shown]
-        axes.append({"heights": at.to_numpy(dtype=float) / most, "ticks": ticks} | {"title": title, "text": text})
+        axes.append(
+            {"heights": at.to_numpy(dtype=float) / most + apart, "ticks": ticks} | {"title": title, "text": text}
+        )
     for name, title in (("mean_steps", "latent steps"), (f"flops_{kind}", f"FLOPs, {kind}"), ("loss", "loss")):
         values = runs[name].to_numpy(dtype=float)
         if not np.isfinite(values).any():

@@ -43,7 +43,8 @@ def body(view: StudyView) -> None:
         )
         st.caption(
             "Lighter lines have a lower loss; the solid ones are the best sixth. A click in the legend hides a range "
-            f"of losses. At most {sweep_figures.MOST_LINES} runs, the best ones."
+            "of losses. Runs that share a value are set apart a little, the best lowest. "
+            f"At most {sweep_figures.MOST_LINES} runs, the best ones."
         )
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
