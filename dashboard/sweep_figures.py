@@ -114,7 +114,14 @@ def parallel(runs: pd.DataFrame, kind: str) -> go.Figure:
         figure.add_shape(type="line", x0=place, x1=place, y0=0, y1=1, line={"color": MUTED, "width": 1})
         for height, name in axis["ticks"]:
             figure.add_annotation(
-                x=place, y=height, text=name, showarrow=False, xanchor="left", xshift=4, font={"size": 12}
+                x=place,
+                y=height,
+                text=name,
+                showarrow=False,
+                xanchor="left",
+                xshift=4,
+                font={"size": 12},
+                bgcolor="rgba(128,128,128,0.35)",
             )
     titles = [axis["title"] for axis in axes]
     figure.update_xaxes(tickvals=list(range(len(axes))), ticktext=titles, showgrid=False, range=[-0.2, len(axes) - 0.5])
@@ -149,10 +156,10 @@ def _axes(runs: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
         scaled = np.log10(values) if name.startswith("flops") else values
         low, high = np.nanmin(scaled), np.nanmax(scaled)
         heights = (scaled - low) / (high - low) if high > low else np.where(np.isfinite(scaled), 0.5, np.nan)
-        shown = {float(np.nanmin(values)): np.nanmin(heights), float(np.nanmax(values)): np.nanmax(heights)}
-        ticks = [(float(height), style.three(value)) for value, height in shown.items()]
-        text = [f"{title} {style.three(float(value))}" for value in values]
-        axes.append({"title": title, "heights": heights, "ticks": ticks, "text": text})
+        ends = {float(np.nanmin(values)): np.nanmin(heights), float(np.nanmax(values)): np.nanmax(heights)}
+        ticks = [(float(height), style.three(value)) for value, height in ends.items()]
+        told = [f"{title} {style.three(float(value))}" for value in values]
+        axes.append({"title": title, "heights": heights, "ticks": ticks, "text": told})
     return axes
 
 

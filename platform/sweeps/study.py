@@ -127,8 +127,8 @@ class Study:
         found = []
         for run in known:
             mine = controls.get(run)
-            of = {"control": mine.kind, "subject": mine.subject} if mine else {}
-            found.append(PlannedRun(label=named[run], run=run, **of))
+            kind, subject = (mine.kind, mine.subject) if mine else (None, None)
+            found.append(PlannedRun(label=named[run], run=run, control=kind, subject=subject))
         for control in waiting:
             label = f"{control.kind} control of {named[control.subject]}"
             found.append(PlannedRun(label=label, run=None, control=control.kind, subject=control.subject))
