@@ -17,7 +17,6 @@ from haltscale.model import (
     VanillaOptions,
     build_model,
 )
-from haltscale.model.backbone import Block
 
 BENCH = Shape(layers=6, d=256, heads=4, kv_heads=4, ffn=688)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,11 +51,7 @@ class Setting:
                 if name.endswith("score.weight"):
                     weight.copy_(torch.randn(weight.shape, generator=stream) * 1.5 / self.shape.d**0.5)
         model = model.to(self.device, self.dtype)
-        if self.compiled:
-            for module in model.modules():
-                if isinstance(module, Block):
-                    module.compile()
-        return model
+        return model.compile_blocks_() if self.compiled else model
 
     def vanilla(self) -> LanguageModel:
         """The plain model."""

@@ -35,6 +35,7 @@ from haltscale.model.kernels import (
     RotateFunction,
     SwiGLUFunction,
     TakeFunction,
+    at_least_float32,
     fused_cpu_attention,
 )
 from haltscale.model.ledger import PassCounts
@@ -69,8 +70,21 @@ def rope_table(length: int, shape: Shape, theta: float, like: Tensor) -> Rope:
 def rotate(x_NHE: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding (Su et al., 2021), in the half-split layout that Llama's Hugging Face weights use."""
     cos_N1E, sin_N1E = rope
+    if torch.compiler.is_compiling():
+        a_NHE, b_NHE = x_NHE.to(cos_N1E.dtype).chunk(2, dim=-1)
+        parts = (a_NHE * cos_N1E - b_NHE * sin_N1E, b_NHE * cos_N1E + a_NHE * sin_N1E)
+        return torch.cat(parts, dim=-1).to(x_NHE.dtype)
     turned: Tensor = RotateFunction.apply(x_NHE, cos_N1E, sin_N1E)
     return turned
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, gate and up the halves of the last dimension (Shazeer, 2020)."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    mixed: Tensor = SwiGLUFunction.apply(gate_up)
+    return mixed
 
 
 class AttentionPlan(Protocol):
@@ -283,6 +297,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x_Nd: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            wide_Nd = at_least_float32(x_Nd)
+            scale_N1 = torch.rsqrt(wide_Nd.square().mean(-1, keepdim=True) + self.eps)
+            return (wide_Nd * scale_N1).to(x_Nd.dtype) * self.weight
         normed_Nd: Tensor = RMSNormFunction.apply(x_Nd, self.weight, self.eps)
         return normed_Nd
 
@@ -302,13 +320,28 @@ class Block(nn.Module):
         self.down = nn.Linear(shape.ffn, shape.d, bias=False)
 
     def forward(self, x_Nd: Tensor, rope: Rope, plan: AttentionPlan, memory: Memory | None) -> tuple[Tensor, Memory]:
+        q_NHE, k_NGE, v_NGE = self.before_attention(x_Nd, rope)
+        mixed_Nd, memory = plan.attend(q_NHE, k_NGE, v_NGE, memory)
+        return self.after_attention(x_Nd, mixed_Nd), memory
+
+    def before_attention(self, x_Nd: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, E], keys and values [N, G, E] of the rows."""
         shape = self.shape
         qkv = self.qkv(self.attention_norm(x_Nd)).unflatten(1, (shape.heads + 2 * shape.kv_heads, shape.head_dim))
         turned, v_NGE = qkv.split((shape.heads + shape.kv_heads, shape.kv_heads), dim=1)
         q_NHE, k_NGE = rotate(turned, rope).split((shape.heads, shape.kv_heads), dim=1)
-        mixed_Nd, memory = plan.attend(q_NHE, k_NGE, v_NGE, memory)
+        return q_NHE, k_NGE, v_NGE
+
+    def after_attention(self, x_Nd: Tensor, mixed_Nd: Tensor) -> Tensor:
+        """The block's output, once the rows have looked at others."""
         x_Nd = x_Nd + self.out(mixed_Nd)
-        return x_Nd + self.down(SwiGLUFunction.apply(self.gate_up(self.mlp_norm(x_Nd)))), memory
+        return x_Nd + self.down(swiglu(self.gate_up(self.mlp_norm(x_Nd))))
+
+    def compile_(self) -> None:
+        """Compile what is before and after attention, for any number of rows: raggedness leaves it no fixed shape, and
+        attention has fused kernels of its own."""
+        self.before_attention = torch.compile(self.before_attention, dynamic=True)  # type: ignore[method-assign]
+        self.after_attention = torch.compile(self.after_attention, dynamic=True)  # type: ignore[method-assign]
 
 
 class Stack(nn.Module):

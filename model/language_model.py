@@ -260,6 +260,13 @@ class LanguageModel(nn.Module):
                 module.activation_checkpointing = on
         return self
 
+    def compile_blocks_(self) -> "LanguageModel":
+        """Have torch.compile compile every block, but for its attention, when it is first run. Changes rounding."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile_()
+        return self
+
     # Accounting ------------------------------------------------------------------------------------------------------
 
     def parameter_groups_count(self) -> dict[str, int]:

@@ -64,6 +64,8 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     model.activation_checkpointing_(execution.activation_checkpointing)
+    if execution.compile:
+        model.compile_blocks_()
     if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
         # The loop runs a data-dependent number of times: gather its parameters once, as one leaf.
         deepspeed.utils.set_z3_leaf_modules(model, [type(loop)])

@@ -1,5 +1,6 @@
 """Adaptive latent chain-of-thought against its definition, and the promises that its speed rests on."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -268,6 +269,23 @@ def test_activation_checkpointing_changes_no_result(tiny: Build, batch: Build) -
     again = torch.autograd.grad(model(tokens, targets).loss, list(model.parameters()))
     for a, b in zip(plain, again, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_compiling_changes_rounding_only(tiny: Build, batch: Build) -> None:
+    """One compilation serves every pass, however many rows it has."""
+    tokens, targets = batch(2, 10)
+    model = tiny(options=OPTIONS, spread=2.0)
+    plain = model(tokens, targets)
+    expected = torch.autograd.grad(plain.loss, list(model.parameters()))
+    compiled: Counter[str] = torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    out = model.compile_blocks_()(tokens, targets)
+    passes = len({*plain.trace.counts.rows})
+    assert passes > 2, "too few: the test has lost its subject"
+    assert 0 < compiled["unique_graphs"] - before < 2 * model.config.shape.layers * passes
+    torch.testing.assert_close(out.nll_BT, plain.nll_BT, atol=1e-6, rtol=0)
+    for a, b in zip(expected, torch.autograd.grad(out.loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)
 
 
 def test_autocast_runs(tiny: Build, batch: Build) -> None:

@@ -247,6 +247,12 @@ def test_the_zero_stage_does_not_change_the_result(zero_stage):
 
 
 EXECUTIONS: dict[str, dict[str, Any]] = {
+    "compiled": {"compile": True},
+    "compiled, with activation checkpointing, in shards": {
+        "compile": True,
+        "activation_checkpointing": True,
+        "zero_stage": 2,
+    },
     "torch's optimizer": {"optimizer": Optimizer.TORCH},
     "activation checkpointing": {"activation_checkpointing": True},
     "activation checkpointing in shards": {"activation_checkpointing": True, "zero_stage": 3},
@@ -257,7 +263,7 @@ EXECUTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "compiled" else n for n in EXECUTIONS]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("compiled") else n for n in EXECUTIONS]
 )
 def test_the_execution_does_not_change_the_result(name):
     run = RUNS["adaptive"]
