@@ -18,6 +18,9 @@ class Offload(StrEnum):
 
     NONE = "none"
     CPU = "cpu"
+    NVME = "nvme"
+    """Files in ``offload_folder``; ZeRO stage 3 only. DeepSpeed compiles its asynchronous reader for it, which needs a
+    C++ compiler and libaio's headers."""
 
 
 class Optimizer(StrEnum):
@@ -63,6 +66,9 @@ class ExecutionConfig:
     """Where the optimizer's state lives between steps; from ZeRO stage 1 on."""
     offload_parameters: Offload = Offload.NONE
     """Where parameters live between their uses; ZeRO stage 3 only."""
+    offload_folder: str = ""
+    """On each worker's node: where files of NVMe offload are, while the worker lives; by default where temporary files
+    go."""
     optimizer: Optimizer = Optimizer.FUSED
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its inside: less memory, more time."""
@@ -158,6 +164,8 @@ class ExecutionConfig:
             found.append("compile needs zero_stage 0, 1 or 2: stage 3 takes parameters away between their uses")
         if self.offload_optimizer is not Offload.NONE and self.zero_stage == 0:
             found.append(f"offload_optimizer {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+        if self.offload_optimizer is Offload.NVME and self.zero_stage in (1, 2):
+            found.append(f"offload_optimizer nvme needs zero_stage 3, not {self.zero_stage}")
         if self.offload_parameters is not Offload.NONE and self.zero_stage != 3:
             found.append(f"offload_parameters {self.offload_parameters} needs zero_stage 3, not {self.zero_stage}")
         return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from haltscale.model import AdaptiveOptions, Method, build_model
 from haltscale.platform.config import Precision, RunConfig
@@ -49,6 +50,14 @@ def batches(run: RunConfig, first: int = 0, *, seed: int = 0) -> Iterator[Batch]
         stream = np.random.default_rng([seed, step])
         shape = (run.batch_sequences, run.context + 1)
         yield Batch(step, np.arange(shape[0]) + step * shape[0], stream.integers(0, VOCABULARY, shape))
+
+
+def needs_asynchronous_files() -> None:
+    """Skip where DeepSpeed cannot offload to a disk."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("offload to a disk needs libaio's headers")
 
 
 class Listener:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +105,25 @@ def _zero(execution: ExecutionConfig, parameters: int) -> dict[str, Any]:
     for name, device in (("optimizer", execution.offload_optimizer), ("param", execution.offload_parameters)):
         if device is not Offload.NONE:
             zero[f"offload_{name}"] = {"device": str(device), "pin_memory": torch.cuda.is_available()}
+        if device is Offload.NVME:
+            _check_asynchronous_files()
+            zero[f"offload_{name}"]["nvme_path"] = folder = tempfile.mkdtemp(
+                prefix="haltscale-", dir=execution.offload_folder or None
+            )
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if execution.offload_parameters is Offload.NVME:
+        zero["offload_param"]["buffer_size"] = min(100_000_000, parameters)
     return zero
+
+
+def _check_asynchronous_files() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            "offload to nvme: DeepSpeed cannot compile its asynchronous reader here; install libaio's headers and a"
+            " compiler (Debian: apt-get install libaio-dev g++ ninja-build), or offload to cpu"
+        )
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -127,8 +149,22 @@ class Fragment:
         return tensor.data.view(-1).narrow(0, self.offset, self.numel)
 
 
+@contextmanager
+def _in_memory(optimizer: Any, group: int) -> Iterator[None]:
+    """A group of ZeRO-3's parameters with its master weights and moments in memory, wherever they live otherwise."""
+    swapped = optimizer._swappable_optimizer_subgroup(group)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield
+    finally:
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(group)
+
+
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """Where the float32 weights of every parameter are on this rank, at any ZeRO stage."""
+    """Where the float32 weights of every parameter are on this rank, at any ZeRO stage. Each is in memory until the
+    next one is asked for."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     rank, world = dist.get_rank(), dist.get_world_size()
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -136,15 +172,20 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     if stage == 0 and hasattr(optimizer, "fp32_groups"):
         for halves, wholes in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             master.update({id(half): whole for half, whole in zip(halves, wholes, strict=True)})
+    if stage == 3:
+        for group, members in enumerate(optimizer.fp16_groups):
+            with _in_memory(optimizer, group):
+                for parameter in members:
+                    _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                    start = rank * length
+                    numel = min(length, parameter.ds_numel - start)
+                    if numel > 0:
+                        flat = optimizer.fp32_partitioned_groups_flat[group]
+                        yield Fragment(names[id(parameter)], start, numel, flat, offset)
+        return
     for index, parameter in enumerate(engine.module.parameters()):
         name = names[id(parameter)]
-        if stage == 3:
-            group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = rank * length
-            numel = min(length, parameter.ds_numel - start)
-            if numel > 0:
-                yield Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
-        elif stage > 0:
+        if stage > 0:
             if (mapping := parameter._hp_mapping) is None:
                 continue
             partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)

@@ -209,6 +209,7 @@ def test_execution_problems_come_together():
         ({"offload_optimizer": "tape"}, ["offload_optimizer 'tape'", "cpu"]),
         ({"offload_optimizer": Offload.CPU, "zero_stage": 0}, ["offload_optimizer", "zero_stage", "not 0"]),
         ({"offload_parameters": Offload.CPU, "zero_stage": 2}, ["offload_parameters", "zero_stage 3"]),
+        ({"offload_optimizer": Offload.NVME, "zero_stage": 2}, ["offload_optimizer nvme needs zero_stage 3"]),
         ({"compile": True, "zero_stage": 3}, ["compile needs zero_stage 0, 1 or 2"]),
         ({"milestones": (0.5, 1.5)}, ["milestones has 1.5"]),
         ({"sinks": ("paper",)}, ["sinks names 'paper'", "tensorboard"]),

@@ -17,13 +17,14 @@ import torch
 
 from haltscale.model import build_model
 from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.execution import Offload
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.checkpoints import CheckpointError, Checkpoints, Shard
+from haltscale.platform.training.checkpoints import WEIGHT, CheckpointError, Checkpoints, Shard
 from haltscale.platform.training.engine import full_weights, snapshot, start
 from haltscale.platform.training.loop import Progress
 from haltscale.platform.training.trouble import RunMemoryError, memory_explained
 
-from looping import LARGE, RUNS, Listener, batches, engine_of, execution_of, go, timeless
+from looping import LARGE, RUNS, Listener, batches, engine_of, execution_of, go, needs_asynchronous_files, timeless
 
 
 def opened(store: RunStore, key: str = "run") -> Checkpoints:
@@ -75,6 +76,31 @@ def test_a_run_goes_on_at_another_zero_stage(first, then, store):
     _, later = go(engine, run, batches(run, 3), progress)
     losses = [row["loss"] for row in later.rows]
     assert losses == pytest.approx([row["loss"] for row in listener.rows[3:]], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_whose_state_is_on_a_disk(store, tmp_path):
+    needs_asynchronous_files()
+    run, vocabulary = RUNS["adaptive"], 3 * LARGE  # DeepSpeed keeps what is below 1 MiB in memory
+    disk = {"zero_stage": 3, "offload_optimizer": Offload.NVME, "offload_folder": str(tmp_path)}
+    stream = list(batches(run))
+    _, listener = trained(run, opened(store, "alone"), vocabulary=vocabulary, zero_stage=3)
+    swapped, offloaded = trained(run, opened(store), vocabulary=vocabulary, **disk)
+    assert swapped.optimizer._swappable_optimizer_subgroup(0)
+    assert list(tmp_path.rglob("*.swp"))
+    losses = [row["loss"] for row in listener.rows]
+    assert [row["loss"] for row in offloaded.rows] == pytest.approx(losses, rel=1e-5)
+    saved, _ = opened(store).newest()
+    for name, weight in full_weights(swapped).items():
+        assert torch.equal(torch.as_tensor(saved.read(WEIGHT, name, 0, weight.numel())).view(weight.shape), weight), (
+            name
+        )
+
+    shutil.rmtree(store.path("study", "run", "checkpoints", "step-00000006"))
+    second, progress = begin(replace(run, seed=run.seed + 1), opened(store), vocabulary=vocabulary, **disk)
+    assert progress.step == 3
+    _, later = go(second, run, iter(stream[3:]), progress, checkpoints=2)
+    assert timeless(later.rows) == timeless(offloaded.rows[3:]), "to the last bit"
 
 
 def test_a_new_run_begins_at_its_beginning(store):

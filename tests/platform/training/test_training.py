@@ -35,6 +35,7 @@ from looping import (
     batches,
     engine_of,
     go,
+    needs_asynchronous_files,
     timeless,
 )
 
@@ -258,14 +259,20 @@ EXECUTIONS: dict[str, dict[str, Any]] = {
     "activation checkpointing in shards": {"activation_checkpointing": True, "zero_stage": 3},
     "optimizer on the CPU, stage 1": {"offload_optimizer": Offload.CPU},
     "optimizer on the CPU, stage 2": {"offload_optimizer": Offload.CPU, "zero_stage": 2},
+    "optimizer on a disk": {"offload_optimizer": Offload.NVME, "zero_stage": 3},
+    "parameters on a disk": {"offload_parameters": Offload.NVME, "zero_stage": 3},
+    "all on a disk": {"offload_optimizer": Offload.NVME, "offload_parameters": Offload.NVME, "zero_stage": 3},
     "all on the CPU": {"offload_optimizer": Offload.CPU, "offload_parameters": Offload.CPU, "zero_stage": 3},
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("compiled") else n for n in EXECUTIONS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if "compiled" in n or "disk" in n else []) for n in EXECUTIONS],
 )
 def test_the_execution_does_not_change_the_result(name):
+    if "disk" in name:
+        needs_asynchronous_files()
     run = RUNS["adaptive"]
     _, plain = go(engine_of(run, zero_stage=1, vocabulary=LARGE), run, batches(run))
     changes = {"zero_stage": 1} | EXECUTIONS[name]
