@@ -23,6 +23,8 @@ from haltscale.dashboard import style
 from haltscale.dashboard.data import size_order
 
 MOST_POINTS = 10_000
+CURVE_POINTS = 4_000
+"""Points of a figure of curves: each has a few hundred then, and a browser draws it in a fraction of a second."""
 MANY_RUNS = 100
 """More markers than this are drawn small, faint and without their standard errors."""
 MOST_LEGEND = 14
@@ -82,7 +84,7 @@ def steps_over_training(rows: pd.DataFrame) -> go.Figure:
     if "steps_histogram" in rows and "tokens" in rows:
         rows = rows[rows["steps_histogram"].map(len) > 0]
         most = max((len(histogram) for histogram in rows["steps_histogram"]), default=1) - 1
-        rows = thin(rows, MOST_POINTS // (most + 1))
+        rows = thin(rows, CURVE_POINTS // (most + 1))
         for step in range(most + 1):
             color = style.step_color(step, most)
             figure.add_scatter(
@@ -239,7 +241,7 @@ def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.
         vertical_spacing=0.04,
         row_heights=[share for *_, share in panels],
     )
-    most = MOST_POINTS // max(len(panels) * len(shown), 1)
+    most = CURVE_POINTS // max(len(panels) * len(shown), 1)
     for index, (_, run) in enumerate(shown.iterrows()):
         rows = thin(metrics[str(run["key"])], most)
         color, name = style.shade(style.method_color(str(run["method"])), run["shade"]), short(str(run["label"]))
