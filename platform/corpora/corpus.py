@@ -310,14 +310,16 @@ class RowReader:
     """Reads packed rows by sequence id.
 
     Parts are uncompressed parquet with small row groups, so that a row costs a few kilobytes of reading
-    wherever it lies; a few hundred parts stay open. Memory does not grow with the corpus.
+    wherever it lies. Memory does not grow with the corpus: parts are closed when their metadata is too much.
     """
 
-    OPEN = 256
+    MOST_METADATA = 4 << 20
+    """Bytes, as they are in the files, of the metadata of parts that stay open; PyArrow makes five times as many."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
         self._opened: dict[int, tuple[pq.ParquetFile, int]] = {}
+        self._metadata = 0
         self._group: tuple[tuple[int, int], pa.Array] | None = None
         self._look()
 
@@ -342,9 +344,12 @@ class RowReader:
 
     def _row(self, index: int, row: int) -> npt.NDArray[np.uint32]:
         if index not in self._opened:
-            if len(self._opened) >= self.OPEN:
-                self._opened.pop(next(iter(self._opened)))[0].close()
             part = pq.ParquetFile(self._folder / self._parts[index])
+            self._metadata += part.metadata.serialized_size
+            while self._opened and self._metadata > self.MOST_METADATA:
+                oldest = self._opened.pop(next(iter(self._opened)))[0]
+                self._metadata -= oldest.metadata.serialized_size
+                oldest.close()
             self._opened[index] = part, part.metadata.row_group(0).num_rows
         part, group_rows = self._opened[index]
         place = index, row // group_rows

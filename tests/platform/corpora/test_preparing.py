@@ -133,8 +133,9 @@ def test_the_tokenizer_never_sees_a_held_out_document(corpus, documents):
 
 def test_the_reader_keeps_few_parts_open(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "SHARD_BYTES", 1)
-    monkeypatch.setattr(RowReader, "OPEN", 2)
     prepared = prepare(plain(texts(tmp_path / "texts", {f"{n}.txt": f"{n:09d}" for n in range(9)})), 4)
+    sizes = [pq.read_metadata(part).serialized_size for part in prepared.folder.glob("part-*.parquet")]
+    monkeypatch.setattr(RowReader, "MOST_METADATA", 2 * max(sizes))
     reader = RowReader(prepared.folder)
     everything = rows_of(prepared)
     for index in [0, 5, 3, 0, 7, 5, 0]:
