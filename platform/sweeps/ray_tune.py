@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -123,11 +124,11 @@ def _run(
         specs.append(spec)
     progress = SweepProgress(store, study.name, {s.key: s.planned_flops for s in specs}, time.monotonic)
     with _shown(progress):
-        _tune(specs, concurrency=concurrency(ray.cluster_resources(), study), halving=study.halving)
+        failed = _tune(specs, concurrency=concurrency(ray.cluster_resources(), study), halving=study.halving)
     for key, view in store.views(study.name, runs).items() if study.halving else ():
-        if view.state not in (RunState.FINISHED, RunState.FAILED):  # the scheduler ended it
+        if view.state is not RunState.FINISHED and key not in failed:  # the scheduler ended it
             status = {name: value for name, value in view.status.items() if name != "schema"}
-            ended = {**status, "state": RunState.STOPPED, "seconds_left": None}
+            ended = {**status, "state": RunState.STOPPED, "seconds_left": None, "error": None}
             store.write_json(store.path(study.name, key, "status.json"), ended)
 
 
@@ -140,7 +141,9 @@ def concurrency(resources: Mapping[str, float], study: Study) -> int:
     return max(1, int(fits))
 
 
-def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving | None) -> None:
+def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving | None) -> set[str]:
+    """Train the runs; the keys of those that failed. One that the scheduler ends may see its workers die, and record
+    that as a failure in its last moment: it is not among them."""
     asha = halving and tune.schedulers.ASHAScheduler(
         time_attr="share",  # of the budget, so that runs of different lengths are compared at the same place
         metric="loss",
@@ -166,22 +169,28 @@ def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving 
             verbose=0,
         ),
     )
+    failed = set()
     for result in tuner.fit():
         if result.error:
             _record_failure(ray_train.RunSpec(**result.config["spec"]), result.error)
+        if result.error or (result.metrics or {}).get("failed"):
+            failed.add(str(result.config["spec"]["key"]))
+    return failed
 
 
 def _trial_name(trial: Any) -> str:
     return str(trial.config["spec"]["key"])
 
 
-def _trial(config: dict[str, Any]) -> None:
+def _trial(config: dict[str, Any]) -> dict[str, Any] | None:
     """One trial: drives one Ray Train run. A failure is recorded in the run's own folder, where it belongs."""
     spec = ray_train.RunSpec(**config["spec"])
     try:
         ray_train.fit(spec, callbacks=[TuneReportCallback()])
     except Exception as error:
         _record_failure(spec, error)
+        return {"failed": True, "loss": math.inf, "share": 1.0}  # to a scheduler, as bad as can be
+    return None
 
 
 def _record_failure(spec: ray_train.RunSpec, error: BaseException) -> None:
