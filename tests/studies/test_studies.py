@@ -24,10 +24,10 @@ RUNS = {
     "main_comparison": 2 * (8 + 2 + 2 * 3),
     "main_ladder": 3 * (8 + 2 + 2 * 3),
     "quickstart": 6,
-    # 18 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), two controls of
-    # each adaptive run, and the 26 other settings at one point.
-    "reference": 18 * (len(reference.rates()) + 2) - 6 * (reference.Method.MOR in reference.rates()) + 26,
-    "reference_tuning": 9 * 4 + 3,
+    # 18 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
+    # the fixed control of each adaptive run, and the 26 other settings at one point.
+    "reference": 18 * len({*reference.rates()} - {"fixed"}) + 18 * 2 - 6 * ("mor" in reference.rates()) + 26,
+    "reference_tuning": 9 * 4 + 10 * 3 + 3,
     "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
     "seed_noise": 3 * 2 * 8,
     "tau_sweep": 1 + 3,
@@ -156,15 +156,25 @@ def test_a_study_that_lacks_something_ends_with_a_sentence(tmp_path: Path, monke
 def test_a_method_is_compared_when_all_its_rates_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "RESULTS", tmp_path)
     store = RunStore(tmp_path)
-    tried = [("vanilla", "0.6m", rate, loss) for rate, loss in zip(reference.TUNED, (5.2, 5.0, 5.1, 5.3), strict=True)]
-    tried += [("vanilla", "4m", 1.0, 1.0), ("looped", "0.6m", reference.TUNED[0], 4.0)]
+    (_, small), (_, second) = reference.TUNED["0.6m"], reference.TUNED["1.8m"]
+    tried = [("vanilla", "0.6m", rate, loss) for rate, loss in zip(small, (5.2, 5.0, 5.1, 5.3), strict=True)]
+    tried += [("vanilla", "1.8m", rate, loss) for rate, loss in zip(second, (4.2, 4.1, 4.3), strict=True)]
+    tried += [("vanilla", "4m", 1.0, 1.0), ("looped", "0.6m", small[0], 4.0)]
+    tried += [("pause", "0.6m", rate, loss) for rate, loss in zip(small, (5.0, 5.2, 5.1, 5.3), strict=True)]
+    tried += [("mor", "1.8m", rate, loss) for rate, loss in zip(second, (4.2, 4.4, 4.3), strict=True)]
     for number, (method, size, rate, loss) in enumerate(tried):
         identity = {"method": method, "size": size, "learning_rate": rate}
         record = {"identity": identity, "loss": loss}
         store.write_json(store.path("reference-tuning", str(number), "record.json"), record)
     runs = [str(number) for number in range(len(tried))]
     store.write_json(store.path("reference-tuning", None, "study.json"), {"name": "reference-tuning", "runs": runs})
-    assert reference.rates() == {"vanilla": reference.TUNED[1]}
-    assert reference.rate(reference.Method.VANILLA, "8m") == reference.TUNED[1] / 4, "d is 4 times as large"
+    assert reference.rates() == {
+        "vanilla": {"0.6m": small[1], "1.8m": second[1]},
+        "pause": {"0.6m": small[0]},
+        "mor": {"1.8m": second[0]},
+    }
+    assert reference.rate(reference.Method.PAUSE, "1.8m") == small[0] / 2, "d is twice as large"
+    assert reference.rate(reference.Method.VANILLA, "0.6m") == small[1]
+    assert reference.rate(reference.Method.VANILLA, "8m") == second[1] / 2, "d is twice as large as at 1.8m"
     with pytest.raises(ConfigError, match="no tuned rate of looped: haltscale submit reference_tuning"):
         reference.rate(reference.Method.LOOPED, "0.6m")
