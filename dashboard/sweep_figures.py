@@ -14,7 +14,7 @@ from haltscale.dashboard import style
 from haltscale.dashboard.data import size_order, sound
 from haltscale.dashboard.figures import MUTED, layout
 
-MOST_LINES = 500
+MOST_LINES = 200
 LOSS_BANDS = 6
 """Equally many runs in each; the best band is also the only one with thick and solid lines."""
 MOST_TICKS = 6
