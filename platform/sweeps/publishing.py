@@ -1,7 +1,7 @@
 """Publish a study: its records and what the dashboard draws of them, small enough for a repository.
 
 The copy is itself a run store, so every reader of stores reads it. Left behind are weights, checkpoints, the telemetry
-of single held-out tokens, and all runs that have not finished.
+of single held-out tokens, all runs that have not finished, and those of earlier versions of the study.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_METRICS = 40
 
 
 def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
-    """Copy a study's finished runs to another store, in place of what that has of this study.
+    """Copy the finished runs of a study, as it was planned last, to another store, in place of what that has of it.
 
     Of each run: ``spec.json``, ``record.json``, evaluations, metrics thinned to :data:`MOST_METRICS` rows, and the last
     evaluation's summary; of those that compare and whose tokens took different numbers of steps, also its probe and
@@ -42,7 +42,8 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
     copy = RunStore(root)
     if copy.root == store.root:
         raise StoreError(f"{root} is the store that the study is in: give another folder")
-    runs = [run for run in store.runs(study) if run.state is RunState.FINISHED and not run.problem]
+    planned = [str(key) for key in document.get("runs", [])]
+    runs = [run for run in store.views(study, planned).values() if run.state is RunState.FINISHED and not run.problem]
     if not runs:
         raise StoreError(f"study {study!r} has no finished run yet: `haltscale status {study}` shows how far it is")
     shutil.rmtree(copy.path(study), ignore_errors=True)
@@ -50,7 +51,7 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
         _publish_run(store, copy, study, run.key, {"spec": run.spec, "record": run.record})
     kept = {run.key for run in runs}
     controls = {key: control for key, control in document.get("controls", {}).items() if key in kept}
-    listed = {"runs": [run.key for run in runs], "controls": controls, "published_of": len(store.run_keys(study))}
+    listed = {"runs": [run.key for run in runs], "controls": controls, "published_of": len(planned)}
     copy.write_json(copy.path(study, None, "study.json"), {**document, **listed})
     return copy
 

@@ -92,6 +92,20 @@ def test_publishing_again_leaves_nothing_of_the_last_time(full: RunStore, tmp_pa
     assert copy.present("quick") == ["finished"]
 
 
+def test_runs_of_an_earlier_plan_are_left_behind(full: RunStore, author: Any, tmp_path: Path) -> None:
+    author.plan("quick", ["failed", "planned"])
+    with pytest.raises(StoreError, match="no finished run yet"):
+        publishing.publish(full, "quick", tmp_path / "published")
+    author.plan("quick", ["finished", "planned"])
+    author.spec("quick", "earlier", "earlier", method="vanilla", size="0.6m", seed=1, options={})
+    author.status("quick", "earlier", "finished", step=10)
+    author.record("quick", "earlier", loss=4.0, identity={"method": "vanilla"}, parameters_total=594_000)
+    assert "earlier" in full.finished_keys("quick")
+    copy = publishing.publish(full, "quick", tmp_path / "published")
+    assert copy.present("quick") == ["finished"]
+    assert copy.study("quick")["published_of"] == 2
+
+
 def test_what_cannot_be_published(full: RunStore, author: Any, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no study 'quack'"):
         publishing.publish(full, "quack", tmp_path / "published")
