@@ -1,7 +1,7 @@
 """Reference: does adaptive latent chain-of-thought pay for its FLOPs, at sizes that one CPU core can train?
 
-**Compared.** Every method at four sizes (0.4 to 8 million parameters) and three to four budgets of *realised* training
-FLOPs: an isoFLOP design, so that what a method spends on thinking is missing from its text. Points where even the plain
+**Compared.** Every method at four sizes (0.4 to 8 million parameters) and four budgets of *realised* training FLOPs:
+an isoFLOP design, so that what a method spends on thinking is missing from its text. Points where even the plain
 model would take fewer than 40 steps are left out. For each adaptive run, two controls: `fixed`, which thinks equally
 long everywhere, at the mean of the adaptive run's training; and `shuffled`, whose router's decisions are carried out at
 other tokens. Vanilla at the same budget is the dense control.
@@ -20,9 +20,9 @@ tuned one times d_tuned / d, for all methods alike, the rule of muP for hidden m
 control has a rate of its own, tuned at one step; the shuffled one has its subject's, as the fixed one has until its own
 is tuned. Mixture-of-Recursions begins at the second size: it needs three layers.
 
-One run at a time takes one core; none takes longer than about six minutes of it, the cheapest come first, and a study
-that was stopped goes on, so it grows while the machine has nothing else to do. The fixed controls are known when their
-subjects have finished: submit the study again to have them early, else they come last.
+A run takes one core, for half a minute to ten; the cheapest come first, and a study that was stopped goes on, so it
+grows while the machine has nothing else to do. The fixed controls are known when their subjects have finished: submit
+the study again to have them early, else they come last.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from haltscale.platform.store import haltscale_home
 from haltscale.platform.sweeps.planning import tokens_for
 
 LADDER = ladder("0.6m", "8m")
-BUDGETS = [3e11, 1e12, 3e12, 7e12]
-"""Realised training FLOPs; a core does about 2e10 a second."""
+BUDGETS = [1e11, 3e11, 1e12, 3e12]
+"""Realised training FLOPs; a core does 5e9 (ragged, smallest size) to 4e10 (plain, larger sizes) a second."""
 LEAST_STEPS = 40
 BATCH_TOKENS = 512
 """Small, because a short run needs steps rather than tokens per step to learn when to stop (LOG.md, 2026-11-21)."""
@@ -200,7 +200,8 @@ def design() -> list[tuple[str, float]]:
 
 
 SEEDED = [("0.6m", 3e11), ("1.8m", 1e12)]
-PRESSED = ("1.8m", 1e12)
+PRESSED = ("0.6m", 3e11)
+"""Where a run is cheap and three seeds tell the noise."""
 COMPARED = {"lam": 0.1, "beta": 1.0, "l_max": 3}
 """The adaptive setting that is compared: the method's defaults."""
 
