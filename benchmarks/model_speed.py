@@ -1,12 +1,13 @@
 """Speed of the models, side by side in one run, as medians of interleaved repeats.
 
-    python benchmarks/model_speed.py [tax llama decode rate methods where] [--repeats 9] [--threads 2] [--cpu-time]
+    python benchmarks/model_speed.py [tax llama litgpt decode rate methods where] [--repeats 9] [--threads 2]
     python benchmarks/model_speed.py tax llama rate --device cuda --size 410m --length 2048 --dtype bf16 [--compile]
 
 tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly.
         Aim: at least 0.85 on 2 cores; on a GPU, at 410m and 2,048 tokens in bf16, at least 0.80.
 llama   tokens per second of vanilla over transformers' Llama of the same size, forward and backward.
         Aim: at least 1.0 on CPU; on a GPU, with --compile, at least 1.2 over transformers uncompiled.
+litgpt  the same over litgpt's GPT, where it is installed. Aim: at least 1.0.
 decode  time per decoded token, adaptive over vanilla, divided by adaptive's mean passes, alone and in a batch whose
         sequences halt at different depths. Aim: at most 1.15.
 rate    vanilla's realised FLOP/s, forward and backward, over the machine's matrix rate, measured on square matrices in
@@ -84,11 +85,10 @@ def tax(setting: Setting) -> None:
 
 
 def llama(setting: Setting) -> None:
-    """Vanilla against transformers."""
+    """Vanilla against transformers' Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = setting.shape
-    vanilla = setting.vanilla()
     config = LlamaConfig(
         vocab_size=setting.vocabulary,
         hidden_size=shape.d,
@@ -99,30 +99,83 @@ def llama(setting: Setting) -> None:
         max_position_embeddings=setting.length,
         tie_word_embeddings=False,
     )
-    theirs: Any = LlamaForCausalLM(config)
-    theirs = theirs.to(setting.device, setting.dtype)
-    tokens = setting.tokens()
+    model: Any = LlamaForCausalLM(config)
 
-    def ours_step() -> float:
-        def work() -> None:
-            vanilla(tokens, tokens).loss.backward()
-            vanilla.zero_grad()
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=tokens, labels=tokens, shift_labels=tokens, use_cache=False).loss
 
+    over_peer(setting, "transformers' Llama", model, loss, at_least=1.2 if setting.compiled else 1.0)
+
+
+def litgpt(setting: Setting) -> None:
+    """Vanilla against litgpt's GPT in its Llama configuration, with litgpt's own loss."""
+    try:
+        from litgpt.config import Config
+        from litgpt.model import GPT
+        from litgpt.utils import chunked_cross_entropy
+    except ImportError as error:
+        print(f"litgpt: not measured, {error} (benchmarks/README.md says how to install it)")
+        return
+    shape = setting.shape
+    config = Config(
+        block_size=setting.length,
+        vocab_size=setting.vocabulary,
+        padded_vocab_size=setting.vocabulary,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_query_groups=shape.kv_heads,
+        n_embd=shape.d,
+        head_size=shape.d // shape.heads,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=shape.ffn,
+    )
+    model: Any = GPT(config)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(model(tokens), tokens, chunk_size=0)
+
+    over_peer(setting, "litgpt's GPT", model, loss, at_least=1.0)
+
+
+def over_peer(
+    setting: Setting, name: str, peer: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], *, at_least: float
+) -> None:
+    """Tokens per second of vanilla over another implementation of the same model.
+
+    Args:
+        setting: what is measured.
+        name: what the other is called.
+        peer: the other, on the CPU in float32.
+        loss: the other's mean loss of tokens (sequences, length), which are their own targets.
+        at_least: the aim.
+    """
+    vanilla, tokens = setting.vanilla(), setting.tokens()
+    peer.to(setting.device, setting.dtype)
+    ours, theirs = (sum(weight.numel() for weight in model.parameters()) for model in (vanilla, peer))
+    if ours != theirs:
+        raise SystemExit(f"{name} has {theirs:,} parameters and vanilla {ours:,}: not the same model")
+
+    def rate(work: Callable[[], Any]) -> float:
         return tokens.numel() / timed(work)[0]
 
-    def their_step() -> float:
-        def work() -> None:
-            theirs(input_ids=tokens, labels=tokens, shift_labels=tokens, use_cache=False).loss.backward()
-            theirs.zero_grad()
+    def our_step() -> None:
+        vanilla(tokens, tokens).loss.backward()
+        vanilla.zero_grad()
 
-        return tokens.numel() / timed(work)[0]
+    def their_step() -> None:
+        loss(tokens).backward()
+        peer.zero_grad()
 
-    a, b, ratios = interleaved(ours_step, their_step, setting.repeats)
+    a, b, ratios = interleaved(partial(rate, our_step), partial(rate, their_step), setting.repeats)
     show(
         Figure(
-            name="vanilla over transformers' Llama",
+            name=f"vanilla over {name}",
             values=ratios,
-            at_least=1.2 if setting.compiled else 1.0,
+            at_least=at_least,
             detail=f"{a:.0f} / {b:.0f} tokens/s, forward and backward",
         )
     )
@@ -248,6 +301,7 @@ def main() -> None:
     known: dict[str, Callable[[Setting], None]] = {
         "tax": tax,
         "llama": llama,
+        "litgpt": litgpt,
         "decode": decode,
         "rate": rate,
         "methods": methods,

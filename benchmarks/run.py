@@ -26,11 +26,14 @@ KEPT = FOLDER / "results.json"
 
 COMMANDS: dict[str, list[str]] = {
     "models": [
-        "benchmarks/model_speed.py tax llama decode rate methods",
+        "benchmarks/model_speed.py tax llama litgpt decode rate methods",
         "benchmarks/model_memory.py",
     ],
     "data": ["benchmarks/data.py"],
-    "training": ["benchmarks/training.py", "benchmarks/training.py --method adaptive --stages 1 --workers 1"],
+    "training": [
+        "benchmarks/training.py --repeats 2",
+        "benchmarks/training.py --method adaptive --stages 1 --workers 1 --repeats 2",
+    ],
     "evaluation": ["benchmarks/evaluation.py"],
     "studies": ["benchmarks/studies.py", "benchmarks/sweep.py"],
     "laws": ["benchmarks/scaling_laws.py time coverage"],

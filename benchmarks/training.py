@@ -1,7 +1,7 @@
 """Tokens per second in the platform over a bare DeepSpeed loop (aim: at least 0.95), and that over bare PyTorch.
 
     python benchmarks/training.py                                  stages 0 to 3, 1 and 2 workers, all three arms
-    python benchmarks/training.py --stages 1 --workers 1 --steps 60 --batch-tokens 2048          the main figure
+    python benchmarks/training.py --stages 1 --workers 1           the main figure
     python benchmarks/training.py --stages 1 --workers 1 --method adaptive
     python benchmarks/training.py --steps 12 --size 0.6m --batch-tokens 512 --repeats 1 --stages 1 --workers 1    a toy
 
@@ -11,7 +11,9 @@ The same model, sequences, order, AdamW, clipping and precision (float32) in all
     deepspeed   engine(tokens), backward, step; sequences in memory, nothing logged
     pytorch     the model (in DistributedDataParallel with 2 workers), clipping, fused AdamW
 
-Each arm starts processes of its own; within a repeat they follow each other. The first quarter of the steps warms up.
+Each arm starts processes of its own, one thread each; within a repeat they follow each other, for every number of
+workers; two workers over one is shown too. The global batch is the same for any number of workers. The first quarter of
+the steps warms up.
 """
 
 import argparse
@@ -141,8 +143,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--method", default="vanilla")
     parser.add_argument("--size", default="1.8m")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,40 +154,48 @@ def main() -> None:
         return
     print(machine(1), flush=True)
     for stage in options.stages:
-        for workers in options.workers:
-            compare(options, stage, workers)
+        compare(options, stage)
 
 
-def compare(options: argparse.Namespace, stage: int, workers: int) -> None:
-    """All three arms at one stage with one number of workers."""
+def compare(options: argparse.Namespace, stage: int) -> None:
+    """All three arms at one stage, with each number of workers."""
     tokens = options.steps * options.batch_tokens
     base = RunConfig(size=options.size, tokens=tokens, batch_tokens=options.batch_tokens, precision=Precision.FP32)
     run, problems = apply_point(base, {"method": options.method})
     if problems:
         raise SystemExit("\n".join(problems))
-    execution = ExecutionConfig(zero_stage=stage, workers=workers, evaluations=1, checkpoints=2, log_every_seconds=1.0)
-    ratios: dict[str, list[float]] = {"platform": [], "deepspeed": []}
-    rates: list[float] = []
+    rates: dict[int, list[dict[str, float]]] = {workers: [] for workers in options.workers}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         os.environ["HALTSCALE_HOME"] = name
-        corpus = texts(folder / "texts")
-        study = Study(name="overhead", question="?", corpus=corpus, base=run, sweep=grid(seed=0), execution=execution)
+        corpus = texts(Path(name) / "texts")
         for repeat in range(options.repeats):
-            platform = in_the_platform(study, RunStore(folder / f"runs-{repeat}"))
-            document = json.loads(next((folder / f"runs-{repeat}").rglob("spec.json")).read_text())
-            task = {key: document[key] for key in ("identity", "execution")} | {
-                "corpus": str(corpus.cache(run.context))
-            }
-            deepspeed, pytorch = (bare(arm, folder, task, workers) for arm in ("deepspeed", "pytorch"))
-            rates.append(platform)
-            ratios["platform"].append(platform / deepspeed)
-            ratios["deepspeed"].append(deepspeed / pytorch)
-            detail = f"last: {platform:,.0f}, {deepspeed:,.0f}, {pytorch:,.0f} tokens/s in the three"
-    setting = f"{options.method} {options.size}, ZeRO {stage}, {workers} worker{'s' if workers > 1 else ''}"
-    show(Figure(name=f"platform, {setting}", values=rates, unit="tokens/s"))
-    show(Figure(name=f"platform / DeepSpeed, {setting}", values=ratios["platform"], at_least=0.95, detail=detail))
-    show(Figure(name=f"DeepSpeed / PyTorch, {setting}", values=ratios["deepspeed"], detail=detail))
+            for workers, measured in rates.items():
+                execution = ExecutionConfig(
+                    zero_stage=stage, workers=workers, evaluations=1, checkpoints=2, log_every_seconds=1.0
+                )
+                measured.append(arms(corpus, run, execution, Path(name) / f"{repeat}-{workers}"))
+    what = f"{options.method} {options.size}, ZeRO {stage}"
+    for workers, measured in rates.items():
+        setting = f"{what}, {workers} worker{'s' if workers > 1 else ''}"
+        detail = "last: " + ", ".join(f"{arm} {rate:,.0f}" for arm, rate in measured[-1].items()) + " tokens/s"
+        show(Figure(name=f"platform, {setting}", values=[each["platform"] for each in measured], unit="tokens/s"))
+        for arm, over, aim in (("platform", "deepspeed", 0.95), ("deepspeed", "pytorch", None)):
+            values = [each[arm] / each[over] for each in measured]
+            show(Figure(name=f"{arm} over {over}, {setting}", values=values, at_least=aim, detail=detail))
+    first, last = options.workers[0], options.workers[-1]
+    if first != last:
+        for arm in ("platform", "pytorch"):
+            values = [b[arm] / a[arm] for a, b in zip(rates[first], rates[last], strict=True)]
+            show(Figure(name=f"{last} workers over {first}, {arm}, {what}", values=values))
+
+
+def arms(corpus: Corpus, run: RunConfig, execution: ExecutionConfig, folder: Path) -> dict[str, float]:
+    """Tokens per second of each arm, one after the other, which leave what they write in a folder."""
+    study = Study(name="overhead", question="?", corpus=corpus, base=run, sweep=grid(seed=0), execution=execution)
+    rates = {"platform": in_the_platform(study, RunStore(folder))}
+    document = json.loads(next(folder.rglob("spec.json")).read_text())
+    task = {key: document[key] for key in ("identity", "execution")} | {"corpus": str(corpus.cache(run.context))}
+    return rates | {arm: bare(arm, folder, task, execution.workers) for arm in ("deepspeed", "pytorch")}
 
 
 if __name__ == "__main__":
