@@ -36,6 +36,13 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's only switch that binds every port of a head to loopback; its clients need it too, or they translate 127.0.0.1
 to the machine's outer address and wait there for ever."""
+OWN_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # ray.train.report waits for this poll; 2 s is Ray's default
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_worker_maximum_startup_concurrency": "8",  # small machines: else Ray warns about every few workers
+}
+"""Settings of every Ray that haltscale starts, by environment variable."""
 
 
 class ClusterError(RuntimeError):
@@ -92,10 +99,7 @@ def head_environment() -> dict[str, str]:
         **os.environ,
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),  # jobs need this python
         **LOOPBACK_ONLY,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # ray.train.report waits for this poll; 2 s is Ray's default
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_worker_maximum_startup_concurrency": "8",  # small machines: else Ray warns about every few workers
+        **OWN_RAY,
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -60,6 +60,8 @@ def connected() -> Iterator[dict[str, float]]:
         if head and not head.gcs:
             raise cluster.ClusterError(f"{head.dashboard} takes jobs only: use `haltscale submit`, or set RAY_ADDRESS")
         address = os.environ.get("RAY_ADDRESS") or (head.gcs if head else "local")
+        if address == "local":
+            os.environ.update(cluster.OWN_RAY)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     ray_data.quiet_ray_data()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

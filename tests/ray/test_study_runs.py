@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +80,19 @@ def test_kill_resume_and_extend(head: cluster.Head, texts: Path, tmp_path: Path)
     code, output = run(head, "python", toy(texts, tmp_path, seeds=[0, 1, 2]))
     assert code == 0, output
     assert "3 of 4 runs are finished, 1 to train" in output
+
+
+def test_a_ray_of_its_own_is_set_like_a_head(tmp_path: Path) -> None:
+    """`haltscale run` where no head is running: its workers must not poll every 2 s."""
+    script = f"""
+import os, ray
+from haltscale.platform.sweeps import ray_tune
+with ray_tune.connected():
+    print(ray.get(ray.remote(lambda: {{name: os.environ.get(name) for name in {sorted(cluster.OWN_RAY)}}}).remote()))
+"""
+    variables = {**os.environ, "HALTSCALE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout.splitlines()[-1]) == cluster.OWN_RAY
 
 
 @pytest.mark.slow
