@@ -100,7 +100,7 @@ def _order(point: tuple[float, str]) -> tuple[float, int]:
 
 
 def paired(frame: pd.DataFrame, method: str, control: str) -> pd.DataFrame:
-    """A row per point (size, budget, seed) that both have: ``difference`` in loss, nats per token."""
+    """A row per point (``size``, ``budget``, ``seed``) that both have: ``difference`` in loss, nats per token."""
     keys = ["size", "budget", "seed"]
     one, other = (frame[frame["method"].eq(m) & frame["compared"]].set_index(keys) for m in (method, control))
     return (one["loss"] - other["loss"]).dropna().rename("difference").reset_index()
@@ -130,8 +130,10 @@ def against(frame: pd.DataFrame, pairs: list[tuple[str, str]]) -> str:
         if len(found):
             value = mean_difference(found["difference"])
             better = int((found["difference"] < 0).sum())
-            rows.append([f"{method} − {control}", f"{better} of {len(found)}", told(value), verdict(value)])
-    return table(["", "lower at", "mean difference, nats/token", "verdict"], rows)
+            budgets = found.groupby("budget")["difference"].mean()
+            trend = ", ".join(f"{difference:+.3f} at {budget:.0e}" for budget, difference in budgets.items())
+            rows.append([f"{method} − {control}", f"{better} of {len(found)}", told(value), verdict(value), trend])
+    return table(["", "lower at", "mean difference, nats/token", "verdict", "by budget, FLOPs"], rows)
 
 
 def halting(frame: pd.DataFrame) -> str:

@@ -24,9 +24,9 @@ RUNS = {
     "main_comparison": 2 * (8 + 2 + 2 * 3),
     "main_ladder": 3 * (8 + 2 + 2 * 3),
     "quickstart": 6,
-    # 18 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
+    # 15 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
     # the fixed control of each adaptive run, and the 26 other settings at one point.
-    "reference": 18 * len({*reference.rates()} - {"fixed"}) + 18 * 2 - 6 * ("mor" in reference.rates()) + 26,
+    "reference": 15 * len({*reference.rates()} - {"fixed"}) + 15 * 2 - 6 * ("mor" in reference.rates()) + 26,
     "reference_tuning": 9 * 4 + 10 * 3 + 3,
     "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
     "seed_noise": 3 * 2 * 8,
