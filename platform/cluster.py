@@ -39,6 +39,7 @@ to the machine's outer address and wait there for ever."""
 OWN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # ray.train.report waits for this poll; 2 s is Ray's default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run, for machines that a cloud may take away
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_worker_maximum_startup_concurrency": "8",  # small machines: else Ray warns about every few workers
 }
