@@ -29,15 +29,15 @@ COMMANDS: dict[str, list[str]] = {
         "benchmarks/model_speed.py tax llama litgpt decode rate methods",
         "benchmarks/model_memory.py",
     ],
-    "data": ["benchmarks/data.py"],
+    "data": ["benchmarks/data.py --repeats 4"],
     "training": [
         "benchmarks/training.py --repeats 2",
         "benchmarks/training.py --method adaptive --stages 1 --workers 1 --repeats 2",
     ],
-    "evaluation": ["benchmarks/evaluation.py"],
+    "evaluation": ["benchmarks/evaluation.py --repeats 2"],
     "studies": ["benchmarks/studies.py", "benchmarks/sweep.py"],
     "laws": ["benchmarks/scaling_laws.py time coverage"],
-    "dashboard": ["benchmarks/dashboard.py"],
+    "dashboard": ["benchmarks/dashboard.py --repeats 2"],
 }
 """Group -> scripts with their arguments, run from the top of the repository."""
 

@@ -154,6 +154,31 @@ def halting(frame: pd.DataFrame) -> str:
     return table(["point", "steps", "easy", "hard", "learned", "shuffled at steps", "fixed at steps"], rows)
 
 
+def same_weights(store: RunStore, frame: pd.DataFrame) -> str:
+    """The compared adaptive runs' weights with other halting at evaluation, where ``haltscale evaluate --controls`` has
+    read them: differences in loss at the same tokens, and how far the router is from the best depth of each token."""
+    rows, differences = [], []
+    for run in sorted(frame[frame["method"].eq("adaptive") & frame["compared"]].to_dict("records"), key=_run_order):
+        found = store.later_evaluations("reference", run["key"]).get("controls")
+        if not found or not found["oracle"]:
+            continue
+        arms, oracle = {arm["name"]: arm for arm in found["arms"]}, found["oracle"]
+        less = {name: arms[name]["minus_learned"] for name in ("shuffled", "fixed", "full")}
+        differences.append({name: change["mean"] for name, change in less.items()})
+        cells = [f"{run['budget']:.0e}, {run['size']}, seed {run['seed']:.0f}", f"{arms['learned']['mean_steps']:.2f}"]
+        cells += [f"{change['mean']:+.4f} [{change['low']:+.4f} to {change['high']:+.4f}]" for change in less.values()]
+        cells += [f"{oracle[name]['mean']:.3f}" for name in ("router_gap", "gap")]
+        related = oracle["rank_correlation"]  # none where the steps never vary
+        cells.append("–" if related is None else f"{related:.2f}")
+        rows.append(cells)
+    if not rows:
+        return "No run has been evaluated with `--controls` yet."
+    means = [told(mean_difference(pd.Series([row[name] for row in differences]))) for name in differences[0]]
+    headings = ["point", "steps", *(f"{name} − learned" for name in differences[0])]
+    headings += ["router − oracle", "full depth − oracle", "rank correlation"]
+    return table(headings, [*rows, [f"mean over {len(rows)}", "", *means, "", "", ""]])
+
+
 def _run_order(run: Mapping[Hashable, Any]) -> tuple[float, int, float]:
     return float(run["budget"]), reference.LADDER.index(run["size"]), float(run["seed"])
 
@@ -282,6 +307,7 @@ def figures(store: RunStore) -> str:
         "Is it where, or how long?": against(frame, [("adaptive", "shuffled"), ("adaptive", "fixed")])
         + "\n\n"
         + halting(frame),
+        "Same weights, other halting": same_weights(store, frame),
         "Seeds": f"Standard deviation between seeds, nats/token: {told(deviation)}.",
         "Frontier": frontier(frame, noise),
         "Exponents": exponents(frame),

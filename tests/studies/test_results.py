@@ -100,6 +100,25 @@ def test_two_points_decide_nothing(report: ModuleType) -> None:
     assert report.verdict(wide) == "not decided"
 
 
+def test_other_halting_on_the_same_weights_is_told_run_by_run(report: ModuleType, tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    frame = runs(adaptive=[4.9, 5.0, 5.1, 5.2], vanilla=[5.0]).assign(key=["a", "b", "c", "d", "v"])
+    assert report.same_weights(store, frame) == "No run has been evaluated with `--controls` yet."
+    for key, change in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
+        less = {"mean": change, "low": change - 0.01, "high": change + 0.01}
+        names = ("learned", "shuffled", "fixed", "full")
+        arms = [{"name": name, "mean_steps": 0.5, "minus_learned": less} for name in names]
+        gap = {"mean": 0.05, "low": 0.04, "high": 0.06}
+        oracle = {"gap": gap, "router_gap": gap, "rank_correlation": None if key == "a" else 0.25}
+        store.write_json(store.evaluation_path("reference", key, "controls"), {"arms": arms, "oracle": oracle})
+    lines = report.same_weights(store, frame).splitlines()
+    assert len(lines) == 2 + 3 + 1
+    assert lines[2].startswith("| 3e+11, 0.6m, seed 0 | 0.50 | +0.1000 [+0.0900 to +0.1100] | ")
+    assert [line.split(" | ")[-1] for line in lines[2:5]] == ["– |", "0.25 |", "0.25 |"]
+    # t(0.975, 2) = 4.303 times 0.1 / sqrt(3)
+    assert lines[-1].startswith("| mean over 3 |  | 0.2 [-0.0484 to 0.448] | ")
+
+
 def test_budgets_are_told_apart_and_pressed_settings_are_not_compared(report: ModuleType, tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     for key, lam, flops in (("a", 0.1, 2.9e11), ("b", 0.3, 1.02e12)):

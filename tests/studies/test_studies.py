@@ -161,6 +161,7 @@ def test_a_method_is_compared_when_all_its_rates_are_published(tmp_path: Path, m
     tried += [("vanilla", "1.8m", rate, loss) for rate, loss in zip(second, (4.2, 4.1, 4.3), strict=True)]
     tried += [("vanilla", "4m", 1.0, 1.0), ("looped", "0.6m", small[0], 4.0)]
     tried += [("pause", "0.6m", rate, loss) for rate, loss in zip(small, (5.0, 5.2, 5.1, 5.3), strict=True)]
+    tried += [("pause", "0.6m", rate, 6.0) for rate in reference.BEYOND[reference.Method.PAUSE, "0.6m"]]
     tried += [("mor", "1.8m", rate, loss) for rate, loss in zip(second, (4.2, 4.4, 4.3), strict=True)]
     for number, (method, size, rate, loss) in enumerate(tried):
         identity = {"method": method, "size": size, "learning_rate": rate}
