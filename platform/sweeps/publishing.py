@@ -21,9 +21,9 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
     """Copy the finished runs of a study, as it was planned last, to another store, in place of what that has of it.
 
     Of each run: ``spec.json``, ``record.json``, evaluations, metrics thinned to :data:`MOST_METRICS` rows, and the last
-    evaluation's summary; of those that compare and whose tokens took different numbers of steps, also its probe and
-    cube, which are most of a run's size. ``study.json`` lists the runs that were copied; ``published_of`` says how many
-    the study has.
+    evaluation's summary; of those that compare and whose tokens took different numbers of steps, also its probe. The cube
+    stays behind: no page draws it, and it would be two thirds of a run's size. ``study.json`` lists the runs that were
+    copied; ``published_of`` says how many the study has.
 
     Args:
         store: where the study is.
@@ -63,7 +63,7 @@ def _publish_run(store: RunStore, copy: RunStore, study: str, key: str, document
         rows: list[Mapping[str, Any]] = [*store.read_lines(store.path(study, key, f"{name}.jsonl"))]
         if rows:
             copy.append_lines(copy.path(study, key, f"{name}.jsonl"), thinned(rows, most) if most else rows)
-    wanted = ["summary", *(("probe", "cube") if _is_ragged(documents) else ())]
+    wanted = ["summary", *(["probe"] if _is_ragged(documents) else [])]
     for name in wanted:
         steps = store.probe_steps(study, key) if name == "probe" else store.halting_steps(study, key)
         for step in steps[-1:]:

@@ -262,7 +262,11 @@ def tuned(store: RunStore) -> str:
     cells = [
         [method, size, *(_marked(found, rate) for rate in rates)] for (method, size), found in sorted(rows.items())
     ]
-    edges = [method for (method, _), found in sorted(rows.items()) if min(found, key=found.__getitem__) in _ends(found)]
+    edges = [
+        f"{method} {size}"
+        for (method, size), found in sorted(rows.items())
+        if min(found, key=found.__getitem__) in _ends(found)
+    ]
     text = table(["method", "size", *(f"{rate:g}" for rate in rates)], cells)
     return f"{text}\n\nBest at an end of what was tried, which only bounds the best rate: {', '.join(edges) or 'none'}."
 

@@ -57,7 +57,7 @@ def test_the_copy_reads_like_the_store_it_came_from(full: RunStore, tmp_path: Pa
     assert copy.later_evaluations("quick", "finished") == full.later_evaluations("quick", "finished")
     assert copy.halting_summary("quick", "finished", 100)["step"] == 100
     assert copy.probe("quick", "finished", 100)["step"].tolist() == [100]
-    assert copy.halting_cube("quick", "finished", 100)["step"].tolist() == [100]
+    assert not Path(copy.halting_path("quick", "finished", "cube", 100)).exists()
 
 
 def test_no_weights_no_token_events_and_few_metrics_are_copied(full: RunStore, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_no_weights_no_token_events_and_few_metrics_are_copied(full: RunStore, t
     assert files == {
         "quick/study.json",
         *(f"quick/finished/{name}" for name in ("spec.json", "record.json", "metrics.jsonl", "evaluations.jsonl")),
-        *(f"quick/finished/halting/{name}-00000100.parquet" for name in ("probe", "cube")),
+        "quick/finished/halting/probe-00000100.parquet",
         "quick/finished/halting/summary-00000100.json",
         "quick/finished/evaluations/controls.json",
     }
@@ -80,7 +80,6 @@ def test_tokens_that_all_think_alike_need_no_telemetry(full: RunStore, tmp_path:
     copy = publishing.publish(full, "quick", tmp_path / "published")
     assert copy.halting_summary("quick", "finished", 100)["step"] == 100
     assert copy.probe_steps("quick", "finished") == []
-    assert not Path(copy.halting_path("quick", "finished", "cube", 100)).exists()
 
 
 def test_publishing_again_leaves_nothing_of_the_last_time(full: RunStore, tmp_path: Path) -> None:
