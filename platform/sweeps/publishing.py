@@ -21,9 +21,9 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
     """Copy the finished runs of a study, as it was planned last, to another store, in place of what that has of it.
 
     Of each run: ``spec.json``, ``record.json``, evaluations, metrics thinned to :data:`MOST_METRICS` rows, and the last
-    evaluation's summary; of those that compare and whose tokens took different numbers of steps, also its probe. The cube
-    stays behind: no page draws it, and it would be two thirds of a run's size. ``study.json`` lists the runs that were
-    copied; ``published_of`` says how many the study has.
+    evaluation's summary; of those that compare and whose tokens took different numbers of steps, also its probe. The
+    cube stays behind: no page draws it, and it would be two thirds of a run's size. ``study.json`` lists the runs that
+    were copied; ``published_of`` says how many the study has.
 
     Args:
         store: where the study is.
