@@ -3,6 +3,7 @@
     python benchmarks/training.py                                  stages 0 to 3, 1 and 2 workers, all three arms
     python benchmarks/training.py --stages 1 --workers 1           the main figure
     python benchmarks/training.py --stages 1 --workers 1 --method adaptive
+    python benchmarks/training.py --where --stages 1 --workers 2   which of the platform's processes take the time
     python benchmarks/training.py --steps 12 --size 0.6m --batch-tokens 512 --repeats 1 --stages 1 --workers 1    a toy
 
 The same model, sequences, order, AdamW, clipping and precision (float32) in all arms:
@@ -23,11 +24,16 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from figures import Figure, machine, show
@@ -62,6 +68,53 @@ def in_the_platform(study: Study, store: RunStore) -> float:
     rows = store.read_lines(store.path(study.name, key, "metrics.jsonl"))
     rows = [row for row in rows if row["step"] >= (study.base.steps or 0) // 4]
     return float(rows[-1]["tokens"] - rows[0]["tokens"]) / float(rows[-1]["time"] - rows[0]["time"])
+
+
+@contextmanager
+def cpu_seconds(store: RunStore, steps: int) -> Iterator[Counter[str]]:
+    """CPU seconds by kind of process, of this one and all below it, while the steps after the warm-up are taken; ``wall``
+    is how long that was."""
+    spent: Counter[str] = Counter()
+    done = threading.Event()
+
+    def watch() -> None:
+        last: dict[int, float] = {}
+        before = time.perf_counter()
+        while not done.wait(0.5):
+            rows = [row for key in store.run_keys("overhead") for row in _metrics(store, key)]
+            counts = bool(rows) and steps // 4 <= rows[-1]["step"] < steps
+            now = time.perf_counter()
+            spent["wall"] += (now - before) * counts
+            before = now
+            this = psutil.Process()
+            for process in (this, *this.children(recursive=True)):
+                try:
+                    kind, times = "driver" if process == this else _kind(process.cmdline()), process.cpu_times()
+                except psutil.Error:
+                    continue
+                used = times.user + times.system
+                spent[kind] += (used - last.get(process.pid, 0.0)) * counts
+                last[process.pid] = used
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield spent
+    finally:
+        done.set()
+        thread.join()
+
+
+def _metrics(store: RunStore, key: str) -> list[dict[str, Any]]:
+    return list(store.read_lines(store.path("overhead", key, "metrics.jsonl")))
+
+
+def _kind(command: list[str]) -> str:
+    """What Ray calls a process of its own, or the script or program that it runs."""
+    if command and command[0].startswith("ray::"):
+        return command[0].split("(")[0].strip()
+    scripts = [Path(word).name for word in command[1:] if word.endswith(".py")]
+    return scripts[0] if scripts else Path(command[0]).name if command else "?"
 
 
 def bare(arm: str, folder: Path, task: dict[str, Any], workers: int) -> float:
@@ -146,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--where", action="store_true", help="the platform only: CPU seconds by process")
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.member:
@@ -173,7 +227,13 @@ def compare(options: argparse.Namespace, stage: int) -> None:
                 execution = ExecutionConfig(
                     zero_stage=stage, workers=workers, evaluations=1, checkpoints=2, log_every_seconds=1.0
                 )
-                measured.append(arms(corpus, run, execution, Path(name) / f"{repeat}-{workers}"))
+                folder = Path(name) / f"{repeat}-{workers}"
+                if options.where:
+                    where(corpus, run, execution, folder)
+                else:
+                    measured.append(arms(corpus, run, execution, folder))
+    if options.where:
+        return
     what = f"{options.method} {options.size}, ZeRO {stage}"
     for workers, measured in rates.items():
         setting = f"{what}, {workers} worker{'s' if workers > 1 else ''}"
@@ -187,6 +247,18 @@ def compare(options: argparse.Namespace, stage: int) -> None:
         for arm in ("platform", "pytorch"):
             values = [b[arm] / a[arm] for a, b in zip(rates[first], rates[last], strict=True)]
             show(Figure(name=f"{last} workers over {first}, {arm}, {what}", values=values))
+
+
+def where(corpus: Corpus, run: RunConfig, execution: ExecutionConfig, folder: Path) -> None:
+    """Print what each kind of process takes of a core while the platform trains."""
+    study = Study(name="overhead", question="?", corpus=corpus, base=run, sweep=grid(seed=0), execution=execution)
+    store = RunStore(folder)
+    with cpu_seconds(store, run.steps or 0) as spent:
+        rate = in_the_platform(study, store)
+    wall = spent.pop("wall")
+    print(f"{execution.workers} worker(s), ZeRO {execution.zero_stage}: {rate:,.0f} tokens/s; CPU over {wall:.0f} s:")
+    for kind, seconds in spent.most_common(10):
+        print(f"  {seconds / wall:6.1%} of a core  {kind}")
 
 
 def arms(corpus: Corpus, run: RunConfig, execution: ExecutionConfig, folder: Path) -> dict[str, float]:
