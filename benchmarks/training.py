@@ -72,8 +72,8 @@ def in_the_platform(study: Study, store: RunStore) -> float:
 
 @contextmanager
 def cpu_seconds(store: RunStore, steps: int) -> Iterator[Counter[str]]:
-    """CPU seconds by kind of process, of this one and all below it, while the steps after the warm-up are taken; ``wall``
-    is how long that was."""
+    """CPU seconds by kind of process, of this one and all below it, while the steps after the warm-up are taken;
+    ``wall`` is how long that was."""
     spent: Counter[str] = Counter()
     done = threading.Event()
 
