@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -110,7 +111,7 @@ def test_the_dashboard_starts(head: cluster.Head, quickstart: str) -> None:
             assert server.poll() is None, "the dashboard ended by itself"
             time.sleep(0.1)
     finally:
-        os.killpg(server.pid, 15)
+        os.killpg(server.pid, signal.SIGKILL)  # a server that has just started may miss a SIGTERM
         server.wait()
 
 
