@@ -63,7 +63,7 @@ def measure(root: Path, repeats: int) -> None:
     from streamlit.testing.v1 import AppTest
 
     import haltscale.dashboard
-    from haltscale.dashboard import data, shelf
+    from haltscale.dashboard import cached_store, data
 
     app = Path(haltscale.dashboard.__file__).parent / "app.py"
 
@@ -92,7 +92,7 @@ def measure(root: Path, repeats: int) -> None:
         show(Figure(name=f"{name}: filter", values=filters, unit="s", at_most=1))
         show(Figure(name=f"{name}: points in the largest figure", values=[most], at_most=10_000))
 
-    store = shelf.store()
+    store = cached_store.store()
     study = store.studies()[0]
     store.view(study)
     looks = [timed(store.view, study) for _ in range(repeats)]

@@ -44,6 +44,7 @@ from haltscale.platform.corpora import ray_data, shard_jobs
 from haltscale.platform.corpora.corpus import PreparedCorpus, RowReader
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.corpora.tokenization import END_OF_TEXT
+from haltscale.platform.ray_connection import quiet_ray_data
 
 QUICKSTART = RunConfig(size="1.8m", tokens=180_000, context=256, batch_tokens=1024)
 VOCABULARY = 4096
@@ -73,7 +74,7 @@ def generate(folder: Path, megabytes: int) -> None:
 
 def start_ray() -> None:
     ray.init("local", num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False, logging_level="ERROR")
-    ray_data.quiet_ray_data()
+    quiet_ray_data()
 
 
 # ---- tokenising -----------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from setting import Setting, add_arguments, setting_from
 
 from haltscale.model import IGNORE_INDEX, Flops, LanguageModel
 from haltscale.platform.corpora.corpus import HeldOutDocument
+from haltscale.platform.evaluation.evaluate_split import share_by_step
 from haltscale.platform.evaluation.halting_summary import summarise_halting
 from haltscale.platform.evaluation.held_out import batches, read_events
-from haltscale.platform.evaluation.reading import share_by_step
 from haltscale.platform.evaluation.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
 from haltscale.platform.memory import keep_freed_memory

@@ -29,7 +29,7 @@ from haltscale.model.pause import PauseOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
 from haltscale.model.ponder3 import Ponder3Options
-from haltscale.model.registry import METHODS, MethodEntry, build_model
+from haltscale.model.registry import METHODS, MethodEntry, build_model, config_from_dict, config_problems
 from haltscale.model.shuffled import ShuffledOptions
 from haltscale.model.vanilla import VanillaModel, VanillaOptions
 
@@ -66,6 +66,8 @@ __all__ = [
     "VanillaModel",
     "VanillaOptions",
     "build_model",
+    "config_from_dict",
+    "config_problems",
     "paper_inference_flops",
     "paper_passes",
     "paper_training_flops",

@@ -35,7 +35,7 @@ from haltscale.model.config import ModelConfig, in_range
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.latent_loop import Router
 from haltscale.model.ledger import PassCounts
 
@@ -95,7 +95,7 @@ class GatedLoop(nn.Module):
         """The next input of rows that go on."""
         return x_Nd + (gate_N[:, None] * guess_Nd).to(x_Nd.dtype)
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor, guess: Guess) -> Thought:
+    def forward(self, x_Nd: Tensor, valid_BT: Tensor, guess: Guess) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]."""
         config, options = self.config, self.options
         B, T = valid_BT.shape
@@ -133,7 +133,7 @@ class GatedLoop(nn.Module):
             counts=counts,
         )
         auxiliary_BT = options.lam * pressed_N.view(B, T)
-        return Thought(newest_Nd.view(B, T, -1), trace, auxiliary_BT=auxiliary_BT)
+        return LoopOutput(newest_Nd.view(B, T, -1), trace, auxiliary_BT=auxiliary_BT)
 
     def _lowest(self, gate_N: Tensor, row_N: Tensor, inside_BT: Tensor) -> Tensor:
         """Which rows have the lowest gates of their sequence, among those that are inside."""
@@ -179,17 +179,17 @@ class AdaponderModel(LanguageModel):
 
     def guess(self, z_Nd: Tensor) -> Tensor:
         """The expected embedding of the next token, as these states foretell it."""
-        guess_NV = torch.softmax(at_least_float32(self.logits(z_Nd)), dim=1).to(z_Nd.dtype)
+        guess_NV = torch.softmax(at_least_float32(self.lm_head(z_Nd)), dim=1).to(z_Nd.dtype)
         return guess_NV @ self.embedding.weight * self.embedding_factor
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
-        thought: Thought = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT, self.guess)
-        return thought
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+        loop_output: LoopOutput = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT, self.guess)
+        return loop_output
 
     def cache_widths(self) -> list[int]:
         return [1] * (self.options.l_max + 1)
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position), self.guess)
 
     def extra_flops(self, counts: PassCounts) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState
 from haltscale.model.kernels import at_least_float32
-from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, LatentState, Thought
+from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, LatentState, LoopOutput
 from haltscale.model.latent_loop import LatentLoop, LoopRules, RouterKind
 from haltscale.model.ledger import PassCounts
 
@@ -116,9 +116,9 @@ class AdaptiveModel(LanguageModel):
         )
         self.latent_loop = LatentLoop(config, rules)
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
-        thought: Thought = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT)
-        return thought
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+        loop_output: LoopOutput = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT)
+        return loop_output
 
     # Speaking --------------------------------------------------------------------------------------------------------
 
@@ -126,42 +126,42 @@ class AdaptiveModel(LanguageModel):
         """log sum_k exit[k] softmax(head(z[k])), [rows, V]: log-probabilities serve as logits."""
         mixed_NV: Tensor | None = None
         for state in states:
-            probability_NV = torch.softmax(at_least_float32(self.logits(state.z_Nd)), dim=1)
+            probability_NV = torch.softmax(at_least_float32(self.lm_head(state.z_Nd)), dim=1)
             share_NV = state.exit_N[:, None].to(probability_NV.dtype) * probability_NV
             mixed_NV = share_NV if mixed_NV is None else mixed_NV.index_add(0, state.row_N, share_NV)
         assert mixed_NV is not None
         # Padding carries no mass; the floor keeps its logarithm finite.
         return mixed_NV.clamp(min=torch.finfo(mixed_NV.dtype).tiny).log()
 
-    def speak(self, thought: Thought) -> Tensor:
+    def logits(self, loop_output: LoopOutput) -> Tensor:
         if self.options.mixture is Mixture.HIDDEN:
-            return super().speak(thought)
-        B, T = thought.trace.valid_BT.shape
-        thought.trace.counts.head_rows += sum(len(state.row_N) for state in thought.states)
-        return self.mix_probabilities(thought.states, B * T).view(B, T, -1)
+            return super().logits(loop_output)
+        B, T = loop_output.trace.valid_BT.shape
+        loop_output.trace.counts.head_rows += sum(len(state.row_N) for state in loop_output.states)
+        return self.mix_probabilities(loop_output.states, B * T).view(B, T, -1)
 
-    def penalty(self, thought: Thought, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
+    def penalty(self, loop_output: LoopOutput, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
         """The correctness-aware penalty [R: the exponent, and the expected number of latent steps as its object]."""
-        assert thought.reach_BTK is not None
+        assert loop_output.reach_BTK is not None
         scored_BT = targets_BT != IGNORE_INDEX
         if self.options.penalty_probability is PenaltyProbability.MIXTURE:
             probability_BTK = torch.exp(-nll_BT)[..., None]
         else:
-            probability_BTK = self._probability_before_each_step(thought, targets_BT)
-        pressed_BT = (probability_BTK.pow(self.options.beta) * thought.reach_BTK[..., 1:]).sum(2) * scored_BT
+            probability_BTK = self._probability_before_each_step(loop_output, targets_BT)
+        pressed_BT = (probability_BTK.pow(self.options.beta) * loop_output.reach_BTK[..., 1:]).sum(2) * scored_BT
         return self.options.lam * pressed_BT.sum() / scored_BT.sum().clamp(min=1)
 
     @torch.no_grad()
-    def _probability_before_each_step(self, thought: Thought, targets_BT: Tensor) -> Tensor:
+    def _probability_before_each_step(self, loop_output: LoopOutput, targets_BT: Tensor) -> Tensor:
         """[B, T, l_max]: entry k - 1 is what the head, reading state k - 1 alone, gives to the true next token."""
         target_N = targets_BT.flatten().clamp(min=0)
         B, T = targets_BT.shape
-        probability_NK = thought.states[0].reach_N.new_zeros(B * T, self.options.l_max)
-        gradless = thought.trace.counts.gradless = PassCounts()
-        for k, (state, following) in enumerate(zip(thought.states, thought.states[1:], strict=False)):
+        probability_NK = loop_output.states[0].reach_N.new_zeros(B * T, self.options.l_max)
+        gradless = loop_output.trace.counts.gradless = PassCounts()
+        for k, (state, following) in enumerate(zip(loop_output.states, loop_output.states[1:], strict=False)):
             gradless.head_rows += len(following.row_N)
             place_N = torch.searchsorted(state.row_N, following.row_N)  # rows are ascending in every pass
-            logits_NV = at_least_float32(self.logits(state.z_Nd[place_N]))
+            logits_NV = at_least_float32(self.lm_head(state.z_Nd[place_N]))
             nll_N = F.cross_entropy(logits_NV, target_N[following.row_N], reduction="none")
             probability_NK[following.row_N, k] = torch.exp(-nll_N).to(probability_NK.dtype)
         return probability_NK.view(B, T, -1)
@@ -171,14 +171,14 @@ class AdaptiveModel(LanguageModel):
     def cache_widths(self) -> list[int]:
         return self.latent_loop.cache_widths()
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         rope = self.rope_at(state.position)
         hidden_Bd, steps_B, state.extra = self.latent_loop.decode(self.embed(tokens_B), rope, state)
         return hidden_Bd, steps_B
 
-    def decode_speak(self, hidden_Bd: Tensor, state: DecodingState) -> Tensor:
+    def decode_logits(self, hidden_Bd: Tensor, state: DecodingState) -> Tensor:
         if self.options.mixture is Mixture.HIDDEN:
-            return super().decode_speak(hidden_Bd, state)
+            return super().decode_logits(hidden_Bd, state)
         state.counts.head_rows += sum(len(one.row_N) for one in state.extra)
         return self.mix_probabilities(state.extra, state.batch)
 

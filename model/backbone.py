@@ -138,7 +138,7 @@ class CausalPlan:
         )
 
 
-class ThoughtPlan:
+class LatentPlan:
     """Pass k >= 1 of a latent chain: the active rows see all states executed so far at their position or before.
 
     That is the paper's rule, (t, k) attends to (j, i) iff j <= t and i <= k, because when pass k runs every state that
@@ -243,7 +243,7 @@ class ThoughtPlan:
         return merged
 
 
-class ReusePlan(ThoughtPlan):
+class ReusePlan(LatentPlan):
     """A later pass in which a position shows one state, its newest: the active rows see every position up to their own,
     and a position that has stopped goes on showing the keys and values of its last pass (AdaPonderLM)."""
 

@@ -1,8 +1,8 @@
 """What a model is: the method, the size of its stack, and the options of the method.
 
 A configuration says everything that decides what a model computes, and nothing about where or how fast it runs (worker
-counts, precision, activation checkpointing are the trainer's business). `ModelConfig.problems()` lists every error at
-once, each naming its field and what is allowed; `to_dict` and `from_dict` round-trip through JSON.
+counts, precision, activation checkpointing are the trainer's business). `registry.config_problems` lists every error at
+once, each naming its field and what is allowed; `to_dict` and `registry.config_from_dict` round-trip through JSON.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class Shape:
         found = [
             f"shape.{field.name} = {getattr(self, field.name)!r}: must be a positive integer"
             for field in dataclasses.fields(self)
-            if not _is_int(getattr(self, field.name)) or getattr(self, field.name) < 1
+            if not is_int(getattr(self, field.name)) or getattr(self, field.name) < 1
         ]
         if found:
             return found
@@ -140,85 +140,21 @@ class ModelConfig:
     so that a token and a fed-back hidden state have the same size (PonderLM-2). The authors' vanilla model goes
     without; here every arm has it, so that a comparison is about thinking and not about scale."""
 
-    def problems(self, *, tokenizer_size: int | None = None, longest: int | None = None) -> list[str]:
-        """All errors of the configuration at once; empty if a model can be built from it.
-
-        tokenizer_size, longest: number of distinct tokens and length of the longest sequence of the text that the model
-        is meant for, where they are known.
-        """
-        from haltscale.model.registry import METHODS  # the registry imports this module
-
-        found = []
-        if self.method not in METHODS:
-            found.append(f"method = {self.method!r}: must be one of {', '.join(METHODS)}")
-        else:
-            expected = METHODS[self.method].options
-            if isinstance(self.options, expected):
-                found += [f"options.{problem}" for problem in self.options.problems()]
-            else:
-                found.append(f"options = {type(self.options).__name__}: method {self.method} takes {expected.__name__}")
-        found += self.shape.problems()
-        if self.method in METHODS:
-            found += METHODS[self.method].model.shape_problems(self.shape)
-        for name in ("vocab_size", "context"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                found.append(f"{name} = {getattr(self, name)!r}: must be a positive integer")
-        for name, needed, whose in (
-            ("vocab_size", tokenizer_size, "the tokenizer's size"),
-            ("context", longest, "the longest sequence"),
-        ):
-            value = getattr(self, name)
-            if needed is not None and _is_int(value) and 1 <= value < needed:
-                found.append(f"{name} = {value}: must be at least {needed}, {whose}")
-        if not _is_number(self.rope_theta) or not self.rope_theta > 1:
-            found.append(f"rope_theta = {self.rope_theta!r}: must be a number above 1")
-        if not _is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
-            found.append(f"norm_eps = {self.norm_eps!r}: must be a number between 0 and 1")
-        for name in ("tie_embeddings", "embedding_scale"):
-            if not isinstance(getattr(self, name), bool):
-                found.append(f"{name} = {getattr(self, name)!r}: must be true or false")
-        return found
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""
         return dataclasses.asdict(self) | {"method": str(self.method)}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """The configuration that `to_dict` wrote.
 
-        Raises ValueError with all unknown or missing keys at once, each with the nearest known name.
-        """
-        from haltscale.model.registry import METHODS  # the registry imports this module
-
-        found = _key_problems(cls, data, "")
-        method = data.get("method")
-        if "method" in data and method not in METHODS:
-            found.append(f"method = {method!r}: must be one of {', '.join(METHODS)}{_did_you_mean(method, METHODS)}")
-        parts: dict[str, type] = {"shape": Shape}
-        if method in METHODS:
-            parts["options"] = METHODS[Method(method)].options
-        for name, kind in parts.items():
-            if isinstance(data.get(name), Mapping):
-                found += _key_problems(kind, data[name], f"{name}.")
-            elif name in data:
-                found.append(f"{name} = {data[name]!r}: must be an object with {kind.__name__}'s fields")
-        if found:
-            raise ValueError("\n".join(found))
-        built = {name: _build(kind, data[name]) for name, kind in parts.items()}
-        return cls(**(dict(data) | built | {"method": Method(data["method"])}))
-
-
-def _key_problems(kind: Any, data: Mapping[str, Any], prefix: str) -> list[str]:
+def key_problems(kind: Any, data: Mapping[str, Any], prefix: str) -> list[str]:
     """Keys of `data` that the dataclass `kind` does not have, and required ones that are missing."""
     fields = dataclasses.fields(kind)
     names = [field.name for field in fields]
-    found = [f"{prefix}{key}: unknown{_did_you_mean(key, names)}" for key in data if key not in names]
+    found = [f"{prefix}{key}: unknown{did_you_mean(key, names)}" for key in data if key not in names]
     required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     return found + [f"{prefix}{name}: missing" for name in required if name not in data]
 
 
-def _build(kind: Any, data: Mapping[str, Any]) -> Any:
+def build_options(kind: Any, data: Mapping[str, Any]) -> Any:
     """The dataclass `kind` from plain data; a string for a StrEnum field becomes its member where it is one."""
     hints = typing.get_type_hints(kind)
     values = dict(data)
@@ -231,16 +167,16 @@ def _build(kind: Any, data: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
-def _did_you_mean(word: Any, known: typing.Iterable[str]) -> str:
+def did_you_mean(word: Any, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
@@ -254,7 +190,7 @@ def in_range(
 ) -> list[str]:
     """A problem line unless `value` is a number (an integer) from `low` (exclusive if `above`) to `high`."""
     kind = "an integer" if integer else "a finite number"
-    right_type = _is_int(value) if integer else _is_number(value)
+    right_type = is_int(value) if integer else is_number(value)
     bounds = f"{'above' if above else 'of at least'} {low:g}" + (
         f" and at most {high:g}" if high < float("inf") else ""
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from haltscale.model.config import ModelConfig, in_range
 from haltscale.model.decoding import DecodingState
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.latent_loop import LatentLoop, LoopRules, RouterKind
 
 CERTAIN = 100.0
@@ -49,17 +49,17 @@ class FixedModel(LanguageModel):
         rules = LoopRules(l_max=math.ceil(self.steps), tau=0.0, router=RouterKind.NONE, router_bias=CERTAIN)
         self.latent_loop = LatentLoop(config, rules)
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         steps_T = torch.tensor([dealt_steps(self.steps, t) for t in range(T)], device=tokens_BT.device)
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
-        thought: Thought = self.latent_loop(x_Nd, valid_BT, steps_T.expand(B, T))
-        return thought
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, steps_T.expand(B, T))
+        return loop_output
 
     def cache_widths(self) -> list[int]:
         return self.latent_loop.cache_widths()
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         forced = [dealt_steps(self.steps, state.position)] * state.batch
         rope = self.rope_at(state.position)
         hidden_Bd, steps_B, _ = self.latent_loop.decode(self.embed(tokens_B), rope, state, forced)

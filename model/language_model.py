@@ -46,7 +46,7 @@ class Output:
     """Only if asked for, or if there are no targets."""
 
 
-class Thought(NamedTuple):
+class LoopOutput(NamedTuple):
     """What a method's loop gives for a batch. A tuple, because DeepSpeed's ZeRO-3 finds the tensors in tuples only."""
 
     hidden_BTd: Tensor
@@ -91,21 +91,21 @@ class LanguageModel(nn.Module):
         """What the method cannot do with this shape, beside the shape's own errors."""
         return []
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         """The hidden state that predicts the next token, at every position."""
         raise NotImplementedError
 
-    def speak(self, thought: Thought) -> Tensor:
+    def logits(self, loop_output: LoopOutput) -> Tensor:
         """Logits [B, T, V] of the next token; counts the rows that go through the head."""
-        thought.trace.counts.head_rows += thought.hidden_BTd[..., 0].numel()
-        return self.logits(thought.hidden_BTd)
+        loop_output.trace.counts.head_rows += loop_output.hidden_BTd[..., 0].numel()
+        return self.lm_head(loop_output.hidden_BTd)
 
-    def penalty(self, thought: Thought, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
+    def penalty(self, loop_output: LoopOutput, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
         """What training adds to the cross-entropy. nll_BT: of the true next token, detached, 0 where not scored."""
-        if thought.auxiliary_BT is None:
+        if loop_output.auxiliary_BT is None:
             return nll_BT.new_zeros(())
         scored_BT = targets_BT != IGNORE_INDEX
-        return (thought.auxiliary_BT * scored_BT).sum() / scored_BT.sum().clamp(min=1)
+        return (loop_output.auxiliary_BT * scored_BT).sum() / scored_BT.sum().clamp(min=1)
 
     def cache_widths(self) -> list[int]:
         """Regions of the decoding cache and the most states that one token leaves in each (decoding.py)."""
@@ -119,14 +119,14 @@ class LanguageModel(nn.Module):
         """Layers that keep keys and values while decoding."""
         return self.config.shape.layers
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         """The hidden states [B, d] that predict the next token, and the latent steps [B] that each took."""
         raise NotImplementedError
 
-    def decode_speak(self, hidden_Bd: Tensor, state: DecodingState) -> Tensor:
+    def decode_logits(self, hidden_Bd: Tensor, state: DecodingState) -> Tensor:
         """Logits [B, V]."""
         state.counts.head_rows += len(hidden_Bd)
-        return self.logits(hidden_Bd)
+        return self.lm_head(hidden_Bd)
 
     def layers_per_pass(self, passes: int) -> list[int]:
         """Blocks that a row goes through in each counted pass: the whole stack for most methods."""
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
         """What embeddings are multiplied by on the way in."""
         return math.sqrt(2.5 * self.config.shape.d) if self.config.embedding_scale else 1.0
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def lm_head(self, hidden: Tensor) -> Tensor:
         """LM head."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else cast(Tensor, self.head(hidden))
 
@@ -158,8 +158,8 @@ class LanguageModel(nn.Module):
         *,
         lengths_B: Tensor | None = None,
         return_logits: bool = False,
-        think: Callable[[Tensor, Tensor], Thought] | None = None,
-        observe: Callable[[Thought, Tensor], None] | None = None,
+        hidden_states: Callable[[Tensor, Tensor], LoopOutput] | None = None,
+        observe: Callable[[LoopOutput, Tensor], None] | None = None,
     ) -> Output:
         """Loss, per-token losses and halting trace of a batch.
 
@@ -176,15 +176,15 @@ class LanguageModel(nn.Module):
         position_T = torch.arange(T, device=tokens_BT.device)
         valid_BT = (position_T < lengths_B[:, None]) if lengths_B is not None else position_T.expand(B, T) >= 0
         self._check_vocabulary(tokens_BT)
-        thought = (think or self.think)(tokens_BT, valid_BT)
-        logits_BTV = self.speak(thought)
+        loop_output = (hidden_states or self.hidden_states)(tokens_BT, valid_BT)
+        logits_BTV = self.logits(loop_output)
         if observe is not None:
-            observe(thought, logits_BTV)
+            observe(loop_output, logits_BTV)
         if targets_BT is None:
             unknown = torch.full((), math.nan, device=tokens_BT.device)
             silent_BT = torch.zeros(B, T, device=tokens_BT.device)
             zero = unknown.new_zeros(())
-            return Output(unknown, unknown, zero, silent_BT, thought.trace, logits_BTV)
+            return Output(unknown, unknown, zero, silent_BT, loop_output.trace, logits_BTV)
 
         targets_BT = targets_BT.masked_fill(~valid_BT, IGNORE_INDEX)
         self._check_vocabulary(targets_BT)
@@ -194,13 +194,13 @@ class LanguageModel(nn.Module):
             Tensor, CrossEntropyFunction.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), IGNORE_INDEX)
         ).view(B, T)
         cross_entropy = nll_BT.sum() / scored
-        penalty = self.penalty(thought, targets_BT, nll_BT.detach())
+        penalty = self.penalty(loop_output, targets_BT, nll_BT.detach())
         return Output(
             loss=cross_entropy + penalty,
             cross_entropy=cross_entropy.detach(),
             penalty=penalty.detach(),
             nll_BT=nll_BT.detach().float(),
-            trace=thought.trace,
+            trace=loop_output.trace,
             logits_BTV=logits_BTV if return_logits else None,
         )
 
@@ -234,8 +234,8 @@ class LanguageModel(nn.Module):
         self._check_vocabulary(tokens_B)
         state.cache.make_room(state.position + 1)
         state.counts.tokens += state.batch
-        hidden_Bd, steps_B = self.decode_think(tokens_B, state)
-        logits_BV = self.decode_speak(hidden_Bd, state)
+        hidden_Bd, steps_B = self.decode_hidden_states(tokens_B, state)
+        logits_BV = self.decode_logits(hidden_Bd, state)
         state.position += 1
         return logits_BV, steps_B
 

@@ -21,9 +21,9 @@ from haltscale.model.backbone import (
     AttentionPlan,
     CausalPlan,
     FadingPlan,
+    LatentPlan,
     Rope,
     Stack,
-    ThoughtPlan,
     compute_dtype,
     rope_table,
 )
@@ -31,7 +31,7 @@ from haltscale.model.config import ModelConfig
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import HaltingTrace, halting_step
 from haltscale.model.kernels import at_least_float32
-from haltscale.model.language_model import LatentState, Thought
+from haltscale.model.language_model import LatentState, LoopOutput
 from haltscale.model.ledger import PassCounts
 
 
@@ -131,7 +131,7 @@ class LatentLoop(nn.Module):
         gate_N1: Tensor = self.routers[k if self.rules.router_per_step else 0](z_Nd)
         return gate_N1.squeeze(1)
 
-    def look_ahead(self, z_Nd: Tensor) -> Tensor | None:
+    def upfront_gates(self, z_Nd: Tensor) -> Tensor | None:
         """All gates [N, l_max] from the step-0 states, for a router that sets them all at once."""
         return self.routers[0](z_Nd) if self.rules.router is RouterKind.AHEAD and self.routers else None
 
@@ -162,7 +162,7 @@ class LatentLoop(nn.Module):
         goes_on_N = (forced_N > k) & may_go_on_N
         return goes_on_N, torch.where(goes_on_N, reach_N - onward_N, reach_N), onward_N
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor, forced_BT: Tensor | None = None) -> Thought:
+    def forward(self, x_Nd: Tensor, valid_BT: Tensor, forced_BT: Tensor | None = None) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order."""
         rules, config = self.rules, self.config
         B, T = valid_BT.shape
@@ -177,7 +177,7 @@ class LatentLoop(nn.Module):
         certain_N = at_least_float32(x_Nd).new_ones(B * T)
         first_pass = self._faded(first_plan, certain_N)
         z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_pass)
-        ahead_NL = self.look_ahead(z_Nd)
+        ahead_NL = self.upfront_gates(z_Nd)
         counts = PassCounts(tokens=int(valid_BT.sum()))
         first_plan.record(counts, valid_BT)
 
@@ -214,7 +214,7 @@ class LatentLoop(nn.Module):
             may_go_on_N = True
             rows.append(row_N)
             states_BT = states_BT.flatten().index_add(0, row_N, torch.ones_like(row_N)).view(B, T)
-            plan = ThoughtPlan(states_BT, rows, compute_dtype(z_Nd))
+            plan = LatentPlan(states_BT, rows, compute_dtype(z_Nd))
             x_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
             this_pass = self._faded(plan, reach_N)
             z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), this_pass, memories)
@@ -229,7 +229,7 @@ class LatentLoop(nn.Module):
         )
         touch = sum((parameter.sum() * 0.0 for parameter in self.routers.parameters()), start=mixture_Nd.new_zeros(()))
         hidden_Nd = (mixture_Nd + touch).to(z_Nd.dtype)
-        return Thought(hidden_Nd.view(B, T, -1), trace, reach_BTK=reach_NK.view(B, T, K), states=states)
+        return LoopOutput(hidden_Nd.view(B, T, -1), trace, reach_BTK=reach_NK.view(B, T, K), states=states)
 
     # Decoding --------------------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class LatentLoop(nn.Module):
             plan = cache.plan(rows, read=k, write=range(k, l_max + 1))
             z_Nd, _ = self.stack(x_Nd, rope, self._faded(plan, reach_N), cache.memories)
             state.count(k, len(rows), plan)
-            ahead_NL = self.look_ahead(z_Nd) if k == 0 else ahead_NL
+            ahead_NL = self.upfront_gates(z_Nd) if k == 0 else ahead_NL
             goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, True, forced_N, ahead_NL)
             if rules.keep_states:
                 states.append(LatentState(row_N, z_Nd, reach_N, exit_N))

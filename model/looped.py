@@ -12,7 +12,7 @@ from torch import Tensor
 from haltscale.model.config import ModelConfig, in_range
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 from haltscale.model.repeated import RepeatedPasses
 
@@ -38,7 +38,7 @@ class LoopedModel(LanguageModel):
         self.steps = config.options.steps
         self.latent_loop = RepeatedPasses(config)
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
@@ -50,12 +50,12 @@ class LoopedModel(LanguageModel):
             return h_Nd
 
         h_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
-        return Thought(h_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
+        return LoopOutput(h_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
 
     def cache_widths(self) -> list[int]:
         return [1] * (self.steps + 1)
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         h_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
         for k in range(self.steps + 1):
             h_Bd = self.latent_loop.decode(h_Bd, rope, state, k=k, region=k, final_norm=k == self.steps)

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haltscale.model.backbone import CausalPlan, Stack, ThoughtPlan, compute_dtype, rope_table
+from haltscale.model.backbone import CausalPlan, LatentPlan, Stack, compute_dtype, rope_table
 from haltscale.model.config import ModelConfig, Shape, in_range, require
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 
 
@@ -122,7 +122,7 @@ class RecursionLoop(nn.Module):
         p_NR = torch.softmax(self.routers[0](first_Nd), dim=1)
         return p_NR.argmax(1), p_NR
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor) -> Thought:
+    def forward(self, x_Nd: Tensor, valid_BT: Tensor) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]."""
         config, R = self.config, self.options.recursions
         B, T = valid_BT.shape
@@ -157,7 +157,7 @@ class RecursionLoop(nn.Module):
             row_N = picked_BT.flatten().nonzero().squeeze(1)
             if len(row_N) == 0:
                 break
-            plan = ThoughtPlan(picked_BT.long(), [row_N], compute_dtype(h_Nd))
+            plan = LatentPlan(picked_BT.long(), [row_N], compute_dtype(h_Nd))
             plan.record(counts)
             passes_BT = passes_BT + picked_BT
             rope = (cos_T[row_N % T], sin_T[row_N % T])
@@ -173,7 +173,7 @@ class RecursionLoop(nn.Module):
         weights = [*self.routers.parameters(), *self.auxiliary_routers.parameters()]
         touch = sum((weight.sum() * 0.0 for weight in weights), start=z_Nd.new_zeros(()))
         trace = self._trace(passes_BT, valid_BT, counts)
-        return Thought((z_Nd + touch).view(B, T, -1), trace, auxiliary_BT=auxiliary_BT)
+        return LoopOutput((z_Nd + touch).view(B, T, -1), trace, auxiliary_BT=auxiliary_BT)
 
     def _best(self, score_BT: Tensor, inside_BT: Tensor, valid_BT: Tensor, i: int) -> Tensor:
         """The (R - i) / R of each sequence's tokens, rounded up, that score highest among those still in."""
@@ -243,14 +243,14 @@ class MorModel(LanguageModel):
     def shape_problems(cls, shape: Shape) -> list[str]:
         return require(shape.layers >= 3, "shape.layers", shape.layers, "at least 3 for mor (first, shared, last)")
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
-        thought: Thought = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT)
-        return thought
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+        loop_output: LoopOutput = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT)
+        return loop_output
 
     def cache_widths(self) -> list[int]:
         return [1] * self.options.recursions
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position))
 
     def layers_per_pass(self, passes: int) -> list[int]:

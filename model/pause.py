@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from haltscale.model.config import ModelConfig, in_range
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 from haltscale.model.repeated import RepeatedPasses
 
@@ -49,7 +49,7 @@ class PauseModel(LanguageModel):
         pauses_NKd = self.pause.to(x_Nd.dtype).expand(len(x_Nd), self.steps, -1)
         return torch.cat((x_Nd[:, None], pauses_NKd), dim=1).flatten(0, 1)
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         width = self.steps + 1
         loop = self.latent_loop
@@ -60,12 +60,12 @@ class PauseModel(LanguageModel):
             return loop.run(x_Nd, rope, valid_BT.repeat_interleave(width, dim=1), counts)
 
         z_Nd: Tensor = loop(self._with_pauses(self.embed(tokens_BT).flatten(0, 1)), one_pass)
-        return Thought(z_Nd.view(B, T, width, -1)[:, :, -1], single_state_trace(valid_BT, counts, steps=self.steps))
+        return LoopOutput(z_Nd.view(B, T, width, -1)[:, :, -1], single_state_trace(valid_BT, counts, steps=self.steps))
 
     def cache_widths(self) -> list[int]:
         return [self.steps + 1]
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         width = self.steps + 1
         x_Nd = self._with_pauses(self.embed(tokens_B))
         z_Nd = self.latent_loop.decode(x_Nd, self.rope_at(state.position), state, k=0, region=0, new=width)

@@ -14,7 +14,7 @@ from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
 from haltscale.model.kernels import at_least_float32
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 from haltscale.model.repeated import RepeatedPasses
 
@@ -48,11 +48,11 @@ class PonderModel(LanguageModel):
 
     def _next_input(self, token_Nd: Tensor, e_Nd: Tensor, z_Nd: Tensor) -> Tensor:
         """The input after a pass that gave z_Nd from e_Nd."""
-        guess_NV = torch.softmax(at_least_float32(self.logits(z_Nd)), dim=1).to(z_Nd.dtype)
+        guess_NV = torch.softmax(at_least_float32(self.lm_head(z_Nd)), dim=1).to(z_Nd.dtype)
         expected_Nd = guess_NV @ self.embedding.weight * self.embedding_factor
         return (e_Nd if self.options.accumulate else token_Nd) + expected_Nd
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
@@ -64,12 +64,12 @@ class PonderModel(LanguageModel):
             return loop.run(e_Nd, rope, valid_BT, counts)
 
         z_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
-        return Thought(z_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
+        return LoopOutput(z_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
 
     def cache_widths(self) -> list[int]:
         return [1] * (self.steps + 1)
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         token_Bd = e_Bd = self.embed(tokens_B)
         rope = self.rope_at(state.position)
         for k in range(self.steps):

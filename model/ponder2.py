@@ -18,7 +18,7 @@ from torch import Tensor
 from haltscale.model.config import ModelConfig, in_range
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 from haltscale.model.repeated import RepeatedPasses
 
@@ -51,7 +51,7 @@ class Ponder2Model(LanguageModel):
         low, high = self.options.jacobi_low, self.options.jacobi_high
         return int(torch.randint(low, high + 1, ())) if self.training and low < high else high
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
@@ -64,12 +64,12 @@ class Ponder2Model(LanguageModel):
             return loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[1::2]
 
         out_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
-        return Thought(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=1))
+        return LoopOutput(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=1))
 
     def cache_widths(self) -> list[int]:
         return [2]
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         rope = self.rope_at(state.position)
         z_Bd = self.latent_loop.decode(self.embed(tokens_B), rope, state, k=0, region=0)
         out_Bd = self.latent_loop.decode(z_Bd, rope, state, k=1, region=0)

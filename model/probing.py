@@ -19,7 +19,7 @@ from torch import Tensor
 from haltscale.model.adaptive import AdaptiveModel, Mixture
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32, cache_sized_rows
-from haltscale.model.language_model import LanguageModel, LatentState, Thought
+from haltscale.model.language_model import LanguageModel, LatentState, LoopOutput
 from haltscale.model.latent_loop import LatentLoop
 from haltscale.model.shuffled import ShuffledModel
 
@@ -79,22 +79,22 @@ def read(
     loop = latent_loop_of(model)
     observed: dict[str, Any] = {}
 
-    def observe(thought: Thought, logits_BTV: Tensor) -> None:
+    def observe(loop_output: LoopOutput, logits_BTV: Tensor) -> None:
         flat = [x.view(targets_BT.shape) for x in surprise(logits_BTV.flatten(0, 1), targets_BT.flatten())]
         observed["whole"] = flat
         if sampled_S is not None and loop is not None:
             stop = _stopped_probabilities if _mixes_probabilities(model) else _stopped_hidden
-            observed["steps"] = _by_step(model, thought, targets_BT.flatten(), sampled_S, flat, stop)
+            observed["steps"] = _by_step(model, loop_output, targets_BT.flatten(), sampled_S, flat, stop)
 
-    def by_order(tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def by_order(tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         assert loop is not None, "only a latent chain can be told how many steps to take"
-        thought: Thought = loop(model.embed(tokens_BT).flatten(0, 1), valid_BT, steps_BT)
-        return thought
+        loop_output: LoopOutput = loop(model.embed(tokens_BT).flatten(0, 1), valid_BT, steps_BT)
+        return loop_output
 
     keep = {"keep_states": True} if loop is not None and sampled_S is not None else {}
     with rules_changed(model, **keep):
         output = model(
-            tokens_BT, lengths_B=lengths_B, think=by_order if steps_BT is not None else None, observe=observe
+            tokens_BT, lengths_B=lengths_B, hidden_states=by_order if steps_BT is not None else None, observe=observe
         )
     nll_BT, entropy_BT, confidence_BT, correct_BT = observed["whole"]
     K = output.trace.exit_BTK.shape[2]
@@ -136,12 +136,12 @@ def _stopped_hidden(model: LanguageModel, state: LatentState, at: Tensor) -> Ten
 
 
 def _stopped_probabilities(model: LanguageModel, state: LatentState, at: Tensor) -> Tensor:
-    return torch.softmax(at_least_float32(model.logits(state.z_Nd[at])), dim=1)
+    return torch.softmax(at_least_float32(model.lm_head(state.z_Nd[at])), dim=1)
 
 
 def _by_step(
     model: LanguageModel,
-    thought: Thought,
+    loop_output: LoopOutput,
     targets_N: Tensor,
     sampled_S: Tensor,
     whole: Sequence[Tensor],
@@ -151,14 +151,14 @@ def _by_step(
 
     said: what a state puts into the mixture, hidden state or next-token distribution.
     """
-    steps_S = thought.trace.steps_BT.flatten()[sampled_S].long()
-    K = thought.trace.exit_BTK.shape[2]
+    steps_S = loop_output.trace.steps_BT.flatten()[sampled_S].long()
+    K = loop_output.trace.exit_BTK.shape[2]
     nll_SK, entropy_SK = (whole[0].new_full((len(sampled_S), K), torch.nan) for _ in range(2))
     every_S = torch.arange(len(sampled_S), device=sampled_S.device)
     for one_SK, own_BT in ((nll_SK, whole[0]), (entropy_SK, whole[1])):
         one_SK[every_S, steps_S] = own_BT.flatten()[sampled_S]
     mixture: Tensor | None = None
-    for k, state in enumerate(thought.states):
+    for k, state in enumerate(loop_output.states):
         going_S = every_S[steps_S > k]  # whose last step this is has been read already
         if len(going_S) == 0:
             break
@@ -171,7 +171,7 @@ def _by_step(
         if _mixes_probabilities(model):
             logits = stopped.clamp(min=torch.finfo(stopped.dtype).tiny).log()
         else:
-            logits = model.logits(stopped.to(state.z_Nd.dtype))
+            logits = model.lm_head(stopped.to(state.z_Nd.dtype))
         nll_SK[going_S, k], entropy_SK[going_S, k], *_ = surprise(logits, targets_N[sampled_S[going_S]])
     return nll_SK, entropy_SK
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState
-from haltscale.model.language_model import Thought
+from haltscale.model.language_model import LoopOutput
 from haltscale.model.ledger import PassCounts
 
 
@@ -52,22 +52,22 @@ class ShuffledModel(AdaptiveModel):
         self.shift = config.options.shift
         super().__init__(config)
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
         with torch.no_grad():
-            scout: Thought = self.latent_loop(x_Nd.detach(), valid_BT)
+            scout: LoopOutput = self.latent_loop(x_Nd.detach(), valid_BT)
         meant_BT = scout.trace.steps_BT.long()
         dealt_BT = torch.cat((meant_BT[:, : self.shift], meant_BT[:, : -self.shift]), dim=1)[:, : meant_BT.shape[1]]
-        thought: Thought = self.latent_loop(x_Nd, valid_BT, dealt_BT)
-        thought.trace.counts.gradless = scout.trace.counts.executed_only()
-        return thought
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, dealt_BT)
+        loop_output.trace.counts.gradless = scout.trace.counts.executed_only()
+        return loop_output
 
     def cache_bytes_per_token(self) -> int:
         return 2 * super().cache_bytes_per_token()  # the scout's and the speaker's
 
     # Decoding: one cache for the scout and one for the run that speaks -----------------------------------------------
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         if state.extra is None:
             state.extra = (super().start_decoding(state.batch, capacity=state.cache.capacity), [])
         scout, meant = state.extra

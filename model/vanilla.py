@@ -9,7 +9,7 @@ from haltscale.model.backbone import CausalPlan, Stack, rope_table
 from haltscale.model.config import ModelConfig
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
-from haltscale.model.language_model import LanguageModel, Thought
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 
 
@@ -29,7 +29,7 @@ class VanillaModel(LanguageModel):
         super().__init__(config)
         self.stack = Stack(config.shape, config.norm_eps)
 
-    def think(self, tokens_BT: Tensor, valid_BT: Tensor) -> Thought:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         config = self.config
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
@@ -39,12 +39,12 @@ class VanillaModel(LanguageModel):
         counts = PassCounts(tokens=int(valid_BT.sum()))
         plan.record(counts, valid_BT)
         trace = single_state_trace(valid_BT, counts)
-        return Thought(z_Nd.view(B, T, -1), trace)
+        return LoopOutput(z_Nd.view(B, T, -1), trace)
 
     def cache_widths(self) -> list[int]:
         return [1]
 
-    def decode_think(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         plan = state.cache.plan(state.everyone, read=0, write=[0])
         z_Bd, _ = self.stack(self.embed(tokens_B), self.rope_at(state.position), plan, state.cache.memories)
         state.count(0, state.batch, plan)

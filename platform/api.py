@@ -9,7 +9,8 @@ from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
-from haltscale.platform.sweeps.study import Halving, Study
+from haltscale.platform.sweeps.spec import Halving
+from haltscale.platform.sweeps.study import Study
 from haltscale.platform.sweeps.sweep import (
     Budget,
     ControlKind,

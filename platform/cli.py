@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from haltscale.platform import cluster, model_verbs
+from haltscale.platform import cli_models, cluster
 from haltscale.platform.store import RunStore, StoreError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ EXAMPLES = {
     "cancel": "haltscale cancel quickstart",
     "dashboard": "haltscale dashboard --port 8501",
     "report": "haltscale report quickstart --out quickstart.html",
-    **model_verbs.EXAMPLES,
+    **cli_models.EXAMPLES,
 }
 """One for each verb; ``haltscale VERB --help`` shows it."""
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb("cancel", "stop the job that runs a study; submit it again to go on").add_argument(
         "study", help="the study's name"
     )
-    model_verbs.add_verbs(verb)
+    cli_models.add_verbs(verb)
     verb("dashboard", "open the dashboard (--store, --port, --demo)", add_help=False)
     verb("report", "a study as one HTML file (STUDY, --out, --store)", add_help=False)
 
@@ -116,13 +116,13 @@ def _dispatch(options: argparse.Namespace) -> None:
         case "evaluate" | "generate" | "serve" | "export":
             _model_verb(options)
         case "dashboard" | "report":
-            module = "haltscale.dashboard" if options.verb == "dashboard" else "haltscale.dashboard.document"
+            module = "haltscale.dashboard" if options.verb == "dashboard" else "haltscale.dashboard.html_report"
             os.execv(sys.executable, [sys.executable, "-m", module, *options.rest])
 
 
 def _model_verb(options: argparse.Namespace) -> None:
     try:
-        model_verbs.dispatch(options)
+        cli_models.dispatch(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -11,9 +11,18 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from haltscale.model import METHODS, SIZES, Method, MethodOptions, ModelConfig, Shape, VanillaOptions
+from haltscale.model import (
+    METHODS,
+    SIZES,
+    Method,
+    MethodOptions,
+    ModelConfig,
+    Shape,
+    VanillaOptions,
+    config_problems,
+)
 from haltscale.platform.identity import SEMANTICS_VERSION, encodable, run_key
-from haltscale.platform.llama import IMPORTED, InitialModel, llama
+from haltscale.platform.initial_model import IMPORTED, InitialModel
 
 
 class Precision(StrEnum):
@@ -152,7 +161,7 @@ class RunConfig:
             sized = replace(self, size=next(iter(SIZES)))
         elif self.init_from:
             found += self._start_problems(self.init_from, vocab_size)
-        found += sized.model_config(vocab_size).problems()
+        found += config_problems(sized.model_config(vocab_size))
         for name in ("tokens", "context", "batch_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -259,6 +268,8 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
         if name == "method":
             continue
         if name == "init_from" and isinstance(value, str):
+            from haltscale.platform.llama import llama  # reads tokenizers and weights, which few runs need
+
             try:
                 values[name] = llama(value)
             except ValueError as error:

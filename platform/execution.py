@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from haltscale.platform.config import Precision, RunConfig, is_number, typed
-from haltscale.platform.training.schedule import stable_steps
+from haltscale.platform.schedule import stable_steps
 
 
 class Offload(StrEnum):

@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +24,10 @@ from tokenizers import Tokenizer
 from haltscale.model import LanguageModel, Shape
 from haltscale.model.language_model import canonical_name
 from haltscale.platform.identity import canonical_json
+from haltscale.platform.initial_model import InitialModel, InitialModelError
 
-IMPORTED = "imported"
-"""The size of a run that has the shape of the model that it starts from."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FETCHED = ("config.json", "tokenizer.json", "*.safetensors")
-
-
-class InitialModelError(ValueError):
-    """A run cannot start from a model; the message lists everything that does not fit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitialModel:
-    """A Llama that a run starts from; see :func:`llama`. All of it is part of the run's identity."""
-
-    source: str
-    """Where it is: an absolute path, or a name on the Hugging Face Hub."""
-    sha256: str
-    """Of its weights."""
-    tokenizer_sha256: str
-    """Of its tokenizer; see :func:`tokenizer_digest`."""
-    shape: Shape
-    vocab_size: int
-    context: int
-    """Longest text that it was made for, in tokens."""
-    rope_theta: float
-    norm_eps: float
-    tie_embeddings: bool
-
-    @classmethod
-    def from_identity(cls, identity: Mapping[str, Any]) -> InitialModel:
-        """From a run's identity."""
-        return cls(**{**identity, "shape": Shape(**identity["shape"])})
 
 
 def llama(source: str | Path) -> InitialModel:

@@ -7,20 +7,12 @@ records.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 from haltscale.platform.api import ExecutionConfig, Method, Study, Sweep, grid
 from haltscale.studies import reference
 
 SEED = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningGrid(Study):
-    """A study whose runs are for choosing, not for comparing."""
-
-    role: ClassVar[str] = "tuning"
 
 
 def sweep() -> Sweep:
@@ -38,13 +30,14 @@ def sweep() -> Sweep:
 
 def study() -> Study:
     """The study; ``python -m haltscale.studies.reference_tuning`` runs it."""
-    return TuningGrid(
+    return Study(
         name="reference-tuning",
         question="Which peak learning rate suits each method, and how does it change with the size?",
         corpus=reference.corpus(),
         base=replace(reference.BASE, seed=SEED),
         sweep=sweep(),
         execution=ExecutionConfig(evaluations=1, checkpoints=1),
+        role="tuning",
         note="A lowest loss at the smallest or the largest of the rates only bounds the best rate.",
     )
 

@@ -17,11 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from haltscale.model import build_model
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import snapshot, start
-from haltscale.platform.training.loop import Hooks, Progress, train
+from haltscale.platform.training.loop import Hooks, train
+from haltscale.platform.training.progress import Progress
 
 from looping import LARGE, RUNS, batches, execution_of, timeless
 

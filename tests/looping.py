@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from haltscale.model import AdaptiveOptions, Method, build_model
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.corpora.order import rank_share
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import build_engine, snapshot, start
-from haltscale.platform.training.loop import Hooks, Progress, train
+from haltscale.platform.training.loop import Hooks, train
+from haltscale.platform.training.progress import Progress
 
 VOCABULARY, CONTEXT, BATCH, STEPS = 300, 16, 8, 6
 LARGE = 2000

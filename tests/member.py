@@ -17,7 +17,8 @@ from haltscale.model import FixedOptions, Method, build_model
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpora.order import rank_share
 from haltscale.platform.training.engine import build_engine, fragments
-from haltscale.platform.training.loop import Progress, train
+from haltscale.platform.training.loop import train
+from haltscale.platform.training.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parent))
 import looping

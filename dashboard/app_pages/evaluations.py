@@ -3,10 +3,10 @@
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import halting_figures, shell, style
+from haltscale.dashboard import halting_figures, layout, style
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import UNREADABLE, FlopsKind, StudyView, mapping, number, words
 from haltscale.dashboard.halting_figures import table_of
-from haltscale.dashboard.shelf import store
 
 TITLE = "Evaluations"
 ICON = ":material/checklist:"
@@ -26,8 +26,8 @@ DIAL = ("dial", "value", "own", "loss", "loss_standard_error", "mean_steps", "fl
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "What the models can do, and for how much")
-    kind = shell.flops_kind()
+    layout.heading(view, "What the models can do, and for how much")
+    kind = layout.flops_kind()
     finished = view.runs[(view.runs["state"] == "finished") & view.runs["loss"].notna()]
     held_out(view, finished, kind)
     found, unread = later(view)
@@ -57,7 +57,7 @@ def held_out(view: StudyView, finished: pd.DataFrame, kind: FlopsKind) -> None:
         return
     with st.container(border=True):
         st.subheader("Held-out loss against inference FLOPs", anchor=False)
-        shell.chart(
+        layout.chart(
             halting_figures.inference(finished, kind),
             finished[["label", "method", "size", "loss", "loss_standard_error", "bits_per_byte", "mean_steps", column]],
             key="inference",
@@ -96,7 +96,7 @@ def tasks(found: dict[str, dict[str, dict]]) -> None:
     st.subheader("Tasks", anchor=False)
     table = pd.DataFrame(rows)
     percent = st.column_config.NumberColumn
-    shell.table(
+    layout.table(
         table,
         key="tasks",
         alt=f"{len(table)} task scores",
@@ -113,7 +113,7 @@ def tasks(found: dict[str, dict[str, dict]]) -> None:
         },
     )
     st.caption("Small models are near chance on multiple choice: bits per byte of the right answers tell them apart.")
-    shell.download("Table, CSV", lambda: shell.csv(table).encode(), "tasks.csv", "text/csv")
+    layout.download("Table, CSV", lambda: layout.csv(table).encode(), "tasks.csv", "text/csv")
 
 
 def dials(found: dict[str, dict[str, dict]]) -> None:
@@ -124,7 +124,7 @@ def dials(found: dict[str, dict[str, dict]]) -> None:
         return
     with st.container(border=True):
         st.subheader("The compute dial: one checkpoint at many prices", anchor=False)
-        shell.chart(
+        layout.chart(
             halting_figures.dial(tables),
             pd.concat([table.assign(run=label) for label, table in tables.items()]),
             key="dial",
@@ -153,8 +153,8 @@ def controls(found: dict[str, dict[str, dict]]) -> None:
             )
     if rows:
         st.subheader("One checkpoint, its steps dealt otherwise", anchor=False)
-        shell.table(pd.DataFrame(rows), key="arms", alt="Learned halting against shuffled, fixed and full")
+        layout.table(pd.DataFrame(rows), key="arms", alt="Learned halting against shuffled, fixed and full")
         st.caption("Paired differences over the same tokens with 95 % intervals; above 0 the learned router is better.")
 
 
-shell.live(body)
+layout.live(body)

@@ -3,10 +3,10 @@
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, figures, halting_figures, shell, style
+from haltscale.dashboard import data, figures, halting_figures, layout, style
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView, mapping, number
 from haltscale.dashboard.halting_figures import DIMENSIONS, table_of
-from haltscale.dashboard.shelf import store
 from haltscale.platform.store import StoreError
 
 TITLE = "Halting"
@@ -18,7 +18,7 @@ INTERVAL = ("mean", "low", "high")
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Where the thinking went")
+    layout.heading(view, "Where the thinking went")
     counted = data.thinking(view.runs)
     if counted.empty:
         st.info(
@@ -34,7 +34,7 @@ def body(view: StudyView) -> None:
     with right, st.container(border=True, height="stretch"):
         beside_controls(view)
     one_run(view, counted)
-    shell.honest(view)
+    layout.honest(view)
 
 
 def every_run(counted: pd.DataFrame) -> None:
@@ -42,7 +42,7 @@ def every_run(counted: pd.DataFrame) -> None:
     with st.container(border=True):
         st.subheader("How many latent steps the tokens got", anchor=False)
         shown = counted.head(MOST_ROWS)
-        shell.chart(
+        layout.chart(
             figures.steps_share(shown),
             shown[["label", "size", "lam", "mean_steps", "expected_steps", "steps_histogram"]],
             key="steps-share",
@@ -70,7 +70,7 @@ def easy_and_hard(counted: pd.DataFrame) -> None:
             "Finished runs that may think show here what easy and hard tokens got.", icon=":material/hourglass_empty:"
         )
         return
-    shell.chart(
+    layout.chart(
         figures.easy_and_hard(known),
         known[["label", "well_steps", "badly_steps"]],
         key="easy-and-hard",
@@ -90,7 +90,7 @@ def beside_controls(view: StudyView) -> None:
     st.subheader("Learned halting beside its controls", anchor=False)
     runs = view.runs[data.sound(view.runs) & view.runs["loss"].notna() & view.runs["mean_steps"].gt(0)]
     runs = runs.head(500)
-    shell.chart(
+    layout.chart(
         halting_figures.controls(runs),
         runs[["label", "method", "size", "lam", "mean_steps", "loss"]],
         key="controls",
@@ -128,13 +128,13 @@ def one_run(view: StudyView, counted: pd.DataFrame) -> None:
     summary: dict[str, object] = {}
     if steps:
         with right:
-            step = shell.choose_step(steps, key="halting-step")
+            step = layout.choose_step(steps, key="halting-step")
         try:
             summary = shelf.halting_summary(view.name, key, step)
         except StoreError as error:
-            st.warning(shell.plain(error), icon=":material/broken_image:")
+            st.warning(layout.plain(error), icon=":material/broken_image:")
     for alarm in summary.get("alarms") or []:  # type: ignore[attr-defined]
-        st.warning(f"**Router alarm**: {shell.plain(alarm)}", icon=":material/notification_important:")
+        st.warning(f"**Router alarm**: {layout.plain(alarm)}", icon=":material/notification_important:")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         over_training(view, key, labels[key])
@@ -160,7 +160,7 @@ def over_training(view: StudyView, key: str, label: str) -> None:
     if "steps_histogram" not in rows:
         st.info("This run has written no telemetry of its steps.", icon=":material/sensors_off:")
         return
-    shell.chart(
+    layout.chart(
         figures.steps_over_training(rows),
         rows,
         key="steps-over-training",
@@ -184,7 +184,7 @@ def by_kind(summary: dict[str, object]) -> None:
         label_visibility="collapsed",
     )
     rows = table_of(summary.get(str(dimension)), ("value", "tokens", "mean_steps", "low", "high", "loss"))
-    shell.chart(
+    layout.chart(
         halting_figures.steps_by(rows, str(dimension)),
         rows,
         key=f"steps-{dimension}",
@@ -202,7 +202,7 @@ def gains(summary: dict[str, object]) -> None:
     if rows.empty:
         st.info("No token was read after every step.", icon=":material/sensors_off:")
         return
-    shell.chart(
+    layout.chart(
         halting_figures.gains(rows),
         rows,
         key="gains",
@@ -228,7 +228,7 @@ def calibration(summary: dict[str, object]) -> None:
     st.markdown("**Calibration**")
     found = mapping(summary.get("calibration"))
     rows = table_of(found.get("bins"), ("from", "tokens", "confidence", "accuracy"))
-    shell.chart(
+    layout.chart(
         halting_figures.calibration(rows),
         rows,
         key="calibration",
@@ -242,4 +242,4 @@ def calibration(summary: dict[str, object]) -> None:
     )
 
 
-shell.live(body)
+layout.live(body)

@@ -5,9 +5,9 @@ import math
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, figures, shell, style
+from haltscale.dashboard import data, figures, layout, style
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView, size_order
-from haltscale.dashboard.shelf import store
 
 TITLE = "Live run"
 ICON = ":material/monitoring:"
@@ -18,7 +18,7 @@ ORDER_OF_STATES = ["running", "stalled", "failed"]
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Live runs")
+    layout.heading(view, "Live runs")
     runs = view.runs
     going = runs[runs["state"].isin(ORDER_OF_STATES)]
     if len(going):
@@ -32,7 +32,7 @@ def body(view: StudyView) -> None:
     planned = runs[runs["state"] == "planned"]
     if len(planned):
         with st.expander(f"{len(planned)} planned, not begun", icon=style.STATE_ICONS["planned"]):
-            st.markdown("\n".join(f"- {shell.plain(label)}" for label in planned["label"]))
+            st.markdown("\n".join(f"- {layout.plain(label)}" for label in planned["label"]))
 
 
 def card(run: pd.Series) -> None:
@@ -40,7 +40,7 @@ def card(run: pd.Series) -> None:
     state = str(run["state"])
     with st.container(border=True, gap="small", height="stretch"):
         st.markdown(
-            f":{style.STATE_COLORS[state]}-badge[{style.STATE_ICONS[state]} {state}] **{shell.plain(run['label'])}**"
+            f":{style.STATE_COLORS[state]}-badge[{style.STATE_ICONS[state]} {state}] **{layout.plain(run['label'])}**"
         )
         if state in ORDER_OF_STATES and math.isfinite(run["step"]) and run["steps"] > 0:
             st.progress(min(max(run["step"] / run["steps"], 0.0), 1.0), text=progress_text(run))
@@ -58,7 +58,7 @@ def progress_text(run: pd.Series) -> str:
         parts.append(f"{style.compact(run['tokens_per_second'])} tokens/s")
     if run["straggling"] > 1:  # with one worker, or steps that are fixed, all are equally busy
         parts.append(f"busiest worker {style.three(run['straggling'])} times the mean latent steps")
-    return shell.plain(" · ".join(parts))
+    return layout.plain(" · ".join(parts))
 
 
 def curves(view: StudyView) -> None:
@@ -85,7 +85,7 @@ def curves(view: StudyView) -> None:
     found = {key: rows for key, rows in found.items() if not rows.empty}
     if found:
         with st.container(border=True):
-            shell.chart(
+            layout.chart(
                 figures.training_curves(view.runs, found),
                 pd.concat([rows.assign(run=labels[key]) for key, rows in found.items()]),
                 key="training-curves",
@@ -101,7 +101,7 @@ def curves(view: StudyView) -> None:
     else:
         st.info("No run has logged a training step yet.", icon=":material/hourglass_empty:")
     if silent:
-        st.caption(f":material/sensors_off: No training metrics: {shell.plain(', '.join(silent))}.")
+        st.caption(f":material/sensors_off: No training metrics: {layout.plain(', '.join(silent))}.")
 
 
 def spread(view: StudyView, found: dict[str, pd.DataFrame]) -> None:
@@ -117,7 +117,7 @@ def spread(view: StudyView, found: dict[str, pd.DataFrame]) -> None:
         key = st.selectbox(
             "Run", thinks, index=first, format_func=lambda key: labels.get(key, key), key="spread", bind="query-params"
         )
-        shell.chart(
+        layout.chart(
             figures.steps_over_training(found[key]),
             found[key],
             key="steps-over-training",
@@ -137,4 +137,4 @@ def suggested(runs: pd.DataFrame, begun: list[str]) -> list[str]:
     return [str(key) for key in pd.concat([running, peers])["key"][:MOST_CURVES]]
 
 
-shell.live(body)
+layout.live(body)

@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, shell
+from haltscale.dashboard import data, fits, layout
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView, mapping, words
-from haltscale.dashboard.shelf import store
 from haltscale.platform import analysis
 from haltscale.platform.analysis.estimates import LEVEL
 from haltscale.platform.analysis.fitting import DELTA, STARTS
@@ -19,7 +19,7 @@ ORDER = 9
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Method card")
+    layout.heading(view, "Method card")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         st.subheader("What was counted", anchor=False)
@@ -46,14 +46,14 @@ def body(view: StudyView) -> None:
         st.subheader("Take the study along", anchor=False)
         every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
         with st.container(horizontal=True):
-            shell.download("Runs, CSV", lambda: shell.csv(every).encode(), f"{view.name}-all.csv", "text/csv")
-            shell.download(
+            layout.download("Runs, CSV", lambda: layout.csv(every).encode(), f"{view.name}-all.csv", "text/csv")
+            layout.download(
                 "Runs, Parquet",
-                lambda: shell.parquet(every),
+                lambda: layout.parquet(every),
                 f"{view.name}-all.parquet",
                 "application/vnd.apache.parquet",
             )
-            shell.download("Records, JSON", lambda: records(view), f"{view.name}-records.json", "application/json")
+            layout.download("Records, JSON", lambda: records(view), f"{view.name}-records.json", "application/json")
         st.caption("The whole study as one page that needs no server:")
         st.code(f"haltscale report {view.name} --out {view.name}.html", language=None)
 
@@ -75,12 +75,12 @@ def provenance(view: StudyView) -> None:
         for (commit, versions, machine, precision), count in facts.items()
     ]
     if rows:
-        shell.table(pd.DataFrame(rows), key="provenance", alt="Commits, versions and machines of the finished runs")
+        layout.table(pd.DataFrame(rows), key="provenance", alt="Commits, versions and machines of the finished runs")
     else:
         st.info("No run is finished yet.", icon=":material/hourglass_empty:")
     corpus = ", ".join(f"{name} {value}" for name, value in view.corpus.items())
     if corpus:
-        st.caption(f"Corpus: {shell.plain(corpus)}.")
+        st.caption(f"Corpus: {layout.plain(corpus)}.")
 
 
 def known(shelf: object, study: str, key: str) -> bool:
@@ -98,7 +98,7 @@ def left_out(view: StudyView) -> None:
     if len(table):
         with st.expander(f"{len(table)} runs that no law is fitted to", icon=":material/block:"):
             labels = view.runs.set_index("key")["label"]
-            shell.table(
+            layout.table(
                 table.assign(run=table["key"].map(labels))[["run", "reason"]],
                 key="left-out",
                 alt="Runs left out, and why",
@@ -113,4 +113,4 @@ def records(view: StudyView) -> bytes:
     return json.dumps(found, indent=1).encode()
 
 
-shell.live(body)
+layout.live(body)

@@ -5,9 +5,9 @@ import time
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import shell, style, tokens
+from haltscale.dashboard import layout, style, tokens
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView
-from haltscale.dashboard.shelf import store
 
 TITLE = "Playground"
 ICON = ":material/play_lesson:"
@@ -18,7 +18,7 @@ PROMPT = "My fellow citizens, "
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Watch a model think")
+    layout.heading(view, "Watch a model think")
     shelf = store()
     runs = view.runs[(view.runs["state"] == "finished") & ~view.runs["parameters"].gt(MOST_PARAMETERS)]
     local = "file" in shelf.fs.protocol
@@ -52,26 +52,28 @@ def body(view: StudyView) -> None:
         return
     events, told = found
     if events.empty:
-        st.warning(shell.plain(told), icon=":material/error:")
+        st.warning(layout.plain(told), icon=":material/error:")
         return
     with st.container(border=True):
         tokens.show(tokens.payload(events, identifier=told), key="written-map")
-        st.caption(shell.plain(told))
+        st.caption(layout.plain(told))
 
 
 def written(study: str, key: str, prompt: str, count: int, temperature: float, seed: int) -> tuple[pd.DataFrame, str]:
     """The continuation as token events, and what it cost; an empty frame and the reason where there is none."""
-    from haltscale.platform.inference import writing  # torch takes seconds to import, and no other page needs it
+    from haltscale.platform.inference import (
+        text_generation,  # torch takes seconds to import, and no other page needs it
+    )
     from haltscale.platform.inference.models import ModelFolderError
 
     try:
         with st.spinner("Thinking …"):
             model = loaded(str(store().local_path(study, key, "model")))
             began = time.perf_counter()
-            cost = writing.Cost()
-            sampling = writing.Sampling(temperature=temperature, seed=seed)
-            found = list(writing.write(model, [prompt], new_tokens=count, sampling=sampling, cost=cost))
-    except (ModelFolderError, writing.GenerationError) as error:
+            cost = text_generation.Cost()
+            sampling = text_generation.Sampling(temperature=temperature, seed=seed)
+            found = list(text_generation.write(model, [prompt], new_tokens=count, sampling=sampling, cost=cost))
+    except (ModelFolderError, text_generation.GenerationError) as error:
         return pd.DataFrame(), str(error)
     events = pd.DataFrame(
         {"text": [one.text for one in found], "steps": [one.steps for one in found], "nll": [one.nll for one in found]}
@@ -94,4 +96,4 @@ def loaded(folder: str):  # type: ignore[no-untyped-def]
     return load_model(folder)
 
 
-shell.live(body)
+layout.live(body)

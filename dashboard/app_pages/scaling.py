@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, law_figures, shell, style
+from haltscale.dashboard import data, fits, law_figures, layout, style
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
 from haltscale.dashboard.law_figures import Measure
 from haltscale.platform import analysis
@@ -18,7 +18,7 @@ VIEWS = ("Compute", "IsoFLOP", "Multipliers", "What a step is worth", "Size and 
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Loss against training compute")
+    layout.heading(view, "Loss against training compute")
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     with left:
         part = st.segmented_control(
@@ -31,7 +31,7 @@ def body(view: StudyView) -> None:
             label_visibility="collapsed",
         )
     with right, st.container(horizontal=True, horizontal_alignment="right"):
-        kind = shell.flops_kind()
+        kind = layout.flops_kind()
     runs = fits.settled(data.analysed(view.runs))
     if part == "Compute":
         summary(view, kind)
@@ -44,7 +44,7 @@ def body(view: StudyView) -> None:
         worth(runs)
     else:
         surface(runs)
-    shell.honest(view)
+    layout.honest(view)
 
 
 def summary(view: StudyView, kind: FlopsKind) -> None:
@@ -63,7 +63,7 @@ def summary(view: StudyView, kind: FlopsKind) -> None:
             style.three(best["loss"]) if best is not None else "–",
             border=True,
             height="stretch",
-            help=f"of {shell.plain(best['label'])}: perplexity {style.three(best['perplexity'])}"
+            help=f"of {layout.plain(best['label'])}: perplexity {style.three(best['perplexity'])}"
             if best is not None
             else None,
         )
@@ -120,7 +120,7 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             frontier=analysis.pareto(runs, x) if draw_frontier else None,
         )
         best = shown.sort_values("loss").iloc[0]
-        shell.chart(
+        layout.chart(
             figure,
             shown[[*data.TEXT, *data.NUMBERS]],
             key=f"scaling-{kind}",
@@ -134,7 +134,7 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             "beats. Lower and further left is better."
             + (" Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
         )
-    shell.refused(refused)
+    layout.refused(refused)
     if laws:
         parameters(laws)
         extrapolation(runs, x)
@@ -154,7 +154,7 @@ def parameters(laws: dict[str, analysis.LawFit]) -> None:
         }
         for method, law in laws.items()
     ]
-    shell.table(pd.DataFrame(rows), key="law-table", alt="Parameters of the fitted laws with their 95 % intervals")
+    layout.table(pd.DataFrame(rows), key="law-table", alt="Parameters of the fitted laws with their 95 % intervals")
 
 
 def told(one: Estimate) -> str:
@@ -172,7 +172,7 @@ def extrapolation(runs: pd.DataFrame, x: str) -> None:
     if found:
         with st.container(border=True):
             behind = pd.concat([one.budgets.assign(method=method) for method, one in found.items()])
-            shell.chart(
+            layout.chart(
                 law_figures.held_out(found),
                 behind,
                 key="held-out",
@@ -182,16 +182,16 @@ def extrapolation(runs: pd.DataFrame, x: str) -> None:
             st.caption(
                 "Each budget is predicted from all the others; stars are predicted from smaller budgets only. Mean "
                 "absolute error: "
-                + ", ".join(f"{shell.plain(m)} {style.three(100 * one.error)} %" for m, one in found.items())
+                + ", ".join(f"{layout.plain(m)} {style.three(100 * one.error)} %" for m, one in found.items())
             )
-    shell.refused(refused)
+    layout.refused(refused)
 
 
 def noise(runs: pd.DataFrame) -> None:
     """What a difference of two losses has to be compared with."""
     found = analysis.seed_noise(runs)
     text = (
-        f"**Seed noise**: unknown. {shell.plain(found.reason.capitalize())}."
+        f"**Seed noise**: unknown. {layout.plain(found.reason.capitalize())}."
         if isinstance(found, Refusal)
         else f"**Seed noise**: {told(found.deviation)} nats/token between seeds ({found.groups} configurations,"
         f" {found.runs} runs). A difference of two losses below about three times this says nothing."
@@ -210,10 +210,10 @@ def isoflop(runs: pd.DataFrame, kind: FlopsKind) -> None:
     )  # fmt: skip
     found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")
     if isinstance(found, Refusal):
-        shell.refused({str(method): found.reason})
+        layout.refused({str(method): found.reason})
         return
     with st.container(border=True):
-        shell.chart(
+        layout.chart(
             law_figures.isoflop(found, kind),
             pd.concat([profile.runs.assign(budget=profile.budget) for profile in found.profiles]),
             key="isoflop",
@@ -226,14 +226,14 @@ def isoflop(runs: pd.DataFrame, kind: FlopsKind) -> None:
             + (
                 f"The best size grows with C^{told(growth)}."
                 if isinstance(growth, Estimate)
-                else f"No exponent: {shell.plain(growth.reason)}."
+                else f"No exponent: {layout.plain(growth.reason)}."
             )
         )
-    shell.refused({f"{style.scientific(p.budget)} FLOPs": p.problem for p in found.profiles if p.problem})
+    layout.refused({f"{style.scientific(p.budget)} FLOPs": p.problem for p in found.profiles if p.problem})
     surfaces, _ = fits.surfaces(runs[runs["method"] == method])
     for law in surfaces.values():
         if warning := analysis.disagreement(found, law):
-            st.warning(shell.plain(warning), icon=":material/warning:")
+            st.warning(layout.plain(warning), icon=":material/warning:")
 
 
 def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
@@ -263,7 +263,7 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
                     found[method] = answer
         if found:
             with st.container(border=True):
-                shell.chart(
+                layout.chart(
                     law_figures.multipliers(found, str(reference)),
                     pd.concat([one.table.assign(method=method) for method, one in found.items()]),
                     key=f"multipliers-{x}",
@@ -271,11 +271,11 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
                     alt="; ".join(f"{method}: {told(one.mean)} times" for method, one in found.items()),
                 )
                 st.caption(
-                    f"How many times as much {shell.plain(reference)} needs for the same loss, where runs of both reach"
-                    " it; above 1 the method is the cheaper one. Geometric means: "
-                    + ", ".join(f"{shell.plain(m)} {shell.plain(told(one.mean))}" for m, one in found.items())
+                    f"How many times as much {layout.plain(reference)} needs for the same loss, where runs of both"
+                    " reach it; above 1 the method is the cheaper one. Geometric means: "
+                    + ", ".join(f"{layout.plain(m)} {layout.plain(told(one.mean))}" for m, one in found.items())
                 )
-        shell.refused(refused)
+        layout.refused(refused)
 
 
 def worth(runs: pd.DataFrame) -> None:
@@ -287,14 +287,14 @@ def worth(runs: pd.DataFrame) -> None:
     )
     found = fits.recurrence(runs)
     if isinstance(found, Refusal):
-        shell.refused({"φ": found.reason})
+        layout.refused({"φ": found.reason})
         return
     with st.container(border=True):
         table = pd.DataFrame(
             [{"method": m, "phi": one.value, "low": one.low, "high": one.high, "problem": one.problem}
              for m, one in found.phi.items()]
         )  # fmt: skip
-        shell.chart(
+        layout.chart(
             law_figures.intervals(found.phi, "φ", {0.0: "worth nothing", 1.0: "worth a new block"}),
             table,
             key="phi",
@@ -302,8 +302,8 @@ def worth(runs: pd.DataFrame) -> None:
             alt="; ".join(f"{method}: {told(one)}" for method, one in found.phi.items()),
         )
         if found.note:
-            st.caption(shell.plain(found.note.capitalize() + "."))
-    shell.refused({method: one.problem for method, one in found.phi.items() if one.problem})
+            st.caption(layout.plain(found.note.capitalize() + "."))
+    layout.refused({method: one.problem for method, one in found.phi.items() if one.problem})
     learned = [method for method in found.phi if method not in ("fixed", "shuffled")]
     rows = [
         {"method": method, "control": control, "φ minus the control's": told(found.advantage(method, control))}
@@ -313,7 +313,7 @@ def worth(runs: pd.DataFrame) -> None:
     ]
     if rows:
         st.subheader("Does the router beat its controls?", anchor=False)
-        shell.table(pd.DataFrame(rows), key="advantage", alt="Difference of phi between methods and their controls")
+        layout.table(pd.DataFrame(rows), key="advantage", alt="Difference of phi between methods and their controls")
     else:
         st.caption("Runs of *fixed* and *shuffled* would show here whether the router beats equal steps everywhere.")
 
@@ -327,9 +327,9 @@ def surface(runs: pd.DataFrame) -> None:
             | {"N_opt grows with C^": told(analysis.optimal_exponent(law)), "runs": len(law.runs)}
             for method, law in laws.items()
         ]
-        shell.table(pd.DataFrame(rows), key="surface-table", alt="Parameters of L(N, D) with their 95 % intervals")
+        layout.table(pd.DataFrame(rows), key="surface-table", alt="Parameters of L(N, D) with their 95 % intervals")
         with st.container(border=True):
-            shell.chart(
+            layout.chart(
                 law_figures.predicted(laws),
                 pd.concat([law.runs.assign(residual=law.residuals) for law in laws.values()]),
                 key="surface",
@@ -337,11 +337,11 @@ def surface(runs: pd.DataFrame) -> None:
                 alt="Observed against fitted loss, and residuals against parameters",
             )
             st.caption("Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend.")
-    shell.refused(refused)
+    layout.refused(refused)
 
 
 def nothing() -> None:
     st.info("No run has a result yet.", icon=":material/hourglass_empty:")
 
 
-shell.live(body)
+layout.live(body)

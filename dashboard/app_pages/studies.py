@@ -6,9 +6,9 @@ import time
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, shell, style
+from haltscale.dashboard import data, layout, style
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView, sound
-from haltscale.dashboard.shelf import store
 
 TITLE = "Studies"
 ICON = ":material/science:"
@@ -19,12 +19,12 @@ NUMBER = st.column_config.NumberColumn
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Studies")
+    layout.heading(view, "Studies")
     others(view)
-    st.subheader(shell.plain(view.name), anchor=False)
+    st.subheader(layout.plain(view.name), anchor=False)
     cost(view)
     if view.note:
-        st.caption(f":material/info: {shell.plain(view.note)}")
+        st.caption(f":material/info: {layout.plain(view.note)}")
     troubles(view)
     runs(view)
 
@@ -51,7 +51,7 @@ def others(view: StudyView) -> None:
                 "last": last_sign(one.runs),
             }
         )
-    shell.table(
+    layout.table(
         pd.DataFrame(rows),
         key="studies-table",
         alt=f"{len(rows)} studies with their progress and cost",
@@ -105,7 +105,7 @@ def troubles(view: StudyView) -> None:
     wrong = view.runs[view.runs["note"].ne("") & view.runs["state"].ne("finished")]
     for problem in view.problems:
         st.warning(
-            f"**The folder of run {shell.plain(problem.where)} is damaged.** {shell.plain(problem.what)}",
+            f"**The folder of run {layout.plain(problem.where)} is damaged.** {layout.plain(problem.what)}",
             icon=":material/broken_image:",
         )
     wrong = wrong[wrong["state"] != "damaged"]
@@ -115,7 +115,7 @@ def troubles(view: StudyView) -> None:
                 state = str(run["state"])
                 st.markdown(
                     f":{style.STATE_COLORS[state]}-badge[{style.STATE_ICONS[state]} {state}] "
-                    f"**{shell.plain(run['label'])}**"
+                    f"**{layout.plain(run['label'])}**"
                 )
                 st.code(run["note"], language=None, wrap_lines=True)
             if len(wrong) > MOST_FAILURES:
@@ -149,16 +149,16 @@ def runs(view: StudyView) -> None:
     left.subheader("Runs", anchor=False)
     kept = [name for name in columns if name in ("loss", "state") or view.runs[name].replace("", pd.NA).notna().any()]
     shown = view.runs[kept].assign(state=view.runs["state"].map(lambda state: [state]))
-    shell.table(shown, key="runs-table", alt=f"{len(shown)} runs with their numbers", column_config=columns)
+    layout.table(shown, key="runs-table", alt=f"{len(shown)} runs with their numbers", column_config=columns)
     every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
     with right, st.container(horizontal=True, horizontal_alignment="right"):
-        shell.download("CSV", lambda: shell.csv(every).encode(), f"{view.name}-runs.csv", "text/csv")
-        shell.download(
-            "Parquet", lambda: shell.parquet(every), f"{view.name}-runs.parquet", "application/vnd.apache.parquet"
+        layout.download("CSV", lambda: layout.csv(every).encode(), f"{view.name}-runs.csv", "text/csv")
+        layout.download(
+            "Parquet", lambda: layout.parquet(every), f"{view.name}-runs.parquet", "application/vnd.apache.parquet"
         )
     apart = int((~sound(view.runs)).sum())
     if apart:
         st.caption(f"{apart} diverged or damaged runs are listed here and drawn nowhere.")
 
 
-shell.live(body)
+layout.live(body)

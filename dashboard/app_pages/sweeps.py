@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, shell, style, sweep_figures
+from haltscale.dashboard import data, fits, layout, style, sweep_figures
 from haltscale.dashboard.data import FlopsKind, StudyView, sound
 from haltscale.dashboard.sweep_figures import OPTION_NAMES, TARGETS
 from haltscale.platform import analysis
@@ -15,7 +15,7 @@ ORDER = 3
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "What mattered")
+    layout.heading(view, "What mattered")
     known = view.runs[view.runs["loss"].notna() & sound(view.runs) & (view.runs["role"] != "tuning")]
     methods = [method for method, part in known.groupby("method", sort=False) if sweep_figures.varying(part)]
     if not methods:
@@ -33,7 +33,7 @@ def body(view: StudyView) -> None:
     heat_maps(runs, [name for name in ("lam", "beta", "l_max", "tau") if name in names])
     with st.container(border=True):
         st.subheader("Every run through its options", anchor=False)
-        shell.chart(
+        layout.chart(
             sweep_figures.parallel(runs, FlopsKind.REALISED),
             runs[[*data.TEXT, *data.NUMBERS]],
             key="parallel",
@@ -71,7 +71,7 @@ def heat_maps(runs: pd.DataFrame, names: list[str]) -> None:
         longest = part["tokens"].max()
         part = part[part["tokens"] == longest]
         split = names[2] if len(names) > 2 else None
-        shell.chart(
+        layout.chart(
             sweep_figures.heat_maps(part, names[0], names[1], split),
             part[["label", *names, "seed", "perplexity", "loss", "mean_steps"]],
             key="heat-maps",
@@ -80,7 +80,7 @@ def heat_maps(runs: pd.DataFrame, names: list[str]) -> None:
             f" perplexity {style.three(float(part['perplexity'].min()))}",
         )
         st.caption(
-            f"Runs of {shell.plain(size)} over {style.compact(float(longest))} tokens. A cell is the mean over "
+            f"Runs of {layout.plain(size)} over {style.compact(float(longest))} tokens. A cell is the mean over "
             "whatever else varies; lighter is a lower perplexity on the left, more steps on the right. One scale for "
             "all maps of a column."
         )
@@ -98,7 +98,7 @@ def importance(runs: pd.DataFrame, names: list[str]) -> None:
         else:
             found[target] = answer
     if found:
-        shell.chart(
+        layout.chart(
             sweep_figures.importance(found),
             pd.concat([table.assign(target=target) for target, table in found.items()]),
             key="importance",
@@ -113,7 +113,7 @@ def importance(runs: pd.DataFrame, names: list[str]) -> None:
             "A plain variance decomposition: main effects only. Up to the grey tick, chance explains as much; what is "
             "missing to 100 % is interaction and noise."
         )
-    shell.refused(refused)
+    layout.refused(refused)
 
 
 def slices(runs: pd.DataFrame, names: list[str]) -> None:
@@ -129,7 +129,7 @@ def slices(runs: pd.DataFrame, names: list[str]) -> None:
             format_func=lambda target: target.replace("_", " "),
         )  # fmt: skip
     table = analysis.slices(runs, str(name), target=str(target))
-    shell.chart(
+    layout.chart(
         sweep_figures.slice_of(runs, table, str(name), str(target)),
         runs[["label", "size", str(name), str(target)]],
         key="slices",
@@ -139,4 +139,4 @@ def slices(runs: pd.DataFrame, names: list[str]) -> None:
     st.caption("A marker per run, a bar at the mean over whatever else varies.")
 
 
-shell.live(body)
+layout.live(body)

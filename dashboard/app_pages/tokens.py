@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, figures, shell, tokens
+from haltscale.dashboard import data, figures, layout, tokens
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView
 from haltscale.dashboard.search import Order, search
-from haltscale.dashboard.shelf import store
 from haltscale.dashboard.tokens import Colour
 from haltscale.platform.store import StoreError
 
@@ -18,7 +18,7 @@ ORDER = 5
 
 
 def body(view: StudyView) -> None:
-    shell.heading(view, "Token by token")
+    layout.heading(view, "Token by token")
     shelf = store()
     steps = {key: data.probe_steps(shelf, view.name, key) for key in view.runs["key"]}
     keys = [key for key, found in steps.items() if found]
@@ -64,11 +64,11 @@ def text(
             bind="query-params",
         )
     with right:
-        step = shell.choose_step(steps[key], key=f"step{which}")
+        step = layout.choose_step(steps[key], key=f"step{which}")
     try:
         events = store().events(view.name, key, step)
     except StoreError as error:
-        st.warning(shell.plain(error), icon=":material/broken_image:")
+        st.warning(layout.plain(error), icon=":material/broken_image:")
         return
     if events.empty:
         st.info("The probe text of this evaluation is empty.", icon=":material/hourglass_empty:")
@@ -86,7 +86,7 @@ def text(
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         st.subheader("What the steps were spent on", anchor=False)
-        shell.chart(
+        layout.chart(
             figures.nll_by_steps(events),
             events[["position", "text", "steps", "nll"]],
             key="nll-by-steps",
@@ -98,7 +98,7 @@ def text(
         )
     with right, st.container(border=True, height="stretch"):
         st.subheader("What the tokens got", anchor=False)
-        shell.chart(
+        layout.chart(
             figures.steps_by_nll(events),
             events[["position", "text", "steps", "nll"]],
             key="steps-by-nll",
@@ -130,14 +130,14 @@ def corpus(view: StudyView, key: str) -> None:
             str(order), wanted or "",
         )  # fmt: skip
     except StoreError as error:
-        st.warning(shell.plain(error), icon=":material/broken_image:")
+        st.warning(layout.plain(error), icon=":material/broken_image:")
         return
     if table.empty:
         st.info("No held-out token is like that.", icon=":material/search_off:")
         return
     shown = table.assign(token=[tokens.visible(one) for one in table["token"]])
     number = st.column_config.NumberColumn
-    shell.table(
+    layout.table(
         shown,
         key="found-tokens",
         alt=f"The first {len(shown)} held-out tokens: {order}",
@@ -151,7 +151,7 @@ def corpus(view: StudyView, key: str) -> None:
             "confidence": number("Confidence", format="%.2f"),
         },
     )
-    shell.download("Table, CSV", lambda: shell.csv(table).encode(), f"{view.name}-{key}-tokens.csv", "text/csv")
+    layout.download("Table, CSV", lambda: layout.csv(table).encode(), f"{view.name}-{key}-tokens.csv", "text/csv")
 
 
 @st.cache_data(max_entries=32, show_spinner="Searching …")
@@ -170,4 +170,4 @@ def preferred(runs: pd.DataFrame, keys: list[str]) -> str:
     return keys[0]
 
 
-shell.live(body)
+layout.live(body)

@@ -13,7 +13,7 @@ Documents are split whole: none is cut between training and validation. A source
 end with one end-of-text token before each; rows overlap by one token, so each token is predicted once per epoch.
 A streamed corpus (``segment_tokens``) is published with its first segment; ``parts.json`` and ``corpus.json`` are then
 replaced, in this order, as more of it is prepared.
-Preparing is in :mod:`haltscale.platform.corpora.preparing`, sources in :mod:`haltscale.platform.corpora.sources`.
+Preparing is in :mod:`haltscale.platform.corpora.prepare`, sources in :mod:`haltscale.platform.corpora.sources`.
 """
 
 from __future__ import annotations

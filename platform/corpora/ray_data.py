@@ -1,6 +1,6 @@
 """Ray Data: prepare a corpus once, stream its rows to the trainers in a given order.
 
-One of the few modules that import Ray. Preparing (:mod:`.preparing`) maps over shards, which Ray Data's tasks do in
+One of the few modules that import Ray. Preparing (:mod:`.prepare`) maps over shards, which Ray Data's tasks do in
 parallel. Streaming follows a pure order (:mod:`.order`): a dataset's items are windows of steps, and Ray Data's tasks
 read those rows while the trainer computes.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from haltscale.platform.corpora import preparing
+from haltscale.platform.corpora import prepare as plain
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader, Tokens
 from haltscale.platform.corpora.order import Mixture, global_batches, rank_share
+from haltscale.platform.ray_connection import quiet_ray_data
 
 DATA_CPUS = 0.2
 """CPU that one streaming task asks of Ray."""
@@ -37,32 +37,24 @@ BESIDE_SHARE = 4
 """Beside training, a streamed corpus is prepared by one process for so many CPUs of the cluster, and at least one."""
 
 
-def quiet_ray_data() -> None:
-    """Ray Data's progress bars and warnings drown a job's log; progress is shown by haltscale itself."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-
-
 # ---- preparing ------------------------------------------------------------------------------------------------------
 
 
 def prepare(corpus: Corpus, context: int, *, batch: int = 1) -> PreparedCorpus:
-    """:func:`haltscale.platform.corpora.preparing.prepare`, its shards spread over the cluster."""
-    return preparing.prepare(corpus, context, batch=batch, run=spread)
+    """:func:`haltscale.platform.corpora.prepare.prepare`, its shards spread over the cluster."""
+    return plain.prepare(corpus, context, batch=batch, run=spread)
 
 
 def begin(
     corpus: Corpus, context: int, *, batch: int = 1, rows: int | None = None
 ) -> contextlib.AbstractContextManager[PreparedCorpus]:
-    """:func:`haltscale.platform.corpora.preparing.begin`, its shards spread over the cluster.
+    """:func:`haltscale.platform.corpora.prepare.begin`, its shards spread over the cluster.
 
     What is prepared while others train asks Ray for no CPU: it would wait for ever for one that the workers hold, and
     they for its rows. Few processes do it instead.
     """
     beside = None if corpus.segment_tokens is None else max(1, int(ray.cluster_resources()["CPU"]) // BESIDE_SHARE)
-    return preparing.begin(corpus, context, batch=batch, rows=rows, run=partial(spread, beside=beside))
+    return plain.begin(corpus, context, batch=batch, rows=rows, run=partial(spread, beside=beside))
 
 
 def spread(

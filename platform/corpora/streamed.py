@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.corpora.document_plan import DocumentPlan
 from haltscale.platform.corpora.formats import SourceError
-from haltscale.platform.corpora.preparation import Preparation, Runner
+from haltscale.platform.corpora.pipeline import Preparation, Runner
 from haltscale.platform.corpora.shard_jobs import (
     PackJob,
     Result,

@@ -16,8 +16,8 @@ cluster.prepare_client()  # before Ray is imported: it reads its environment the
 import ray  # noqa: E402
 import torch  # noqa: E402
 
-from haltscale.platform.evaluation.evaluating import Evaluation  # noqa: E402
-from haltscale.platform.sweeps.ray_tune import connected  # noqa: E402
+from haltscale.platform.evaluation.evaluation_jobs import Evaluation  # noqa: E402
+from haltscale.platform.ray_connection import connected  # noqa: E402
 
 ENVIRONMENT = ("HALTSCALE_HOME", "HALTSCALE_TASKS")
 """What the parts need of this process's environment: where corpora and tasks are."""

@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from haltscale.model.config import ModelConfig
 from haltscale.model.decoding import DecodingState
 from haltscale.model.language_model import IGNORE_INDEX
-from haltscale.model.registry import METHODS
+from haltscale.model.registry import METHODS, config_from_dict
 
 
 class HaltscaleConfig(PretrainedConfig):
@@ -45,7 +44,7 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HaltscaleConfig):
         super().__init__(config)
-        own = ModelConfig.from_dict(config.haltscale or {})
+        own = config_from_dict(config.haltscale or {})
         self.inner = METHODS[own.method].model(own)
         self.post_init()
 

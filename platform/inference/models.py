@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from haltscale.model import METHODS, LanguageModel, ModelConfig
+from haltscale.model import METHODS, LanguageModel, ModelConfig, config_from_dict, config_problems
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -103,8 +103,8 @@ def _config(path: Path) -> ModelConfig:
     if not isinstance(data, dict):
         raise ModelFolderError(f"{path} holds no object; train or export the model again")
     try:
-        config = ModelConfig.from_dict(data)
-        problems = config.problems()
+        config = config_from_dict(data)
+        problems = config_problems(config)
     except (ValueError, TypeError) as error:
         raise ModelFolderError(f"{path} does not describe a model:\n{error}") from error
     if problems:

@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from haltscale.model.generation import Cost, GenerationError, Sampling
 from haltscale.platform.inference.models import LoadedModel
-from haltscale.platform.inference.writing import MAX_CACHE_BYTES, WrittenToken, write
+from haltscale.platform.inference.text_generation import MAX_CACHE_BYTES, WrittenToken, write
 
 LOOPBACK = "127.0.0.1"
 PORT = 8300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from haltscale.platform.durations import clock
 from haltscale.platform.store import RunState, RunStore, RunView
 
 
@@ -100,10 +101,3 @@ def describe(run: RunView) -> str:
     if status.get("mean_steps"):
         shown += f" steps {status['mean_steps']:.2f}"
     return shown
-
-
-def clock(seconds: float) -> str:
-    """Seconds as minutes and seconds, or hours."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -20,7 +20,8 @@ from haltscale.platform import cluster
 if TYPE_CHECKING:
     from haltscale.platform.config import RunConfig
     from haltscale.platform.sweeps.expansion import PlannedRun
-    from haltscale.platform.sweeps.study import Halving, Study
+    from haltscale.platform.sweeps.plan import StudyPlan
+    from haltscale.platform.sweeps.spec import Halving
 
 cluster.prepare_client()  # before Ray is imported: it reads its environment then
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the study, not this stage of it
@@ -34,42 +35,40 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 
 from haltscale.platform.corpora import ray_data  # noqa: E402
 from haltscale.platform.corpora.corpus import PreparedCorpus  # noqa: E402
+from haltscale.platform.ray_connection import NAMESPACE  # noqa: E402
 from haltscale.platform.recorder import RunRecorder  # noqa: E402
+from haltscale.platform.runs import ray_train  # noqa: E402
 from haltscale.platform.store import RunState, RunStore, haltscale_home  # noqa: E402
 from haltscale.platform.sweeps.progress import SweepProgress  # noqa: E402
-from haltscale.platform.training import ray_train  # noqa: E402
+from haltscale.platform.sweeps.study_cli import StudyBusyError  # noqa: E402
 
 log = logging.getLogger(__name__)
 
 TRIAL_CPUS = 0.01
 """A trial's driver only waits for its workers; at Ray's default of 1 CPU each it would starve them."""
 PROGRESS_SECONDS = 10.0
-NAMESPACE = "haltscale"
 
 
-@contextlib.contextmanager
-def connected() -> Iterator[dict[str, float]]:
-    """A connection to a Ray cluster; gives what the cluster has in all (``CPU``, ``GPU``),
-    and the memory (``node_memory``, bytes) and CPUs (``node_cpus``) of its largest nodes.
-
-    A submitted job joins its own cluster (``RAY_ADDRESS``); other processes join the local head, or start a Ray of
-    their own that ends with them.
-    """
-    if not ray.is_initialized():
-        head = cluster.find_head() if not os.environ.get("RAY_ADDRESS") else None
-        if head and not head.gcs:
-            raise cluster.ClusterError(f"{head.dashboard} takes jobs only: use `haltscale submit`, or set RAY_ADDRESS")
-        address = os.environ.get("RAY_ADDRESS") or (head.gcs if head else "local")
-        if address == "local":
-            os.environ.update(cluster.OWN_RAY)
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
-    ray_data.quiet_ray_data()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    memory, cpus = (max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("memory", "CPU"))
-    yield {**ray.cluster_resources(), "node_memory": memory, "node_cpus": cpus}
+def run_stages(study: StudyPlan, store: RunStore) -> None:
+    """Train what is missing; what its results make known (controls, branches, the next round) is the next stage."""
+    tried: set[str] = set()
+    while left := {key: entry for key, entry in study.missing(store).items() if key not in tried}:
+        now = study.ready(left)
+        planned = study.planned(store)
+        waiting = sum(entry.run is None for entry in planned)
+        log.info(
+            "%s: %d of %d runs are finished, %d to train%s",
+            study.name,
+            len(planned) - waiting - len(left),
+            len(planned) - waiting,
+            len(left),
+            f", {waiting} controls wait for them" if waiting else "",
+        )
+        run_missing(study, now, store)
+        tried |= set(now)
 
 
-def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore) -> None:
+def run_missing(study: StudyPlan, missing: Mapping[str, PlannedRun], store: RunStore) -> None:
     """Train runs, as many at once as the cluster holds, in their order.
 
     A run that fails is recorded as failed and the others go on.
@@ -86,7 +85,7 @@ def run_missing(study: Study, missing: Mapping[str, PlannedRun], store: RunStore
         _describe(study, corpora, store)
 
 
-def _begin(study: Study, runs: list[RunConfig]) -> contextlib.AbstractContextManager[PreparedCorpus]:
+def _begin(study: StudyPlan, runs: list[RunConfig]) -> contextlib.AbstractContextManager[PreparedCorpus]:
     """The corpus for runs of one context."""
     lengths = [run.steps * run.batch_sequences for run in runs if run.steps is not None]
     rows = max(lengths) if len(lengths) == len(runs) else None  # a budget of FLOPs does not tell
@@ -94,14 +93,14 @@ def _begin(study: Study, runs: list[RunConfig]) -> contextlib.AbstractContextMan
     return ray_data.begin(study.corpus, runs[0].context, batch=batch, rows=rows)
 
 
-def _describe(study: Study, corpora: Mapping[int, PreparedCorpus], store: RunStore) -> None:
+def _describe(study: StudyPlan, corpora: Mapping[int, PreparedCorpus], store: RunStore) -> None:
     corpus = next(iter(corpora.values()))
     counts = (PreparedCorpus.open(corpus.folder) or corpus).counts
     store.write_json(store.path(study.name, None, "study.json"), study.document(counts, store))
 
 
 def _run(
-    study: Study,
+    study: StudyPlan,
     runs: Mapping[str, RunConfig],
     missing: Mapping[str, PlannedRun],
     corpora: Mapping[int, PreparedCorpus],
@@ -134,8 +133,8 @@ def _run(
             store.write_json(store.path(study.name, key, "status.json"), ended)
 
 
-def concurrency(resources: Mapping[str, float], study: Study) -> int:
-    """How many runs fit at once; at least 1, since :meth:`Study.problems` has checked that one does."""
+def concurrency(resources: Mapping[str, float], study: StudyPlan) -> int:
+    """How many runs fit at once; at least 1, since :meth:`StudyPlan.problems` has checked that one does."""
     execution = study.execution
     fits = resources.get("CPU", 1) // (execution.workers * execution.cpus_per_worker)
     if execution.gpus_per_worker:
@@ -242,8 +241,6 @@ def held(study: str) -> Iterator[None]:
     Raises:
         StudyBusyError: another one is running it; the message says which.
     """
-    from haltscale.platform.sweeps.study import StudyBusyError
-
     name = f"study-{study}"
     who = f"job {ray.get_runtime_context().get_job_id()} since {time.strftime('%H:%M:%S')}"
     try:

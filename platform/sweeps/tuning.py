@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from haltscale.platform.store import RunState, RunStore, RunView
 from haltscale.platform.sweeps.expansion import PlannedRun
-from haltscale.platform.sweeps.study import Halving, Study, Train
+from haltscale.platform.sweeps.spec import TUNING
+from haltscale.platform.sweeps.study import Study
 from haltscale.platform.sweeps.sweep import Distribution, Point, Sweep, grid, sample
 
 if TYPE_CHECKING:
@@ -58,14 +59,7 @@ class TuningStudy(Study):
     """Points that TPE asks for at a time; they train side by side, and the next ones know their results."""
     seed: int = 0
     """Of the search; runs have the base's."""
-    stop_early: Halving | None = None
-    """End bad runs before their time. Their states are ``stopped``, and they are not run again."""
-
-    role: ClassVar[str] = "tuning"
-
-    @property
-    def halving(self) -> Halving | None:  # type: ignore[override]
-        return self.stop_early
+    role: str = TUNING
 
     def problems(
         self, cluster: Mapping[str, float] | None = None, views: Mapping[str, RunView] | None = None
@@ -85,8 +79,8 @@ class TuningStudy(Study):
             found.append(f"search {self.search!r} is none of {', '.join(Search)}")
         if not self.objectives or not set(self.objectives) <= set(OBJECTIVES):
             found.append(f"objectives are {self.objectives!r}: give one or more of {', '.join(OBJECTIVES)}")
-        if self.stop_early and self.search is not Search.RANDOM:
-            found.append("stop_early goes with search='random': a run that was ended early has no result to learn from")
+        if self.halving and self.search is not Search.RANDOM:
+            found.append("halving goes with search='random': a run that was ended early has no result to learn from")
         return found
 
     @cached_property
@@ -98,26 +92,13 @@ class TuningStudy(Study):
         """This study with its points given; equal ones are one run."""
         different = [point for index, point in enumerate(points) if point not in points[:index]]
         given = Sweep(tuple(different)) * self.sweep
-        return _GivenStudy(
-            **{name: getattr(self, name) for name in ("name", "question", "corpus", "base", "execution", "note")},
-            sweep=given,
-            stop_early=self.stop_early,
-        )
+        shared = ("name", "question", "corpus", "base", "execution", "note", "role", "halving")
+        return Study(**{name: getattr(self, name) for name in shared}, sweep=given)
 
     def _planned(self, views: Mapping[str, RunView]) -> list[PlannedRun]:
         if self.search is Search.RANDOM:
             return self.drawn._planned(views)
         return self._over(self._asked(views))._planned(views)
-
-    def _train(self, store: RunStore, train: Train) -> None:
-        if self.search is Search.RANDOM:
-            self.drawn._train(store, train)
-            return
-        tried: set[str] = set()
-        while left := {key: entry for key, entry in self.missing(store).items() if key not in tried}:
-            log.info("%s: %d to train in this round", self.name, len(left))
-            train(self, left, store)
-            tried |= set(left)
 
     def _asked(self, views: Mapping[str, RunView]) -> list[Point]:
         """All points of the rounds up to the first one that is not finished: a pure function of the results."""
@@ -173,15 +154,3 @@ class TuningStudy(Study):
         values = results[list(self.objectives)].to_numpy()
         beaten = [any((other <= own).all() and (other < own).any() for other in values) for own in values]
         return results[[not is_beaten for is_beaten in beaten]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _GivenStudy(Study):
-    """A tuning study with its points given."""
-
-    stop_early: Halving | None = None
-    role: ClassVar[str] = "tuning"
-
-    @property
-    def halving(self) -> Halving | None:  # type: ignore[override]
-        return self.stop_early

@@ -18,25 +18,15 @@ from torch import nn
 
 from haltscale.model import LanguageModel
 from haltscale.platform import llama
+from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
 from haltscale.platform.memory import keep_freed_memory
-from haltscale.platform.training.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
-from haltscale.platform.training.loop import Progress
+from haltscale.platform.precision import resolve_precision
+from haltscale.platform.training.progress import Progress
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's dynamic loss scalers count."""
-
-
-def resolve_precision(precision: Precision) -> Precision:
-    """bf16 where the machine's matrix products are faster in it, else fp32; anything but AUTO is taken as it is."""
-    if precision is not Precision.AUTO:
-        return precision
-    if torch.cuda.is_available():
-        return Precision.BF16 if torch.cuda.is_bf16_supported() else Precision.FP32
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return Precision.BF16 if fast else Precision.FP32
 
 
 def open_process_group() -> None:

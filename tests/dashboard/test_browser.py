@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from haltscale.dashboard import document
+from haltscale.dashboard import html_report
 
 pytestmark = pytest.mark.browser
 STUDY = "quick"
@@ -135,7 +135,7 @@ def test_an_empty_store_fills_without_a_reload(author, browser):
 def test_a_report_opens_from_the_disk_alone(author, browser, tmp_path):
     author.finished_study()
     out = tmp_path / "report.html"
-    assert document.main([STUDY, "--out", str(out), "--store", author.store.root]) == 0
+    assert html_report.main([STUDY, "--out", str(out), "--store", author.store.root]) == 0
     with browser.browser_page("about:blank") as page:
         asked: list[str] = []
         errors: list[str] = []

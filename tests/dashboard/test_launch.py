@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from haltscale.dashboard import document, launch
+from haltscale.dashboard import html_report, launch
 from haltscale.platform import cli
 
 
@@ -59,13 +59,13 @@ def test_main_prints_where_it_is(monkeypatch, capsys, tmp_path):
 
 def test_the_dashboard_imports_neither_ray_nor_torch():
     code = (
-        "import sys; from haltscale.dashboard import app_pages, data, figures, launch, shell, tokens; "
+        "import sys; from haltscale.dashboard import app_pages, data, figures, launch, layout, tokens; "
         "sys.exit(bool({'ray', 'torch', 'deepspeed'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("program", "verb"), [(launch.main, "dashboard"), (document.main, "report")])
+@pytest.mark.parametrize(("program", "verb"), [(launch.main, "dashboard"), (html_report.main, "report")])
 def test_help_has_an_example(program, verb, capsys):
     with pytest.raises(SystemExit) as ended:
         program(["--help"])

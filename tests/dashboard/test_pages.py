@@ -228,9 +228,9 @@ def test_labels_from_the_store_are_never_markdown(author):
 
 
 def test_every_page_says_what_it_is():
-    from haltscale.dashboard import shell
+    from haltscale.dashboard import layout
 
-    pages = shell.pages(FOLDER / "app_pages")
+    pages = layout.pages(FOLDER / "app_pages")
     assert [entry["page"].stem for entry in pages] == list(PAGES)
     assert all(entry["help"] and entry["icon"].startswith(":material/") for entry in pages)
 

@@ -23,6 +23,7 @@ PAGE = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 
 def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="needs haltscale[tuning]")
+    from haltscale.platform import ray_connection
     from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 
     def train(study: Any, missing: Any, store: RunStore) -> None:
@@ -33,7 +34,7 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             store.write_json(store.path(study.name, key, "record.json"), record)
 
     monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
-    monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+    monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
     monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", train)
     names: dict[str, Any] = {}

@@ -84,7 +84,7 @@ def test_only_the_lowest_gates_are_pressed(tiny: Callable, batch: Callable) -> N
         pressed[fraction] = float(model(tokens, targets).penalty)
     plain = tiny(Method.ADAPONDER, replace(OPTIONS, l_max=0))
     take_weights(plain, model)
-    hidden_Td = plain.think(tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden_BTd[0]
+    hidden_Td = plain.hidden_states(tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden_BTd[0]
     gates = sorted(model.latent_loop.gate(hidden_Td, 0).tolist())
     assert pressed[0.0] == 0
     assert pressed[0.25] == pytest.approx(0.3 * sum(gates[:3]) / 10)
@@ -104,7 +104,7 @@ def test_one_position_may_go_on_alone(tiny: Callable, batch: Callable) -> None:
     plain = tiny(Method.ADAPONDER, replace(OPTIONS, l_max=0))
     model = tiny(Method.ADAPONDER, OPTIONS, spread=6.0)
     take_weights(plain, model)
-    hidden_Nd = plain.think(tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden_BTd.flatten(0, 1)
+    hidden_Nd = plain.hidden_states(tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden_BTd.flatten(0, 1)
     highest, second = torch.logit(model.latent_loop.gate(hidden_Nd, 0)).sort(descending=True).values[:2].tolist()
     with torch.no_grad():
         model.latent_loop.routers[0].score.bias.sub_((highest + second) / 2)

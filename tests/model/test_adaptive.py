@@ -66,12 +66,12 @@ def test_forward_and_gradients_equal_the_definition(
 
 
 def test_long_sequences_are_cut_into_chunks_without_a_difference(tiny: Build, batch: Build, monkeypatch: Any) -> None:
-    from haltscale.model.backbone import ThoughtPlan
+    from haltscale.model.backbone import LatentPlan
 
     model = tiny(options=OPTIONS, spread=2.0)
     tokens, targets = batch(2, 40)
     whole = model(tokens, targets)
-    monkeypatch.setattr(ThoughtPlan, "QUERIES_PER_CHUNK", 4)
+    monkeypatch.setattr(LatentPlan, "QUERIES_PER_CHUNK", 4)
     cut = model(tokens, targets)
     assert cut.trace.counts.executed_keys[1] < whole.trace.counts.executed_keys[1]
     assert cut.trace.counts.keys == whole.trace.counts.keys

@@ -18,6 +18,8 @@ from haltscale.model import (
     Shape,
     VanillaOptions,
     build_model,
+    config_from_dict,
+    config_problems,
 )
 from haltscale.model.language_model import canonical_name
 
@@ -30,8 +32,8 @@ GOOD = ModelConfig(
 def test_every_method_is_registered_and_its_defaults_build(method: Method) -> None:
     entry = METHODS[method]
     config = replace(GOOD, shape=SIZES["1.8m"], method=method, options=entry.options())
-    assert config.problems() == []
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_problems(config) == []
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert isinstance(build_model(config, seed=0), entry.model)
 
 
@@ -68,7 +70,7 @@ def test_all_errors_at_once() -> None:
     ],
 )
 def test_impossible_shapes(changes: dict[str, int], problem: str) -> None:
-    assert replace(GOOD, shape=replace(GOOD.shape, **changes)).problems() == [problem]
+    assert config_problems(replace(GOOD, shape=replace(GOOD.shape, **changes))) == [problem]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +94,8 @@ def test_the_halting_options_have_their_range(method: Method) -> None:
 
 
 def test_a_text_that_does_not_fit() -> None:
-    assert GOOD.problems(tokenizer_size=64, longest=32) == []
-    assert GOOD.problems(tokenizer_size=65, longest=33) == [
+    assert config_problems(GOOD, tokenizer_size=64, longest=32) == []
+    assert config_problems(GOOD, tokenizer_size=65, longest=33) == [
         "vocab_size = 64: must be at least 65, the tokenizer's size",
         "context = 32: must be at least 33, the longest sequence",
     ]
@@ -110,7 +112,7 @@ def test_tokens_beyond_the_vocabulary_are_refused() -> None:
 
 
 def test_options_of_another_method() -> None:
-    assert replace(GOOD, options=VanillaOptions()).problems() == [
+    assert config_problems(replace(GOOD, options=VanillaOptions())) == [
         "options = VanillaOptions: method adaptive takes AdaptiveOptions"
     ]
 
@@ -120,14 +122,14 @@ def test_unknown_keys_are_errors_with_a_suggestion() -> None:
     data["vocabsize"] = data.pop("vocab_size")
     data["options"]["lmax"] = 3
     with pytest.raises(ValueError, match="unknown") as caught:
-        ModelConfig.from_dict(data)
+        config_from_dict(data)
     assert str(caught.value).splitlines() == [
         "vocabsize: unknown; did you mean 'vocab_size'?",
         "vocab_size: missing",
         "options.lmax: unknown; did you mean 'l_max'?",
     ]
     with pytest.raises(ValueError, match="did you mean 'adaptive'"):
-        ModelConfig.from_dict(GOOD.to_dict() | {"method": "adaptve"})
+        config_from_dict(GOOD.to_dict() | {"method": "adaptve"})
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from haltscale.model import AdaptiveOptions, kernels
-from haltscale.model.backbone import CausalPlan, ThoughtPlan
+from haltscale.model.backbone import CausalPlan, LatentPlan
 from haltscale.model.kernels import (
     ChunkedAttentionFunction,
     CrossEntropyFunction,
@@ -191,7 +191,7 @@ def test_a_plan_shows_each_query_the_executed_states_up_to_its_position(rows: li
         row_N = (states_BT > k).flatten().nonzero().squeeze(1)
         rows_so_far.append(row_N)
         now_BT = states_BT.clamp(max=k + 1)
-        plan = ThoughtPlan(now_BT, rows_so_far, torch.float64, queries_per_chunk=per_chunk)
+        plan = LatentPlan(now_BT, rows_so_far, torch.float64, queries_per_chunk=per_chunk)
         value_N = torch.tensor([[[number[int(n) // T, int(n) % T, k]]] for n in row_N], dtype=torch.float64)
         out, memory = plan.attend(torch.zeros_like(value_N), torch.zeros_like(value_N), value_N, memory)
         for n, row in enumerate(row_N.tolist()):

@@ -18,7 +18,7 @@ from haltscale.model import METHODS, SIZES, Method
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import canonical_json, digest, encodable
-from haltscale.platform.llama import InitialModel
+from haltscale.platform.initial_model import InitialModel
 
 BASE = RunConfig(method=Method.ADAPTIVE, options=METHODS[Method.ADAPTIVE].options())
 START = InitialModel(

@@ -13,14 +13,15 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from haltscale.model import METHODS, AdaptiveOptions, Method, build_model, probing
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import ConfigError, Precision, RunConfig
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.inference.export import export
 from haltscale.platform.inference.models import LoadedModel
-from haltscale.platform.llama import IMPORTED, InitialModelError, llama, load_into
+from haltscale.platform.initial_model import IMPORTED, InitialModelError
+from haltscale.platform.llama import llama, load_into
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps import planning
-from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import full_weights, snapshot, start
 from haltscale.platform.training.loop import train
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from haltscale.model import AdaptiveOptions, Method, ModelConfig, Shape, build_model
 from haltscale.platform import cli
 from haltscale.platform.corpora.corpus import Corpus
-from haltscale.platform.corpora.preparing import prepare
+from haltscale.platform.corpora.prepare import prepare
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Pretrained
-from haltscale.platform.evaluation.evaluating import Evaluation
+from haltscale.platform.evaluation.evaluation_jobs import Evaluation
 from haltscale.platform.evaluation.tasks import TaskError
 
 pytestmark = pytest.mark.ray

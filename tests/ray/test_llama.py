@@ -9,8 +9,8 @@ import torch
 
 from haltscale.platform.api import Corpus, ExecutionConfig, Precision, Pretrained, RunConfig, Source, Study, grid, llama
 from haltscale.platform.corpora.corpus import PreparedCorpus
-from haltscale.platform.evaluation.evaluating import Evaluation
-from haltscale.platform.inference.finding import own_corpus
+from haltscale.platform.evaluation.evaluation_jobs import Evaluation
+from haltscale.platform.inference.model_ref import own_corpus
 from haltscale.platform.store import RunStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

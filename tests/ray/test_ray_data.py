@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from web import Gate, served
 
-from haltscale.platform.corpora import preparing
+from haltscale.platform.corpora import prepare
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.corpora.sources import Source
@@ -50,7 +50,7 @@ def test_ray_data_prepares_what_one_process_prepares(
     corpus: Corpus, prepared: PreparedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
-    alone = preparing.prepare(corpus, CONTEXT)
+    alone = prepare.prepare(corpus, CONTEXT)
     files = sorted(path.name for path in alone.folder.iterdir())
     assert sorted(path.name for path in prepared.folder.iterdir()) == files
     assert alone.counts == prepared.counts
@@ -93,7 +93,7 @@ def test_errors_of_all_shards_come_from_the_workers(
     for index in range(6):
         (tmp_path / f"{index}.txt").write_bytes(b"ok \xff" if index % 3 == 0 else b"some text")
     broken = Corpus(name="broken", sources={"texts": Source(path=str(tmp_path))}, validation_documents=1)
-    with pytest.raises(preparing.CorpusError) as refusal:
+    with pytest.raises(prepare.CorpusError) as refusal:
         ray_data.prepare(broken, 16)
     assert len(refusal.value.problems) == 2
     assert not list(broken.cache(16).parent.glob("broken*"))
@@ -165,7 +165,7 @@ def test_a_streamed_corpus_is_drawn_from_before_its_last_file_is_read(
     for holder in holders:
         ray.kill(holder)
     monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
-    whole = preparing.prepare(flow, CONTEXT)
+    whole = prepare.prepare(flow, CONTEXT)
     assert steps * batch > early.drawable
     expected = global_batches(seed=5, mixture=whole.mixture, batch=batch, first_step=0, steps=steps)
     for step, ids in enumerate(expected):

@@ -13,11 +13,11 @@ from web import Gate, served
 from haltscale.platform import cluster
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus
 from haltscale.platform.corpora.order import global_batches
-from haltscale.platform.corpora.preparing import prepare
+from haltscale.platform.corpora.prepare import prepare
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Pretrained
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.loop import Progress
+from haltscale.platform.training.progress import Progress
 
 from jobs import submit
 

@@ -19,7 +19,7 @@ from haltscale.platform import cluster
 from haltscale.platform.corpora.corpus import PreparedCorpus, sotu
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.store import RunState, RunStore
-from haltscale.platform.training.loop import Progress
+from haltscale.platform.training.progress import Progress
 
 from jobs import command_line, drivers, environment, run, submit, training_workers, wait_for
 from looping import timeless
@@ -86,8 +86,8 @@ def test_a_ray_of_its_own_is_set_like_a_head(tmp_path: Path) -> None:
     """`haltscale run` where no head is running: its workers must not poll every 2 s."""
     script = f"""
 import os, ray
-from haltscale.platform.sweeps import ray_tune
-with ray_tune.connected():
+from haltscale.platform.ray_connection import connected
+with connected():
     print(ray.get(ray.remote(lambda: {{name: os.environ.get(name) for name in {sorted(cluster.OWN_RAY)}}}).remote()))
 """
     variables = {**os.environ, "HALTSCALE_HOME": str(tmp_path)}

@@ -17,7 +17,7 @@ from toys import write_study, write_texts
 
 from haltscale.platform import cluster
 from haltscale.platform.store import RunState, RunStore
-from haltscale.platform.sweeps.study import StudyBusyError
+from haltscale.platform.sweeps.study_cli import StudyBusyError
 
 from jobs import ROOT, drivers, environment, run, submit, wait_for
 
@@ -174,7 +174,7 @@ def test_bad_runs_of_a_tuning_study_are_ended_early(head: cluster.Head, texts: P
         name="sweep",
         kind="TuningStudy",
         base="tokens=4096, context=32, batch_tokens=128, precision='fp32'",
-        runs="space={'learning_rate': log_uniform(1e-6, 1e-2)}, samples=4, stop_early=Halving(first=0.25)",
+        runs="space={'learning_rate': log_uniform(1e-6, 1e-2)}, samples=4, halving=Halving(first=0.25)",
         execution="evaluations=4, checkpoints=1, log_every_seconds=0.0",
     )
     code, output = run(head, "python", path, "--store", store.root)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from haltscale.platform.corpora import formats, sources
 from haltscale.platform.corpora.corpus import Corpus, CorpusError
 from haltscale.platform.corpora.formats import Format, SourceError
-from haltscale.platform.corpora.preparing import prepare
+from haltscale.platform.corpora.prepare import prepare
 from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
 from haltscale.platform.corpora.tokenization import Pretrained
 

@@ -9,7 +9,7 @@ import pytest
 
 from haltscale.platform.corpora import sources
 from haltscale.platform.corpora.corpus import Corpus, RowReader
-from haltscale.platform.corpora.preparing import begin, prepare
+from haltscale.platform.corpora.prepare import begin, prepare
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Pretrained
 

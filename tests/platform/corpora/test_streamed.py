@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from haltscale.platform.corpora import shard_jobs, sources, streamed
 from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus, RowReader
 from haltscale.platform.corpora.order import global_batches
-from haltscale.platform.corpora.preparing import begin, in_process, prepare
+from haltscale.platform.corpora.prepare import begin, in_process, prepare
 from haltscale.platform.corpora.shard_jobs import name_hash
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained

@@ -6,7 +6,7 @@ import pytest
 from haltscale.platform.corpora import ray_data
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader
 from haltscale.platform.corpora.order import global_batches
-from haltscale.platform.corpora.preparing import prepare
+from haltscale.platform.corpora.prepare import prepare
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Pretrained
 

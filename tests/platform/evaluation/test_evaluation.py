@@ -11,8 +11,8 @@ import torch
 
 from haltscale.model import METHODS, AdaptiveOptions, Flops, Method, ModelConfig, PassCounts, Shape, build_model
 from haltscale.platform.corpora.corpus import HeldOutDocument
+from haltscale.platform.evaluation.evaluate_split import probe_table
 from haltscale.platform.evaluation.held_out import Tally, TokenEvents, read_documents, read_events
-from haltscale.platform.evaluation.reading import probe_table
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.store import RunStore

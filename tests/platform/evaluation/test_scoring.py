@@ -134,7 +134,7 @@ def test_scores_equal_those_of_lm_evaluation_harness(loaded, file, tmp_path, mon
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from haltscale.platform.inference.harness import HaltscaleLM
+    from haltscale.platform.evaluation.harness import HaltscaleLM
 
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "general.yaml").write_text(YAML.format(file=file))

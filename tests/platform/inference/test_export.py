@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from haltscale.model import Method
 from haltscale.platform.inference.export import ExportError, export, llama_weights
 from haltscale.platform.inference.models import load_model
-from haltscale.platform.inference.writing import write
+from haltscale.platform.inference.text_generation import write
 
 ALONE = """
 import json, sys

@@ -17,7 +17,7 @@ import pytest
 from haltscale.model.generation import Sampling
 from haltscale.platform.inference.models import load_model
 from haltscale.platform.inference.serving import Completion, Server, listening, pieces
-from haltscale.platform.inference.writing import WrittenToken, write
+from haltscale.platform.inference.text_generation import WrittenToken, write
 
 
 @pytest.fixture

@@ -81,6 +81,7 @@ def test_a_control_that_the_sweep_has_already_is_not_run_twice(study, store, aut
 
 def test_stages_follow_each_other_until_nothing_is_left(study, store, author, monkeypatch):
     """The second stage is what the first one made known; a run that failed is not tried for ever."""
+    from haltscale.platform import ray_connection
     from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 
     two = LEARNED + grid(method="adaptive", lam=0.1, l_max=2)
@@ -93,7 +94,7 @@ def test_stages_follow_each_other_until_nothing_is_left(study, store, author, mo
             if entry.run.method is Method.VANILLA or entry.run.options.lam == 0.5:
                 finish(study, store, author, entry.run, flops_realised=1e10)
 
-    monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+    monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
     monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", train)
     staged.run(store)

@@ -189,10 +189,11 @@ def test_a_finished_study_runs_nothing_and_never_imports_ray(study, store, autho
 
 def test_only_what_is_missing_is_trained(study, store, author, monkeypatch):
     """The scheduler is handed the runs without a record, and nothing else."""
+    from haltscale.platform import ray_connection
     from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 
     handed = {}
-    monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+    monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
     monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", lambda study, missing, store: handed.update(missing))
     tiny = study()
@@ -207,6 +208,7 @@ def test_only_what_is_missing_is_trained(study, store, author, monkeypatch):
 
 def test_branches_wait_for_the_shorter_run(study, store, author, monkeypatch):
     """One stage for each budget of a family; what is no branch is trained in the first."""
+    from haltscale.platform import ray_connection
     from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 
     stages = []
@@ -216,7 +218,7 @@ def test_branches_wait_for_the_shorter_run(study, store, author, monkeypatch):
         for key in missing:
             author.record(study.name, key, loss=5.0)
 
-    monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+    monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
     monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", trained)
     sweep = grid(schedule="wsd", warmup_tokens=128, tokens=[1024, 2048, 4096], seed=[0, 1]) + grid(tokens=4096)
@@ -231,9 +233,10 @@ def test_branches_without_a_stable_phase_are_refused(study):
 
 
 def test_a_study_that_the_cluster_cannot_hold_starts_nothing(study, store, monkeypatch):
+    from haltscale.platform import ray_connection
     from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 
-    monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+    monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
     monkeypatch.setattr(ray_tune, "run_missing", None)
     with pytest.raises(ConfigError, match="the cluster has 2"):
         study(execution=ExecutionConfig(workers=4)).run(store)

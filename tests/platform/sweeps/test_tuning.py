@@ -6,7 +6,7 @@ import math
 import pytest
 
 from haltscale.model import Method
-from haltscale.platform.sweeps.study import Halving
+from haltscale.platform.sweeps.spec import Halving
 from haltscale.platform.sweeps.sweep import choice, grid, integers, log_uniform
 from haltscale.platform.sweeps.tuning import Search, TuningStudy
 
@@ -25,6 +25,7 @@ def tuning(corpus, base):
 @pytest.fixture
 def trained(store, author, monkeypatch):
     """Runs a tuning study with a trainer that writes a made-up loss, lowest at lam = 0.1; gives the stages' keys."""
+    from haltscale.platform import ray_connection
     from haltscale.platform.sweeps import ray_tune  # takes seconds to import
 
     def run(study, *, stop_after=99):
@@ -40,7 +41,7 @@ def trained(store, author, monkeypatch):
                 author.spec(study.name, key, entry.label, **study.identity(entry.run))
                 author.record(study.name, key, loss=loss, flops_realised=1e9 * entry.run.options.l_max)
 
-        monkeypatch.setattr(ray_tune, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
+        monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
         monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
         monkeypatch.setattr(ray_tune, "run_missing", train)
         with contextlib.suppress(KeyboardInterrupt):
@@ -98,7 +99,7 @@ def test_two_objectives_give_all_that_nothing_beats(tuning, trained, store):
 
 
 def test_what_was_ended_early_is_not_run_again(tuning, trained, store, author):
-    study = tuning(stop_early=Halving())
+    study = tuning(halving=Halving())
     keys = list(study.missing(store))
     author.status("tuned", keys[0], "stopped", step=3)
     assert keys[0] not in study.missing(store)
@@ -118,7 +119,7 @@ def test_equal_draws_are_one_run(tuning, store):
         ({"samples": 0}, "samples is 0"),
         ({"search": "grid"}, "none of random, tpe"),
         ({"objectives": ("los",)}, "objectives are"),
-        ({"search": Search.TPE, "stop_early": Halving()}, "goes with search='random'"),
+        ({"search": Search.TPE, "halving": Halving()}, "goes with search='random'"),
     ],
 )
 def test_a_search_for_nothing_is_refused(tuning, changes, message):

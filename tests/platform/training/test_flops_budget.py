@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from haltscale.model import AdaptiveOptions, build_model
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Schedule
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import full_weights, snapshot, start
 
 from looping import LARGE, RUN, RUNS, Listener, batches, engine_of, execution_of, go, timeless

@@ -15,12 +15,13 @@ import torch
 from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions, build_model
 from haltscale.platform.config import Precision
 from haltscale.platform.execution import Offload, Optimizer
+from haltscale.platform.precision import resolve_precision
+from haltscale.platform.schedule import Spent, learning_rate
 from haltscale.platform.training import loop
-from haltscale.platform.training.engine import full_weights, resolve_precision
-from haltscale.platform.training.loop import Progress
-from haltscale.platform.training.peak import peak_flops
-from haltscale.platform.training.schedule import Spent, learning_rate
-from haltscale.platform.training.trouble import TrainingDivergedError
+from haltscale.platform.training.engine import full_weights
+from haltscale.platform.training.mfu import peak_flops
+from haltscale.platform.training.monitors import TrainingDivergedError
+from haltscale.platform.training.progress import Progress
 
 from looping import (
     BATCH,

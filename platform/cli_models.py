@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from haltscale.platform.store import RunStore
 
 if TYPE_CHECKING:
-    from haltscale.platform.evaluation.evaluating import Evaluation
-    from haltscale.platform.inference.finding import Reference
+    from haltscale.platform.evaluation.evaluation_jobs import Evaluation
+    from haltscale.platform.inference.model_ref import Reference
     from haltscale.platform.inference.models import LoadedModel
 
 EXAMPLES = {
@@ -71,7 +71,7 @@ def dispatch(options: argparse.Namespace) -> None:
     Raises:
         ValueError: something of the user's making is wrong; the message is a sentence for the user.
     """
-    from haltscale.platform.inference.finding import find_model, model_folder
+    from haltscale.platform.inference.model_ref import find_model, model_folder
     from haltscale.platform.inference.models import load_model
 
     store = RunStore(options.store)
@@ -91,7 +91,7 @@ def dispatch(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace, store: RunStore) -> None:
-    from haltscale.platform.inference.finding import find_model
+    from haltscale.platform.inference.model_ref import find_model
 
     references = {one.name: one for one in (find_model(name, store) for name in options.model)}
     asked = {name: _asked(options, store, reference) for name, reference in references.items()}
@@ -117,8 +117,8 @@ def _evaluate(options: argparse.Namespace, store: RunStore) -> None:
 
 def _asked(options: argparse.Namespace, store: RunStore, reference: Reference) -> Evaluation:
     """What one model is to be evaluated on."""
-    from haltscale.platform.evaluation.evaluating import Evaluation, EvaluationError
-    from haltscale.platform.inference.finding import own_corpus
+    from haltscale.platform.evaluation.evaluation_jobs import Evaluation, EvaluationError
+    from haltscale.platform.inference.model_ref import own_corpus
 
     try:
         shots = tuple(int(count) for count in options.shots.split(","))
@@ -189,11 +189,11 @@ def _generate(options: argparse.Namespace, loaded: LoadedModel) -> None:
     from rich.console import Console
 
     from haltscale.model.generation import Cost, Sampling
-    from haltscale.platform.inference import writing
+    from haltscale.platform.inference import text_generation
 
     cost, began = Cost(), time.perf_counter()
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    tokens = writing.write(
+    tokens = text_generation.write(
         loaded,
         options.prompt,
         new_tokens=options.tokens,
@@ -205,13 +205,13 @@ def _generate(options: argparse.Namespace, loaded: LoadedModel) -> None:
     if options.json:
         written = list(tokens)
         trace = [token.to_dict() for token in written]
-        told = writing.summary(written, cost, time.perf_counter() - began)
+        told = text_generation.summary(written, cost, time.perf_counter() - began)
         print(json.dumps({"prompts": options.prompt, "tokens": trace, "summary": told}, indent=1))
         return
     console = Console(highlight=False)
-    written = writing.show(console, options.prompt, tokens)
-    told = writing.summary(written, cost, time.perf_counter() - began)
-    console.print(writing.legend(max((token.steps for token in written), default=0)))
+    written = text_generation.show(console, options.prompt, tokens)
+    told = text_generation.summary(written, cost, time.perf_counter() - began)
+    console.print(text_generation.legend(max((token.steps for token in written), default=0)))
     console.print(
         f"{told['tokens']} tokens, {told['mean_steps']:.2f} latent steps and {told['mean_nll']:.2f} nats each;"
         f" {told['flops_realised']:.3g} realised FLOPs a token, {told['tokens_per_second']:.0f} tokens a second,"
@@ -234,7 +234,7 @@ def _serve(options: argparse.Namespace, reference: Reference, loaded: LoadedMode
 
 def _export(options: argparse.Namespace, store: RunStore, reference: Reference, loaded: LoadedModel) -> None:
     from haltscale.platform.inference.export import export
-    from haltscale.platform.inference.finding import figures
+    from haltscale.platform.inference.model_ref import figures
 
     target = export(loaded, options.target, record=figures(reference, store))
     print(f"exported to {target}; its README.md says how to load it")

@@ -14,7 +14,7 @@ from haltscale.platform.evaluation.controls import control, dial, first_tokens
 from haltscale.platform.evaluation.held_out import Tally, read_events
 from haltscale.platform.evaluation.scoring import score
 from haltscale.platform.evaluation.tasks import Task, find_tasks, versions
-from haltscale.platform.inference.finding import find_model, model_folder
+from haltscale.platform.inference.model_ref import find_model, model_folder
 from haltscale.platform.inference.models import LoadedModel, load_model
 from haltscale.platform.memory import keep_freed_memory
 from haltscale.platform.store import RunStore
@@ -29,7 +29,7 @@ class Evaluation:
     """What to evaluate one model on. Plain data, so that it travels to any node."""
 
     model: str
-    """Its name; see :mod:`haltscale.platform.inference.finding`."""
+    """Its name; see :mod:`haltscale.platform.inference.model_ref`."""
     store: str
     """Root of the run store."""
     corpora: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from haltscale.platform.corpora import document_plan, shard_jobs, sources
 from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus, RowReader
-from haltscale.platform.corpora.preparing import in_process, prepare
+from haltscale.platform.corpora.prepare import in_process, prepare
 from haltscale.platform.corpora.shard_jobs import name_hash
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained

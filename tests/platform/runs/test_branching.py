@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltscale.model import build_model
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import RunConfig, Schedule
 from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.runs.branching import branch_point, shortest_of_families
+from haltscale.platform.schedule import Spent, learning_rate, stable_steps
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.branching import branch_point, shortest_of_families
-from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import full_weights, snapshot, start
-from haltscale.platform.training.schedule import Spent, learning_rate, stable_steps
 
 from looping import LARGE, RUN, RUNS, Listener, batches, execution_of, go, timeless
 

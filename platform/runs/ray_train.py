@@ -19,20 +19,21 @@ import torch.distributed
 from ray.train.torch import TorchTrainer
 
 from haltscale.model import build_model
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.runs.branching import branch_point
+from haltscale.platform.runs.finalize import evaluate_run, finish
+from haltscale.platform.schedule import share
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.branching import branch_point
-from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import full_weights, open_process_group, snapshot, start
-from haltscale.platform.training.finishing import evaluate_run, finish
-from haltscale.platform.training.loop import Hooks, Progress, train
-from haltscale.platform.training.schedule import share
+from haltscale.platform.training.loop import Hooks, train
+from haltscale.platform.training.monitors import TrainingDivergedError, memory_explained
+from haltscale.platform.training.progress import Progress
 from haltscale.platform.training.sinks import open_sinks
-from haltscale.platform.training.trouble import TrainingDivergedError, memory_explained
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from haltscale.platform.checkpoints import CheckpointError, Checkpoints, Saved
 from haltscale.platform.config import RunConfig
 from haltscale.platform.identity import canonical_json
+from haltscale.platform.schedule import stable_steps
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.checkpoints import CheckpointError, Checkpoints, Saved
-from haltscale.platform.training.schedule import stable_steps
 
 Key = TypeVar("Key")
 

@@ -12,9 +12,9 @@ import pytest
 
 from haltscale.model.generation import GenerationError
 from haltscale.platform import cli
-from haltscale.platform.evaluation.evaluating import Evaluation
+from haltscale.platform.evaluation.evaluation_jobs import Evaluation
 from haltscale.platform.inference.models import load_model
-from haltscale.platform.inference.writing import WrittenToken, legend, marked, write
+from haltscale.platform.inference.text_generation import WrittenToken, legend, marked, write
 
 from jobs import ROOT
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from haltscale.dashboard import shelf
+from haltscale.dashboard import cached_store
 from haltscale.platform.store import RunStore, StoreError
 
 STUDY = "quick"
@@ -16,12 +16,14 @@ STUDY = "quick"
 def reads(monkeypatch) -> list[str]:
     """What was really read: names of documents, and of telemetry with the byte from which on."""
     seen: list[str] = []
-    read_json, tail = RunStore.read_json, shelf._tail
+    read_json, tail = RunStore.read_json, cached_store._tail
     monkeypatch.setattr(
         RunStore, "read_json", lambda self, path: (seen.append(Path(path).name), read_json(self, path))[1]
     )
     monkeypatch.setattr(
-        shelf, "_tail", lambda path, start: (seen.append(f"{Path(path).name} from {start}"), tail(path, start))[1]
+        cached_store,
+        "_tail",
+        lambda path, start: (seen.append(f"{Path(path).name} from {start}"), tail(path, start))[1],
     )
     return seen
 
@@ -32,8 +34,8 @@ def test_an_unchanged_file_is_read_once_and_a_changed_one_again(author, reads):
     author.status("k", step=100)
     reads.clear()
     for _ in range(3):
-        view = shelf.store().run(STUDY, "k")
-        rows = shelf.store().metrics(STUDY, "k")
+        view = cached_store.store().run(STUDY, "k")
+        rows = cached_store.store().metrics(STUDY, "k")
     assert sorted(reads) == ["metrics.jsonl from 0", "spec.json", "status.json"]
     assert len(rows) == 60
 
@@ -42,9 +44,9 @@ def test_an_unchanged_file_is_read_once_and_a_changed_one_again(author, reads):
     size = path.stat().st_size
     author.status("k", step=200)
     author.store.append_lines(str(path), [{"step": 999, "loss": 1.0}])
-    assert shelf.store().run(STUDY, "k").status["step"] == 200 != view.status["step"]
-    assert list(shelf.store().metrics(STUDY, "k")["step"])[-1] == 999
-    assert len(shelf.store().metrics(STUDY, "k")) == 61
+    assert cached_store.store().run(STUDY, "k").status["step"] == 200 != view.status["step"]
+    assert list(cached_store.store().metrics(STUDY, "k")["step"])[-1] == 999
+    assert len(cached_store.store().metrics(STUDY, "k")) == 61
     assert sorted(reads) == [f"metrics.jsonl from {size}", "status.json"]
 
 
@@ -52,22 +54,22 @@ def test_half_a_line_waits_for_its_other_half(author):
     path = Path(author.store.path(STUDY, "k", "metrics.jsonl"))
     path.parent.mkdir(parents=True)
     path.write_text('{"step": 1}\n{"ste')
-    assert [row["step"] for row in shelf.store().read_lines(str(path))] == [1]
+    assert [row["step"] for row in cached_store.store().read_lines(str(path))] == [1]
     with path.open("a") as file:
         file.write('p": 2}\n')
-    assert [row["step"] for row in shelf.store().read_lines(str(path))] == [1, 2]
+    assert [row["step"] for row in cached_store.store().read_lines(str(path))] == [1, 2]
 
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_file_that_a_resumed_run_cuts_short_is_read_anew(author, in_place):
     path = Path(author.store.path(STUDY, "k", "metrics.jsonl"))
     author.store.append_lines(str(path), [{"step": step, "loss": 1.0} for step in range(50)])
-    assert len(shelf.store().read_lines(str(path))) == 50
+    assert len(cached_store.store().read_lines(str(path))) == 50
     if in_place:
         path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(20)))
     else:
         author.store.truncate_lines(str(path), after_step=19)
-    assert [row["step"] for row in shelf.store().read_lines(str(path))] == list(range(20))
+    assert [row["step"] for row in cached_store.store().read_lines(str(path))] == list(range(20))
 
 
 def test_damage_is_not_remembered(author):
@@ -76,9 +78,9 @@ def test_damage_is_not_remembered(author):
     author.store.fs.pipe_file(path, b"{")
     for _ in range(2):
         with pytest.raises(StoreError):
-            shelf.store().read_json(path)
+            cached_store.store().read_json(path)
     author.status("k", step=7)
-    assert shelf.store().read_json(path)["step"] == 7
+    assert cached_store.store().read_json(path)["step"] == 7
 
 
 def test_rows_of_finished_runs_are_made_once_until_their_documents_change(author, monkeypatch):
@@ -89,11 +91,11 @@ def test_rows_of_finished_runs_are_made_once_until_their_documents_change(author
     made: list[str] = []
     row = data.run_row
     monkeypatch.setattr(data, "run_row", lambda view, *rest: (made.append(view.key), row(view, *rest))[1])
-    first = shelf.store().view(STUDY)
-    assert shelf.store().view(STUDY).runs.equals(first.runs)
+    first = cached_store.store().view(STUDY)
+    assert cached_store.store().view(STUDY).runs.equals(first.runs)
     assert made == ["k"]
     author.finish("k", loss=1.0)
-    assert shelf.store().view(STUDY).runs["loss"].tolist() == [1.0]
+    assert cached_store.store().view(STUDY).runs["loss"].tolist() == [1.0]
 
 
 def test_nothing_is_written_to_the_store(author):
@@ -103,7 +105,7 @@ def test_nothing_is_written_to_the_store(author):
     for path in root.rglob("*"):
         if path.is_file():
             os.chmod(path, 0o400)
-    view = shelf.store().view(STUDY)
+    view = cached_store.store().view(STUDY)
     for key in view.runs["key"]:
-        shelf.store().metrics(STUDY, key)
+        cached_store.store().metrics(STUDY, key)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in root.rglob("*")} == before

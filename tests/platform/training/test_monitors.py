@@ -11,8 +11,8 @@ import pytest
 from haltscale.model import AdaptiveOptions, Method, VanillaOptions, build_model
 from haltscale.platform.config import RunConfig
 from haltscale.platform.execution import ExecutionConfig, OnTrouble
-from haltscale.platform.training.loop import Progress
-from haltscale.platform.training.trouble import EXPLODED, TrainingDivergedError, Watch
+from haltscale.platform.training.monitors import EXPLODED, TrainingDivergedError, Watch
+from haltscale.platform.training.progress import Progress
 
 VOCABULARY = 300
 BAD = EXPLODED * math.log(VOCABULARY) + 1

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from haltscale.model import build_model
+from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints, Shard
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import Offload
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.checkpoints import WEIGHT, CheckpointError, Checkpoints, Shard
 from haltscale.platform.training.engine import full_weights, snapshot, start
-from haltscale.platform.training.loop import Progress
-from haltscale.platform.training.trouble import RunMemoryError, memory_explained
+from haltscale.platform.training.monitors import RunMemoryError, memory_explained
+from haltscale.platform.training.progress import Progress
 
 from looping import LARGE, RUNS, Listener, batches, engine_of, execution_of, go, needs_asynchronous_files, timeless
 
@@ -206,7 +206,7 @@ def test_the_run_says_that_it_went_on_from_an_earlier_one(store):
 
 
 def rewrite(manifest: Path, **changes: Any) -> None:
-    from haltscale.platform.training.checkpoints import _digest
+    from haltscale.platform.checkpoints import _digest
 
     document = json.loads(manifest.read_text()) | changes
     document.pop("digest")

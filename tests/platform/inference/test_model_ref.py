@@ -13,16 +13,17 @@ import torch
 
 from haltscale.model import build_model
 from haltscale.platform import cli
+from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision
 from haltscale.platform.corpora.corpus import HeldOutDocument
 from haltscale.platform.corpora.tokenization import Pretrained
 from haltscale.platform.evaluation.held_out import read_documents
-from haltscale.platform.inference.finding import Reference, find_model, find_run, model_folder, own_corpus
+from haltscale.platform.inference.model_ref import Reference, find_model, find_run, model_folder, own_corpus
 from haltscale.platform.inference.models import LoadedModel, ModelFolderError, load_model
 from haltscale.platform.store import RunStore
-from haltscale.platform.training.checkpoints import Checkpoints
 from haltscale.platform.training.engine import full_weights, snapshot, start
-from haltscale.platform.training.loop import Progress, train
+from haltscale.platform.training.loop import train
+from haltscale.platform.training.progress import Progress
 
 from looping import RUNS, VOCABULARY, Listener, batches, execution_of
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltscale.platform.config import RunConfig, Schedule
-from haltscale.platform.training.schedule import Spent, evenly, is_over, learning_rate, reached, share
+from haltscale.platform.schedule import Spent, evenly, is_over, learning_rate, reached, share
 
 RUN = RunConfig(tokens=20 * 64, context=16, batch_tokens=64, warmup_fraction=0.2, learning_rate=1.0)
 

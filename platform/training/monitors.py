@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,7 @@ import torch
 
 from haltscale.model import LanguageModel
 from haltscale.platform.execution import ExecutionConfig, OnTrouble
-
-if TYPE_CHECKING:
-    from haltscale.platform.training.loop import Progress
+from haltscale.platform.training.progress import Progress
 
 EXPLODED = 3.0
 """Times the loss of a uniform guess, ln(vocabulary): beyond it a loss has exploded."""

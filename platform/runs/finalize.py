@@ -17,10 +17,10 @@ from haltscale.model import LanguageModel
 from haltscale.platform import provenance
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
-from haltscale.platform.evaluation.reading import SplitResult, read_split
+from haltscale.platform.evaluation.evaluate_split import SplitResult, read_split
+from haltscale.platform.precision import resolve_precision
 from haltscale.platform.recorder import RunRecorder
-from haltscale.platform.training.engine import resolve_precision
-from haltscale.platform.training.loop import Progress
+from haltscale.platform.training.progress import Progress
 
 
 def evaluate_run(

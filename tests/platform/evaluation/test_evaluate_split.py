@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from haltscale.model import AdaptiveOptions, Method, build_model
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.corpora.corpus import Corpus, HeldOutDocument
-from haltscale.platform.corpora.preparing import prepare
+from haltscale.platform.corpora.prepare import prepare
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Pretrained
 from haltscale.platform.evaluation import telemetry
-from haltscale.platform.evaluation.evaluating import held_out, open_corpus
+from haltscale.platform.evaluation.evaluation_jobs import held_out, open_corpus
 from haltscale.platform.evaluation.held_out import Tally, read_documents, read_events
 from haltscale.platform.evaluation.telemetry import EVENT_COLUMNS, EventsFile, EventsWriter, Quantiles
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
-from haltscale.platform.inference.finding import find_model, model_folder, own_corpus
+from haltscale.platform.inference.model_ref import find_model, model_folder, own_corpus
 from haltscale.platform.inference.models import load_model
 from haltscale.platform.recorder import RunRecorder
-from haltscale.platform.training.finishing import evaluate_run, finish
-from haltscale.platform.training.loop import Progress
+from haltscale.platform.runs.finalize import evaluate_run, finish
+from haltscale.platform.training.progress import Progress
 
 RUN = RunConfig(
     size="0.6m",

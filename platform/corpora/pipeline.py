@@ -39,7 +39,7 @@ from haltscale.platform.corpora.shard_jobs import (
     write_json,
 )
 from haltscale.platform.corpora.tokenization import BytePairs
-from haltscale.platform.sweeps.progress import clock
+from haltscale.platform.durations import clock
 
 log = logging.getLogger(__name__)
 

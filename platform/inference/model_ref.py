@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from haltscale.model import METHODS
+from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.inference.models import FILES, ModelFolderError
+from haltscale.platform.precision import resolve_precision
 from haltscale.platform.store import RunState, RunStore, haltscale_home
-from haltscale.platform.training.checkpoints import WEIGHT, CheckpointError, Checkpoints
-from haltscale.platform.training.engine import resolve_precision
 
 LATEST = "latest"
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from haltscale.platform.corpora.corpus import WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
-from haltscale.platform.corpora.preparation import Preparation, Runner
+from haltscale.platform.corpora.pipeline import Preparation, Runner
 from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result, write_json
 from haltscale.platform.corpora.streamed import StreamedPreparation
 

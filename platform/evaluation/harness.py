@@ -1,7 +1,7 @@
 """An adapter for lm-evaluation-harness (extra ``harness``): its tasks, scored by a haltscale model.
 
     from lm_eval import simple_evaluate
-    from haltscale.platform.inference.harness import HaltscaleLM
+    from haltscale.platform.evaluation.harness import HaltscaleLM
 
     simple_evaluate(model=HaltscaleLM(load_model(folder)), tasks=["piqa"], num_fewshot=0)
 
@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from haltscale.model.generation import Sampling, generate
 from haltscale.platform.evaluation.scoring import Pair, log_likelihoods
 from haltscale.platform.inference.models import LoadedModel
-from haltscale.platform.inference.writing import MAX_CACHE_BYTES
+from haltscale.platform.inference.text_generation import MAX_CACHE_BYTES
 
 
 class HaltscaleLM(TemplateLM):

@@ -17,8 +17,8 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from haltscale.dashboard import data, figures, style
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView
-from haltscale.dashboard.shelf import store
 
 ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""

@@ -1,0 +1,1 @@
+"""One run from its spec to its record: train, evaluate, export, record; the file that wraps it for Ray Train."""

@@ -1,0 +1,82 @@
+"""What a study is: a question, a corpus, a base run and what differs. Data alone; `plan.py` and `study.py` use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Self
+
+from haltscale.platform.config import ConfigError, RunConfig, apply_point, as_members
+from haltscale.platform.corpora.corpus import Corpus
+from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.sweeps.sweep import Sweep
+
+COMPARISON, TUNING = "comparison", "tuning"
+"""Roles of a study's runs. A tuning run's settings were chosen by the held-out loss: it enters no comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """Asynchronous successive halving (ASHA, arXiv 1810.05934): at growing shares of its budget a run goes on only if
+    its held-out loss is among the best there. It looks at evaluations: give the execution enough of them."""
+
+    first: float = 0.25
+    """Share of the budget after which a run may be ended for the first time."""
+    factor: int = 2
+    """One run in so many goes on, and the next look is after so many times the share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """What to compare, on what, and how to execute it."""
+
+    name: str
+    """Names the study's folder in the store."""
+    question: str
+    """What the study is to answer, in a sentence."""
+    corpus: Corpus
+    base: RunConfig
+    """What all runs share."""
+    sweep: Sweep
+    """What differs: points that override the base's fields and its method's options."""
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    note: str = ""
+    """Shown under the table of results: what these figures can and cannot say."""
+    role: str = COMPARISON
+    """What the runs are for; in each ``spec.json`` and ``record.json``."""
+    halving: Halving | None = None
+    """Stop bad runs early. For tuning only: in a comparison every run trains to its end."""
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The corpus's, computed once: reading a large tokenizer takes long."""
+        return self.corpus.vocab_size
+
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        """The corpus's, computed once."""
+        return self.corpus.fingerprint
+
+    def overridden(self, assignments: Sequence[str]) -> Self:
+        """This study with ``field=value`` assignments applied to the base run or the execution.
+
+        Raises:
+            ConfigError: an assignment has no known field or no readable value.
+        """
+        base, execution, problems = self.base, self.execution, []
+        for assignment in assignments:
+            name, _, text = assignment.partition("=")
+            try:
+                value = json.loads(text)
+            except ValueError:
+                value = text
+            if name in {f.name for f in fields(execution)}:
+                execution = replace(execution, **as_members(ExecutionConfig, {name: value}))
+                continue
+            base, found = apply_point(base, {name: value})
+            problems += [f"--set {assignment}: {problem}" for problem in found]
+        if problems:
+            raise ConfigError(problems)
+        return replace(self, base=base, execution=execution)
