@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -93,15 +92,16 @@ class Shelf(RunStore):
             return super().views(study, keys, now=now)
         found = {}
         for key in dict.fromkeys(keys):
-            documents: dict[str, dict[str, Any]] = {}
+            documents: dict[str, Any] = {}
             problem = ""
             for name in ("spec", "status", "record"):
                 try:
                     documents[name] = self.read_json(self.path(study, key, f"{name}.json"))
                 except (StoreError, OSError) as error:
                     documents[name], problem = _NOTHING, str(error)
-            state = run_state(documents["status"], documents["record"], now or time.time())
-            found[key] = RunView(study=study, key=key, state=state, problem=problem, **documents)
+            state = run_state(documents["status"], documents["record"])
+            view = RunView(study=study, key=key, state=state, problem=problem, **documents)
+            found[key] = self.alive(view, now=now)
         return found
 
     def read_lines(self, path: str) -> list[dict[str, Any]]:
