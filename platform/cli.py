@@ -172,12 +172,16 @@ def load_study(target: str) -> LoadedStudy:
         raise UnknownStudyError(
             f"no study {target!r}: give a file (my_sweep.py), an importable module, or one of {', '.join(known)}"
         )
+    study = _captured(lambda: _run_module(name), target)
+    return LoadedStudy(study=study, entrypoint=("python", "-m", name), files=_package_of(name))
+
+
+def _run_module(name: str) -> None:
     module = importlib.import_module(name)
     if hasattr(module, "study"):
-        study = _captured(lambda: module.study().main(), target)
+        module.study().main()
     else:
-        study = _captured(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), target)
-    return LoadedStudy(study=study, entrypoint=("python", "-m", name), files=_package_of(name))
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _captured(run: Callable[[], object], target: str) -> Study:
