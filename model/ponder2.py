@@ -4,7 +4,8 @@ The sequence [x1 z1 x2 z2 ..] holds, after each token, a latent thought: the las
 z_1 .. z_{t-1}, so an exact pass would be sequential. Training iterates instead: one pass over the tokens alone guesses
 all z at once; J Jacobi passes over the interleaved sequence (2T long, token and thought sharing a position, ordinary
 causal mask) refresh z from the token slots; a last pass gives the logits at the thought slots. J is drawn from {2, 3}
-for each optimizer step and is 3 in evaluation; gradients flow through everything. Cost: 2J + 3 passes of length T, 8 on average.
+for each optimizer step and is 3 in evaluation; gradients flow through everything. Cost: 2J + 3 passes of length T, 8
+on average.
 
 Decoding is exact and sequential: two passes per token over one cache. It is the fixed point that J passes approach, and
 equals `forward` once J reaches the number of tokens; with J = 3 the two differ a little. That gap is the method's own.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,3 +160,18 @@ def train_and_save(
 def forget(store: str, step: int) -> None:
     """Remove the checkpoint of a step, as if the run had been killed before it."""
     shutil.rmtree(RunStore(store).path("study", "run", "checkpoints", f"step-{step:08d}"))
+
+
+def answer_together(folder: Path, tasks: dict[str, Any], *, timeout: float = 280) -> list[dict[str, Any]]:
+    """What each of two processes (member.py) over gloo answers to all tasks, one after the other."""
+    (folder / "tasks.json").write_text(json.dumps(list(tasks.items())))
+    member = str(Path(__file__).parent / "member.py")
+    commands = [[sys.executable, member, str(folder), str(rank)] for rank in range(2)]
+    members = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
+    try:
+        outputs = [member.communicate(timeout=timeout)[0].decode() for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    assert [member.returncode for member in members] == [0, 0], "\n".join(outputs)
+    return [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(2)]
