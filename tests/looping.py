@@ -154,12 +154,17 @@ def train_and_save(
         "losses": losses,
         "digest": progress.sequence_digest,
         "saved": listener.at("checkpoint"),
+        "events": progress.events,
     }
 
 
 def forget(store: str, step: int) -> None:
     """Remove the checkpoint of a step, as if the run had been killed before it."""
-    shutil.rmtree(RunStore(store).path("study", "run", "checkpoints", f"step-{step:08d}"))
+    shutil.rmtree(checkpoint_folder(store, step))
+
+
+def checkpoint_folder(store: str, step: int) -> Path:
+    return Path(RunStore(store).path("study", "run", "checkpoints", f"step-{step:08d}"))
 
 
 def answer_together(folder: Path, tasks: dict[str, Any], *, timeout: float = 280) -> list[dict[str, Any]]:

@@ -72,6 +72,16 @@ def trained(store: str, zero_stage: int, notice: list[int] | None = None) -> dic
     return looping.train_and_save(store, zero_stage=zero_stage, rank=RANK, world=WORLD, notice=pair)
 
 
+def harm(store: str, step: int, shard: int) -> None:
+    dist.barrier()
+    if RANK == 0:
+        (file,) = looping.checkpoint_folder(store, step).glob(f"shard-{shard:05d}-of-*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+    dist.barrier()
+
+
 def forget(store: str, step: int) -> None:
     dist.barrier()
     if RANK == 0:
@@ -83,7 +93,14 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every piece
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/rendezvous", rank=RANK, world_size=WORLD)
-    does = {"depths": depths, "padded": padded, "gradients": gradients, "trained": trained, "forget": forget}
+    does = {
+        "depths": depths,
+        "padded": padded,
+        "gradients": gradients,
+        "trained": trained,
+        "forget": forget,
+        "harm": harm,
+    }
     answers = {name: does[task.pop("do")](**task) for name, task in json.loads((FOLDER / "tasks.json").read_text())}
     (FOLDER / f"answers-{RANK}.json").write_text(json.dumps(answers))
     dist.destroy_process_group()

@@ -31,24 +31,26 @@ def test_alone_it_is_that_of_plain_pytorch(case, precision, pieces, zero_stage):
     gradients.check(errors, precision, zero_stage)
 
 
-EVERY = list(itertools.product(gradients.CASES, gradients.DTYPES, gradients.PIECES))
+EVERY = list(itertools.product(gradients.CASES, gradients.PIECES))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("precision", gradients.DTYPES)
 @pytest.mark.parametrize("zero_stage", range(4))
-def test_everywhere_it_is_that_of_plain_pytorch(zero_stage: int, tmp_path: Path):
+def test_everywhere_it_is_that_of_plain_pytorch(zero_stage: int, precision: Precision, tmp_path: Path):
     tasks = {
-        f"{case}, {precision}, {pieces}": {
+        f"{case}, {pieces}": {
             "do": "gradients",
             "case": case,
             "precision": precision,
             "pieces": pieces,
             "zero_stage": zero_stage,
         }
-        for case, precision, pieces in EVERY
+        for case, pieces in EVERY
     }
-    ranks = answer_together(tmp_path, tasks, timeout=600)
-    for case, precision, pieces in EVERY:
+    ranks = answer_together(tmp_path, tasks, timeout=850)
+    for case, pieces in EVERY:
         alone = gradients.through_deepspeed(case, precision, pieces=pieces, zero_stage=zero_stage)
-        for errors in (alone, *(rank[f"{case}, {precision}, {pieces}"] for rank in ranks)):
+        for errors in (alone, *(rank[f"{case}, {pieces}"] for rank in ranks)):
             gradients.check(errors, precision, zero_stage)

@@ -50,6 +50,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         tasks[f"{name} whole"] = {"do": "trained", "store": store, "zero_stage": stage}
         tasks[f"{name} forget"] = {"do": "forget", "store": store, "step": 6}
         tasks[f"{name} resumed"] = {"do": "trained", "store": store, "zero_stage": stage}
+    tasks["harm"] = {"do": "harm", "store": two, "step": 6, "shard": 1}
+    tasks["after harm"] = {"do": "trained", "store": two, "zero_stage": 1}
     tasks["more ranks"] = {"do": "trained", "store": one, "zero_stage": 3}
     tasks["noticed"] = {"do": "trained", "store": noticed, "zero_stage": 1, "notice": [1, 4]}
     tasks |= {name: {"do": "gradients", **task} for name, task in DIAGONAL.items()}
@@ -120,6 +122,17 @@ def test_two_ranks_resume_to_the_last_bit(answers, name):
     assert resumed["from"] == 3
     assert resumed["losses"] == whole["losses"][3:]
     assert resumed["digest"] == whole["digest"]
+
+
+def test_damage_that_one_rank_finds_makes_all_go_back(answers):
+    """The second shard, which rank 1 verifies: both resume from the checkpoint before it, and say why."""
+    whole = answers[0]["two whole"]
+    for rank in answers:
+        harmed = rank["after harm"]
+        assert harmed["from"] == 3
+        assert harmed["losses"] == whole["losses"][3:]
+        (event,) = harmed["events"]
+        assert "step 6 is damaged (shard-00001-of-00002.safetensors" in event["what"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("alone", "more ranks"), ("three whole", "fewer ranks")])
