@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from haltscale.model import AdaptiveOptions, Method, build_model
+from haltscale.model import AdaptiveOptions, LanguageModel, Method, build_model
 from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.corpora.order import rank_share
@@ -40,6 +41,27 @@ RUNS = {
     "vanilla": RUN,
     "adaptive": replace(RUN, method=Method.ADAPTIVE, options=AdaptiveOptions(lam=0.3, l_max=2, tau=0.3)),
 }
+
+EVALUATED = RunConfig(
+    size="0.6m",
+    method=Method.ADAPTIVE,
+    options=AdaptiveOptions(l_max=2, tau=0.4, router_bias=0.5),
+    tokens=60,
+    context=3,
+    batch_tokens=60,
+    precision=Precision.FP32,
+)
+
+
+def ragged_model(run: RunConfig, vocabulary: int) -> LanguageModel:
+    """A model whose tokens think differently long from the start."""
+    model = build_model(run.model_config(vocabulary), seed=0)
+    stream = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name and name.endswith("weight"):
+                parameter.copy_(torch.randn(parameter.shape, generator=stream) / parameter.shape[-1] ** 0.5)
+    return model
 
 
 @dataclass

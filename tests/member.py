@@ -16,8 +16,12 @@ import torch.distributed as dist
 
 from haltscale.model import FixedOptions, Method, build_model
 from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.order import rank_share
-from haltscale.platform.training.engine import build_engine, fragments
+from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.runs.finalize import evaluate_run
+from haltscale.platform.store import RunStore
+from haltscale.platform.training.engine import build_engine, fragments, readable
 from haltscale.platform.training.loop import train
 from haltscale.platform.training.progress import Progress
 
@@ -72,6 +76,22 @@ def trained(store: str, zero_stage: int, notice: list[int] | None = None) -> dic
     return looping.train_and_save(store, zero_stage=zero_stage, rank=RANK, world=WORLD, notice=pair)
 
 
+def evaluated(corpus: str, store: str, key: str, zero_stage: int) -> dict[str, Any]:
+    """A reading of the held-out documents, shared by the ranks."""
+    prepared = PreparedCorpus.open(Path(corpus))
+    assert prepared is not None
+    run = looping.EVALUATED
+    execution = execution_of(run, zero_stage=zero_stage, workers=WORLD, micro_batch_sequences=1)
+    engine = build_engine(looping.ragged_model(run, prepared.counts["vocab_size"]), run, execution)
+    recorder = RunRecorder(RunStore(store), "study", key, steps=1, enabled=RANK == 0)
+    passes: list[int] = []
+    with readable(engine) as (model, shared):
+        model.register_forward_hook(lambda *_: passes.append(1))
+        together = {"rank": RANK, "world": WORLD} if shared else {}
+        result = evaluate_run(model, prepared, run, Progress(step=7), recorder, **together)
+    return {"row": dict(result.row), "summary": dict(result.summary), "passes": len(passes)}
+
+
 def harm(store: str, step: int, shard: int) -> None:
     dist.barrier()
     if RANK == 0:
@@ -93,14 +113,8 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every piece
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/rendezvous", rank=RANK, world_size=WORLD)
-    does = {
-        "depths": depths,
-        "padded": padded,
-        "gradients": gradients,
-        "trained": trained,
-        "forget": forget,
-        "harm": harm,
-    }
+    functions = (depths, padded, gradients, trained, evaluated, forget, harm)
+    does = {function.__name__: function for function in functions}
     answers = {name: does[task.pop("do")](**task) for name, task in json.loads((FOLDER / "tasks.json").read_text())}
     (FOLDER / f"answers-{RANK}.json").write_text(json.dumps(answers))
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from haltscale.model import LanguageModel
+from haltscale.model import LanguageModel, build_model
 from haltscale.platform import llama
 from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
 from haltscale.platform.config import Precision, RunConfig
@@ -300,3 +300,21 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     module: nn.Module = engine.module
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=engine.zero_optimization_stage() == 3):
         return {name: weight.detach().cpu().contiguous().clone() for name, weight in module.state_dict().items()}
+
+
+@contextmanager
+def readable(engine: Any) -> Iterator[tuple[LanguageModel, bool]]:
+    """A model to evaluate with, and whether ranks may read different texts with it; all ranks call.
+
+    Under ZeRO-3 a forward pass fetches weights from all ranks, as often as its text asks for. On CPUs, where the export
+    puts all weights together anyway, a whole copy is read with; on GPUs it might not fit, and ranks stay in step.
+    """
+    model: LanguageModel = engine.module
+    if engine.zero_optimization_stage() < 3:
+        yield model, True
+    elif engine.device.type == "cpu":
+        whole = build_model(model.config, seed=0).to(next(model.parameters()).dtype)
+        whole.load_state_dict(full_weights(engine))
+        yield whole, True
+    else:
+        yield model, False
