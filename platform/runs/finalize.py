@@ -23,10 +23,19 @@ from haltscale.platform.training.progress import Progress
 
 
 def evaluate_run(
-    model: LanguageModel, corpus: PreparedCorpus, run: RunConfig, progress: Progress, recorder: RunRecorder
+    model: LanguageModel,
+    corpus: PreparedCorpus,
+    run: RunConfig,
+    progress: Progress,
+    recorder: RunRecorder,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> SplitResult:
-    """Read the held-out documents and the probe text, and write both down."""
-    result = read_split(model, corpus, context=run.context, step=progress.step, recorder=recorder)
+    """Read the held-out documents and the probe text, and write both down; see :func:`read_split` for the ranks."""
+    result = read_split(
+        model, corpus, context=run.context, step=progress.step, recorder=recorder, rank=rank, world=world
+    )
     recorder.evaluation(
         {
             "step": progress.step,
@@ -50,14 +59,18 @@ def finish(
     progress: Progress,
     recorder: RunRecorder,
     described: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
     """Evaluate, export the weights, and write the record, last. All ranks call it; rank 0's recorder writes.
 
     Args:
         weights: the model's, whole (:func:`haltscale.platform.training.engine.full_weights`).
         described: the run's label, study, key, identity and execution.
+        rank: this process, in the group of ``world`` that read the held-out documents together.
     """
-    result = evaluate_run(model, corpus, run, progress, recorder)
+    result = evaluate_run(model, corpus, run, progress, recorder, rank=rank, world=world)
     row = result.row
     export(model, weights, corpus, recorder)
     per_token = result.flops * (1 / row["tokens_evaluated"])

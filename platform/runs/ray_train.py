@@ -30,7 +30,7 @@ from haltscale.platform.runs.branching import branch_point
 from haltscale.platform.runs.finalize import evaluate_run, finish
 from haltscale.platform.schedule import share
 from haltscale.platform.store import Cause, RunState, RunStore
-from haltscale.platform.training.engine import full_weights, open_process_group, snapshot, start
+from haltscale.platform.training.engine import full_weights, open_process_group, readable, snapshot, start
 from haltscale.platform.training.loop import Hooks, train
 from haltscale.platform.training.monitors import RunCappedError, TrainingDivergedError, memory_explained
 from haltscale.platform.training.progress import Progress
@@ -173,7 +173,9 @@ def _train(
         ray.train.report({"step": progress.step})
 
     def evaluate(progress: Progress) -> None:
-        row = evaluate_run(engine.module, corpus, run, progress, recorder).row
+        with readable(engine) as (whole, shared):
+            together = {"rank": rank, "world": world} if shared else {}
+            row = evaluate_run(whole, corpus, run, progress, recorder, **together).row
         if spec.role == "tuning":  # for the scheduler, which may end the run here
             ray.train.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
 
@@ -211,4 +213,7 @@ def _train(
     with sinks as write, memory_explained(execution):
         train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
     checkpoints.wait()
-    finish(engine.module, full_weights(engine), corpus, run, progress, recorder, spec.described())
+    weights = full_weights(engine)
+    with readable(engine) as (whole, shared):
+        together = {"rank": rank, "world": world} if shared else {}
+        finish(whole, weights, corpus, run, progress, recorder, spec.described(), **together)

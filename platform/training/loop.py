@@ -104,7 +104,7 @@ def train(
         rate = learning_rate(run, progress.spent, progress.expected(run, engine.module))
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(step_seed(run.seed, progress.step))
+        engine.module.begin_step(step_seed(run.seed, progress.step))
         tokens = torch.as_tensor(np.ascontiguousarray(batch.tokens), device=device)
         scored_everywhere = sum_over_ranks(int((tokens[:, 1:] != IGNORE_INDEX).sum()), world)
         counts, outputs = PassCounts(), []
@@ -167,5 +167,5 @@ def _gradient_norm(engine: Engine, run: RunConfig) -> float | None:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Of what a model draws in one step (PonderLM-2: its passes): the same on all ranks, and after a resumption."""
+    """Of what a model draws in one step (:meth:`haltscale.model.LanguageModel.begin_step`)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/step/{step}".encode()).digest()[:8], "big") >> 1
