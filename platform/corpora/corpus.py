@@ -244,8 +244,7 @@ class PreparedCorpus:
     @property
     def end_of_text(self) -> str:
         """The token that stands before every document, as the corpus named it."""
-        prepared = self.counts.get("prepared", {}).get("tokenizer", {})  # of a cache of an older version
-        return str(self.counts.get("end_of_text") or prepared.get("end_of_text", END_OF_TEXT))
+        return recorded_end_of_text(self.counts) or END_OF_TEXT
 
     def losses(self) -> list[str]:
         """A line for each source of which something was left out or altered; what and how much."""
@@ -355,6 +354,12 @@ class PreparedCorpus:
         except (OSError, ValueError, EOFError) as error:
             raise damaged(path, error) from error
         return counts
+
+
+def recorded_end_of_text(counts: Mapping[str, Any]) -> str | None:
+    """The end-of-text token that ``corpus.json`` names; None where an older version did not write it down."""
+    found = counts.get("end_of_text") or counts.get("prepared", {}).get("tokenizer", {}).get("end_of_text")
+    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True, kw_only=True)

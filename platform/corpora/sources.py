@@ -55,6 +55,7 @@ SHARD_BYTES = 8 << 20
 """Least size of a shard; the rows do not depend on it."""
 MOST_SHARDS = 4096
 """Of a source: in larger ones, shards grow."""
+FORMATS = ", ".join(kind for kind in Format if kind is not Format.AUTO)
 MOST_NAMED = 10
 """Files that one message names; the others are counted."""
 LATER_FIELDS: dict[str, tuple[Any, ...]] = {"delimiter": (None,), "quoting": (Quoting.AUTO, Quoting.DOUBLE)}
@@ -235,9 +236,7 @@ class Source:
             reason = "is an archive, or compressed in a way that is not read: unpack it"
             return _named(reason, [file.url for file in packed])
         if self.kind is Format.AUTO:
-            return [
-                f"path {self.path}: its files' suffixes do not tell one format: give format=, one of {list(Format)}"
-            ]
+            return [f"path {self.path}: its files' suffixes do not tell one format: give format=, one of {FORMATS}"]
         if not self.files:
             return [f"path {self.path} holds no {' or '.join('*' + end for end in SUFFIXES[self.kind])} file"]
         if self.is_local and (found := self._unreadable()):

@@ -236,6 +236,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], end_of_text: int | None = Non
     except BaseException as error:
         if not _is_library_error(error):
             raise
+        _refuse_surrogates(flat)
         raise TokenizerError(str(error)) from error
     if end_of_text is not None:
         for place, ids in enumerate(encoded):
@@ -244,6 +245,15 @@ def encode(tokenizer: Tokenizer, texts: list[str], end_of_text: int | None = Non
                 encoded[place] = np.array([token for token, _ in pairs], dtype=np.uint32)
     each = iter(encoded)
     return [np.concatenate([next(each) for _ in own] or [np.empty(0, np.uint32)]) for own in pieces]
+
+
+def _refuse_surrogates(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"character {error.start} is half a surrogate pair, {text[error.start]!a}"
+            raise TokenizerError(f"a text is no valid Unicode: {half}") from None
 
 
 def encode_with_places(tokenizer: Tokenizer, text: str, end_of_text: int) -> list[tuple[int, int]]:
