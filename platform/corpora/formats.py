@@ -35,10 +35,14 @@ def printable(text: str) -> str:
 
 
 class SourceError(ValueError):
-    """A source cannot be read; the message names the file and the place in it."""
+    """A source cannot be read; the message names the file and the place in it.
 
-    def __init__(self, message: str) -> None:
+    ``line`` is the number of the line, where a whole JSONL file was read to it; else None.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(printable(message))
+        self.line = line
 
 
 class Format(StrEnum):
@@ -170,30 +174,31 @@ def _read_lines(source: Readable, shard: Shard, counted: Counter[str]) -> Iterat
 
 def _read_jsonl(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
     (file,) = shard.files
-    for offset, row in json_rows(source, file, shard, counted, (source.text_field,)):
+    for offset, _, row in json_rows(source, file, shard, counted, (source.text_field,)):
         yield f"{file.name}@{offset}", _field(source, row, f"{file.url}, the line at byte {offset}")
 
 
 def json_rows(
     source: Readable, file: File, shard: Shard, counted: Counter[str], fields: tuple[str, ...]
-) -> Iterator[tuple[int, Any]]:
-    """(offset, value) of the JSON lines that begin in the shard, without blank lines.
+) -> Iterator[tuple[int, int, Any]]:
+    """(offset, number of the line in the shard, value) of the JSON lines that begin there, without blank lines.
 
     Raises:
         SourceError: a line is no JSON, or holds one of these fields twice.
     """
-    for offset, line in _lines(source, file, shard, counted):
+    for number, (offset, line) in enumerate(_lines(source, file, shard, counted), start=1):
         text = source.decode(line, file.url, offset, counted).strip()
         if not text:
             continue
+        place = f"the line at byte {offset}"
         try:
             row, repeated = json.loads(text), _repeated(text, fields)
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{file.url} is no JSON in the line at byte {offset} ({error})") from None
+            raise SourceError(f"{file.url} is no JSON in {place} ({error})", number) from None
         if repeated:
-            where = f"{file.url}, the line at byte {offset}"
-            raise SourceError(f"{where} holds the field {repeated!r} more than once: which one is meant?")
-        yield offset, row
+            message = f"{file.url}, {place} holds the field {repeated!r} more than once: which one is meant?"
+            raise SourceError(message, number)
+        yield offset, number, row
 
 
 def _repeated(text: str, fields: tuple[str, ...]) -> str | None:

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import stat
 import sys
 import time
@@ -56,6 +57,8 @@ SHARD_BYTES = 8 << 20
 MOST_SHARDS = 4096
 """Of a source: in larger ones, shards grow."""
 FORMATS = ", ".join(kind for kind in Format if kind is not Format.AUTO)
+PART_NAME = re.compile(r"(?P<stem>.*)-\d+-of-(?P<parts>\d+)\b.*", re.DOTALL)
+"""How datasets that are saved in parts call them."""
 MOST_NAMED = 10
 """Files that one message names; the others are counted."""
 LATER_FIELDS: dict[str, tuple[Any, ...]] = {"delimiter": (None,), "quoting": (Quoting.AUTO, Quoting.DOUBLE)}
@@ -239,7 +242,7 @@ class Source:
             return [f"path {self.path}: its files' suffixes do not tell one format: give format=, one of {FORMATS}"]
         if not self.files:
             return [f"path {self.path} holds no {' or '.join('*' + end for end in SUFFIXES[self.kind])} file"]
-        if self.is_local and (found := self._unreadable()):
+        if found := [*(self._unreadable() if self.is_local else []), *self._mixed_parts()]:
             return found
         if self.kind in TOKEN_FORMATS:
             return [f"{file.url} {problem}" for file in self.files if (problem := self._token_problem(file))]
@@ -266,6 +269,19 @@ class Source:
             elif not os.access(file.url, os.R_OK):
                 reasons.setdefault("cannot be read: permission denied", []).append(file.url)
         return [problem for reason, urls in reasons.items() for problem in _named(reason, urls)]
+
+    def _mixed_parts(self) -> list[str]:
+        """Files of two saves of one dataset in one folder: ``train-00000-of-00003`` beside ``train-00000-of-00005``."""
+        parts: dict[str, set[str]] = {}
+        for file in self.files if self._listing[0] else []:
+            if found := PART_NAME.fullmatch(file.name):
+                parts.setdefault(found["stem"], set()).add(found["parts"])
+        return [
+            f"path {self.path}: {stem} is there in {' and in '.join(sorted(counts))} parts: remove those of an older"
+            " save, or name the ones to read by a glob"
+            for stem, counts in sorted(parts.items())
+            if len(counts) > 1
+        ]
 
     def _token_problem(self, file: File) -> str:
         if file.compression:
@@ -585,12 +601,18 @@ def _remote_version(fs: Any, file: File) -> str:
 
 
 def read_json_lines(path: str | os.PathLike[str], fields: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
-    """(byte at which its line begins, value) of each line of a JSONL file, as a corpus reads them: compressed or not,
-    without a byte order mark, without blank lines.
+    """(number, value) of each line of a JSONL file, as a corpus reads it: compressed or not, without a byte order mark,
+    without blank lines.
+
+    Args:
+        path: of the file.
+        fields: none of them may stand in a line twice.
 
     Raises:
-        SourceError: the file cannot be read, is not UTF-8, or a line is no JSON or holds one of the fields twice.
+        SourceError: the file cannot be read or is not UTF-8, or a line is no JSON or repeats a field.
     """
     url = os.path.abspath(path)
     file = File(name=os.path.basename(url), url=url, size=_local_size(url))
-    yield from json_rows(Source(path=url, format=Format.JSONL), file, Shard(files=(file,)), Counter(), fields)
+    source = Source(path=url, format=Format.JSONL)
+    for _, number, row in json_rows(source, file, Shard(files=(file,)), Counter(), fields):
+        yield number, row
