@@ -90,6 +90,8 @@ def _decoded(loaded: LoadedModel, prompts: list[list[int]], emitted: Iterator[An
 
 def _one_token(loaded: LoadedModel, text: str) -> int:
     ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1 and (special := loaded.tokenizer.token_to_id(text)) is not None:
+        return int(special)  # in a text it would be letters
     if len(ids) != 1:
         raise GenerationError(f"stop {text!r} is {len(ids)} tokens of this tokenizer; a stop is one token")
     return int(ids[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from haltscale.platform import provenance
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.evaluation.evaluate_split import SplitResult, read_split
+from haltscale.platform.inference.models import TOKENIZER_CONFIG, end_of_text_config
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training.progress import Progress
 
@@ -107,14 +109,15 @@ def finish(
 def export(
     model: LanguageModel, weights: dict[str, torch.Tensor], corpus: PreparedCorpus, recorder: RunRecorder
 ) -> None:
-    """The finished model: weights that cannot execute anything, the config, the tokenizer."""
+    """The finished model: weights that cannot execute anything, the config, the tokenizer and its end-of-text."""
     if not recorder.enabled:
         return
     store = recorder.store
     with tempfile.TemporaryDirectory() as folder:
         save_file(weights, Path(folder) / "model.safetensors")
         (Path(folder) / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
-        (Path(folder) / "tokenizer.json").write_text((corpus.folder / "tokenizer.json").read_text())
+        shutil.copyfile(corpus.folder / "tokenizer.json", Path(folder) / "tokenizer.json")
+        (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps(end_of_text_config(corpus.end_of_text)))
         for file in Path(folder).iterdir():
             target = store.path(recorder.study, recorder.key, "model", file.name)
             store.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
