@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -265,10 +265,10 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
     asked |= {name: run_table.scalar(value) for name, value in options.items()}
     row |= {name: value for name, value in asked.items() if name not in row}
 
-    if view.problem:
-        row["state"], row["note"] = "damaged", view.problem
-    elif record and math.isnan(row["loss"]):
+    if record and math.isnan(row["loss"]):
         row["state"], row["note"] = "diverged", "its final loss is not a number; it is left out of the figures"
+    elif view.problem:
+        row["state"], row["note"] = "damaged", view.problem
     elif view.state is RunState.FAILED:
         row["note"] = words(status.get("error")) or "failed without saying why"
     elif view.state is RunState.STALLED:
@@ -290,27 +290,6 @@ def silence(status: Mapping[str, Any], now: float) -> str:
 # ---- one study -----------------------------------------------------------------------------------
 
 
-def _views(store: RunStore, study: str, planned: Iterable[str]) -> list[RunView]:
-    """The study's runs, then those of its earlier versions; one that cannot be asked for costs no other."""
-    keys = list(dict.fromkeys(planned))
-    named, problems = [], {}
-    for key in keys:
-        try:
-            store.path(study, key)
-            named.append(key)
-        except UNREADABLE as error:
-            problems[key] = f"{key}: {error or type(error).__name__}"
-    others = sorted(set(store.present(study)) - set(keys))
-    found = store.views(study, [*named, *others])
-    earlier = [key for key in others if found[key].spec or found[key].problem]
-    return [
-        RunView(study=study, key=key, state=RunState.PLANNED, spec={}, status={}, record={}, problem=problems[key])
-        if key in problems
-        else found[key]
-        for key in [*keys, *earlier]
-    ]
-
-
 def empty_runs() -> pd.DataFrame:
     """A runs frame with every column and no row."""
     columns = dict.fromkeys((*TEXT, "steps_histogram"), "object") | dict.fromkeys(NUMBERS, "float64")
@@ -327,11 +306,16 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
     Args:
         memo: rows of finished runs are taken from here while their documents stay the same, and put here.
     """
+    problems, document = [], {}
     try:
-        document = store.study(name)
-        planned = document.get("runs")
-        views = _views(store, name, [str(key) for key in planned] if isinstance(planned, list) else [])
-    except UNREADABLE as error:
+        document, problem = store.study(name), store.study_problem(name)
+    except StoreError as error:
+        problem = str(error)
+    if problem:
+        problems.append(Problem(where=name, what=problem))
+    try:
+        views = list(store.runs(name))
+    except OSError as error:
         return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
     rows = [_row(store, view, {} if memo is None else memo) for view in views]
     frame = pd.DataFrame(rows) if rows else empty_runs()
@@ -342,7 +326,7 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
     frame["shade"] = frame.groupby("method")["rank"].transform(
         lambda ranks: (ranks.rank(method="dense") - 1) / max(ranks.nunique() - 1, 1)
     )
-    problems = tuple(Problem(where=view.key, what=view.problem) for view in views if view.problem)
+    problems += [Problem(where=view.key, what=view.problem) for view in views if view.problem]
     return StudyView(
         name=name,
         question=words(document.get("question")),
@@ -350,7 +334,7 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
         planned_at=number(document.get("planned_at")),
         corpus=mapping(document.get("corpus")),
         runs=frame,
-        problems=problems,
+        problems=tuple(problems),
     )
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from haltscale.platform import run_table
 from haltscale.platform.store import RunState, RunStore, RunView
@@ -93,16 +94,16 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bo
 
 def show(frame: pd.DataFrame, *, title: str) -> None:
     """Print a DataFrame as a table, numbers to 3 significant digits."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     columns = {str(name): [_text(value) for value in frame[name]] for name in frame.columns}
     for name, cells in columns.items():
         numeric = not any(isinstance(value, str) for value in frame[name])
         width = max(map(len, [*cells, *name.split()]))  # a heading may be folded between its words, a value never
         table.add_column(
-            name, justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
+            Text(name), justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # text of the store is no markup
     console = _console()
     unbounded = console.options.update(max_width=10_000)
     needed = console.measure(table, options=unbounded).minimum
