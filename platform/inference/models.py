@@ -26,6 +26,29 @@ class ModelFolderError(ValueError):
     """A folder does not hold a model that can be loaded; the message names the file, and what to do."""
 
 
+class TextError(ValueError):
+    """A text cannot be made into tokens; the message says why."""
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without end-of-text.
+
+    Raises:
+        TextError: the text holds half a surrogate pair, or the tokenizer has no token for a part of it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise TextError(
+            f"character {error.start + 1} of the text is U+{half:04X}, half a surrogate pair: write the text as UTF-8"
+        ) from None
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Exception as error:  # the library raises plain Exceptions
+        raise TextError(f"the model's tokenizer cannot encode the text ({error})") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model, ready to read and to write."""
