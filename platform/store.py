@@ -39,10 +39,19 @@ from typing import Any
 import fsspec
 import pandas as pd
 
+from haltscale.platform.documents import (
+    NOTHING,
+    RUN,
+    SCHEMA_VERSION,
+    StoreError,
+    advice,
+    checked,
+    parse_document,
+    parse_lines,
+)
 from haltscale.platform.durable import write_durably
 from haltscale.platform.lease import Holder, holder_of, modified
 
-SCHEMA_VERSION = 1
 STALL_SECONDS = 120.0
 """A run that calls itself running but has given no sign of life for this long is shown as stalled."""
 
@@ -50,10 +59,6 @@ PART_BYTES = 1 << 18
 """On an object store, a JSON-lines file goes on in a new part when its last one is this long."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-class StoreError(ValueError):
-    """A store, study or run folder cannot be read or written as asked; the message says what to do."""
 
 
 class RunState(StrEnum):
@@ -118,7 +123,7 @@ class RunView:
 
     @property
     def label(self) -> str:
-        return str(self.spec.get("label", self.key))
+        return str(self.spec.get("label") or self.key)
 
     @classmethod
     def absent(cls, study: str, key: str) -> RunView:
@@ -205,7 +210,7 @@ class RunStore:
     def truncate_lines(self, path: str, *, after_step: int) -> None:
         """Drop the rows written after ``after_step``: a resumed run writes them again."""
         for part in reversed(self._parts(path)):  # the last first: a death between two leaves no gap
-            rows = [row for row in _rows(self.fs.cat_file(part)) if row["step"] <= after_step]
+            rows = [row for row in parse_lines(self.fs.cat_file(part)) if row["step"] <= after_step]
             if rows or part == path:
                 self._write_text(part, "".join(json.dumps(row) + "\n" for row in rows))
             else:
@@ -229,20 +234,23 @@ class RunStore:
         """Read a JSON document; an absent one is ``{}``.
 
         Raises:
-            StoreError: the document is damaged or of another schema version.
+            StoreError: the document is damaged, of another schema version, or cannot be read.
         """
         try:
-            return _document(path, self.fs.cat_file(path))
-        except FileNotFoundError:
+            return parse_document(path, self.fs.cat_file(path))
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error}); {advice(path)}") from error
 
     def read_lines(self, path: str) -> list[dict[str, Any]]:
-        """Read a JSON-lines file; a last line still being written is left for the next read."""
+        """Read a JSON-lines file: the objects in it. A last line still being written is left for the next read, and a
+        folder in the file's place has none."""
         try:
             if not self._whole_objects:
-                return _rows(self.fs.cat_file(path))
-            return [row for part in self._parts(path) for row in _rows(self.fs.cat_file(part))]
-        except FileNotFoundError:
+                return parse_lines(self.fs.cat_file(path))
+            return [row for part in self._parts(path) for row in parse_lines(self.fs.cat_file(part))]
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return []
 
     def studies(self) -> list[str]:
@@ -255,42 +263,69 @@ class RunStore:
         )
 
     def study(self, name: str) -> dict[str, Any]:
-        """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study)."""
-        return self.read_json(self.path(name, None, "study.json"))
+        """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study). Fields of
+        another type than they should have are left out; :meth:`study_problem` names them.
+
+        Raises:
+            StoreError: the document is damaged, of another schema version, or cannot be read.
+        """
+        return checked("study", self.read_json(self.path(name, None, "study.json")))[0]
+
+    def study_problem(self, name: str) -> str:
+        """Why ``study.json`` cannot be read in full; empty where it can. What it does not say is then unknown; the
+        runs are there all the same, in the order of their keys."""
+        path = self.path(name, None, "study.json")
+        try:
+            odd = checked("study", self.read_json(path))[1]
+        except StoreError as error:
+            return str(error)
+        return f"{path}: {odd}; {advice(path)}" if odd else ""
 
     def run(self, study: str, key: str, *, now: float | None = None) -> RunView:
         """One run; a folder that cannot be read becomes a view with ``problem`` set, never an exception."""
         return self.views(study, [key], now=now)[key]
 
     def views(self, study: str, keys: Iterable[str], *, now: float | None = None) -> dict[str, RunView]:
-        """Several runs by key, read together: object stores answer many requests at once."""
-        names = ("spec", "status", "record")
-        paths = {(key, name): self.path(study, key, f"{name}.json") for key in keys for name in names}
+        """Several runs by key; one that cannot be read, or whose key is no name, is a view with ``problem`` set."""
+        kept = list(dict.fromkeys(keys))
+        named = [key for key in kept if _NAME.fullmatch(key)]
+        paths = {(key, name): self.path(study, key, f"{name}.json") for key in named for name in RUN}
+        found = self._read_documents(paths)
+        views = {}
+        for key in kept:
+            documents: dict[str, Any] = {}
+            problems = [] if key in named else [f"{key!r} is no name of a run: submit the study again to plan it anew"]
+            for name in RUN:
+                content = found.get((key, name), NOTHING)
+                if isinstance(content, StoreError):
+                    problems.append(str(content))
+                    content = NOTHING
+                documents[name], odd = checked(name, content)
+                if odd:
+                    problems.append(f"{name}.json of {key}: {odd}")
+            state = run_state(documents["status"], documents["record"])
+            view = RunView(study=study, key=key, state=state, problem="; ".join(problems), **documents)
+            views[key] = self.alive(view, now=now)
+        return views
+
+    def _read_documents(self, paths: Mapping[Any, str]) -> dict[Any, Mapping[str, Any] | StoreError]:
+        """Documents by whatever names their paths; read together, since object stores answer many requests at once."""
         if not paths:
             return {}
         wanted = list(paths.values())
         contents = self.fs.cat_ranges(wanted, [None] * len(wanted), [None] * len(wanted), on_error="return")
-        found = dict(zip(wanted, contents, strict=True))
-        views = {}
-        for key in dict.fromkeys(key for key, _ in paths):
-            documents: dict[str, Any] = {}
-            problem = ""
-            for name in names:
-                path = paths[key, name]
-                content = found[path]
-                documents[name] = {}
+        found: dict[Any, Mapping[str, Any] | StoreError] = {}
+        for (name, path), content in zip(paths.items(), contents, strict=True):
+            try:
                 if isinstance(content, FileNotFoundError | NotADirectoryError):
-                    continue
-                try:
-                    if isinstance(content, BaseException):
-                        raise StoreError(f"{path} cannot be read: {content}")
-                    documents[name] = _document(path, content)
-                except StoreError as error:
-                    problem = str(error)
-            state = run_state(documents["status"], documents["record"])
-            view = RunView(study=study, key=key, state=state, problem=problem, **documents)
-            views[key] = self.alive(view, now=now)
-        return views
+                    found[name] = NOTHING
+                elif isinstance(content, BaseException):
+                    raise StoreError(f"{path} cannot be read ({content}); {advice(path)}")
+                else:
+                    found[name] = parse_document(path, content)
+            except StoreError as error:
+                found[name] = error
+        return found
 
     def holder(self, study: str, key: str | None = None, *, now: float | None = None) -> Holder | None:
         """The process that owns a study or trains a run, or the last one that did; None where none ever did."""
@@ -317,14 +352,18 @@ class RunStore:
         """Keys of all runs that have a folder, sorted, whatever the study's document says."""
         try:
             entries = self.fs.ls(self.path(study), detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
         return sorted(name for name in names if _NAME.fullmatch(name))
 
     def run_keys(self, study: str) -> list[str]:
-        """Keys of a study's runs, in its order; runs of earlier versions of the study come last."""
-        planned = [str(key) for key in self.study(study).get("runs", [])]
+        """Keys of a study's runs, in its order; runs of earlier versions of the study come last. Where ``study.json``
+        cannot be read, all that are there (:meth:`study_problem` says why)."""
+        try:
+            planned = list(dict.fromkeys(self.study(study).get("runs", [])))
+        except StoreError:
+            planned = []
         others = sorted(set(self.present(study)) - set(planned))
         views = self.views(study, others)
         return [*planned, *(key for key in others if views[key].spec or views[key].problem)]
@@ -428,12 +467,16 @@ class RunStore:
 
     def later_evaluations(self, study: str, key: str, step: int | None = None) -> dict[str, dict[str, Any]]:
         """The later evaluations of the finished model, or of a step's checkpoint, by name: what ``haltscale evaluate``
-        printed as JSON."""
+        printed as JSON. One that cannot be read says why under ``problem``."""
         folder = self._evaluations(study, key, step)
         if not self.fs.isdir(folder):
             return {}
         paths = sorted(path for path in self.fs.ls(folder, detail=False) if path.endswith(".json"))
-        return {path.rsplit("/", 1)[-1].removesuffix(".json"): self.read_json(path) for path in paths}
+        names = {path.rsplit("/", 1)[-1].removesuffix(".json"): path for path in paths}
+        return {
+            name: {"problem": str(document)} if isinstance(document, StoreError) else dict(document)
+            for name, document in self._read_documents(names).items()
+        }
 
     def evaluated_steps(self, study: str, key: str) -> list[int]:
         """Steps whose training checkpoints have later evaluations, ascending."""
@@ -446,36 +489,6 @@ class RunStore:
     def _table(self, path: str, columns: list[str] | None = None) -> pd.DataFrame:
         with self.fs.open(path, "rb") as file:
             return pd.read_parquet(file, columns=columns)
-
-
-def _document(path: str, content: bytes) -> dict[str, Any]:
-    """A JSON document of the store.
-
-    Raises:
-        StoreError: it is damaged or of another schema version.
-    """
-    try:
-        document = json.loads(content)
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); remove the run's folder to train it again") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA_VERSION:
-        found = document.get("schema") if isinstance(document, dict) else None
-        raise StoreError(
-            f"{path} has schema {found!r}, this version reads {SCHEMA_VERSION}: use another store root"
-            " (HALTSCALE_STORE) or the haltscale that wrote it"
-        )
-    return document
-
-
-def _rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of JSON lines, without what is no whole line."""
-    rows = []
-    for line in content.decode("utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def run_state(status: Mapping[str, Any], record: Mapping[str, Any]) -> RunState:

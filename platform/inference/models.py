@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from haltscale.model import METHODS, LanguageModel, ModelConfig, config_from_dict, config_problems
-from haltscale.platform.corpora.tokenization import TokenizerError, encode, exact
+from haltscale.platform.corpora.tokenization import TokenizerError, exact
+from haltscale.platform.corpora.tokenization import encode as encode_texts
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -29,6 +30,23 @@ EXPORTED_PREFIX = "inner."
 
 class ModelFolderError(ValueError):
     """A folder does not hold a model that can be loaded; the message names the file, and what to do."""
+
+
+class TextError(ValueError):
+    """A text cannot be made into tokens; the message says why."""
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without end-of-text.
+
+    Raises:
+        TextError: the text holds half a surrogate pair, or the tokenizer has no token for a part of it.
+    """
+    try:
+        ids: list[int] = encode_texts(tokenizer, [text])[0].tolist()
+    except TokenizerError as error:
+        raise TextError(str(error)) from error
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +72,7 @@ class LoadedModel:
         Raises:
             TokenizerError: a text is no valid Unicode, or the tokenizer fails on it.
         """
-        return [ids.tolist() for ids in encode(self.tokenizer, list(texts), self.end_of_text)]
+        return [ids.tolist() for ids in encode_texts(self.tokenizer, list(texts), self.end_of_text)]
 
 
 def guessed_end_of_text(tokenizer: Tokenizer) -> str:

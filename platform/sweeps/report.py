@@ -11,7 +11,9 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from haltscale.platform import run_table
 from haltscale.platform.store import RunState, RunStore, RunView
 
 PRINTED = {
@@ -32,12 +34,10 @@ PRINTED = {
     "tokens_per_second": "tokens/s",
 }
 
-RECURRENT = ("attention", "mlp", "norms")
-"""Groups of parameters that a latent step uses again; the rest (embedding, head, router) is used once per token."""
-
 
 def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.DataFrame:
-    """One row per run: its label, state and, where it is finished, its figures (units as in the record).
+    """One row per run (:func:`haltscale.platform.run_table.row`): its label, state, identity and, where it is finished,
+    its figures (units as in the record).
 
     Args:
         keys: the runs and their order; all of the study's by default.
@@ -51,36 +51,7 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
 
 def table(views: Iterable[RunView]) -> pd.DataFrame:
     """:func:`results` of runs that have been read already."""
-    rows = []
-    for view in views:
-        record = view.record
-        identity = record.get("identity") or view.spec.get("identity", {})
-        halting = record.get("halting", {})
-        groups = record.get("parameters", {})
-        recurrent = sum(groups.get(name, 0) for name in RECURRENT) if groups else None
-        rows.append(
-            {
-                "run": view.label,
-                "key": view.key,
-                "state": str(view.state),
-                "method": identity.get("method"),
-                "size": identity.get("size"),
-                "seed": identity.get("seed"),
-                **identity.get("options", {}),
-                "role": view.spec.get("role", "comparison"),
-                "parameters": record.get("parameters_total"),
-                "parameters_recurrent": recurrent,
-                "parameters_once": sum(groups.values()) - recurrent if groups else None,
-                **{name: record.get(name) for name in ("tokens", "loss", "loss_standard_error", "perplexity")},
-                **{name: record.get(name) for name in ("bits_per_byte", "mean_steps", "expected_steps")},
-                "easy_steps": halting.get("well_predicted_mean_steps"),
-                "hard_steps": halting.get("badly_predicted_mean_steps"),
-                **{name: record.get(name) for name in ("passes_per_token", "flops_realised", "flops_executed")},
-                **{name: record.get(name) for name in ("flops_paper", "wall_seconds", "tokens_per_second")},
-                "error": view.status.get("error") or view.problem,
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(run_table.rows(views))
 
 
 def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:
@@ -135,16 +106,16 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bo
 
 def show(frame: pd.DataFrame, *, title: str) -> None:
     """Print a DataFrame as a table, numbers to 3 significant digits."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     columns = {str(name): [_text(value) for value in frame[name]] for name in frame.columns}
     for name, cells in columns.items():
         numeric = not any(isinstance(value, str) for value in frame[name])
         width = max(map(len, [*cells, *name.split()]))  # a heading may be folded between its words, a value never
         table.add_column(
-            name, justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
+            Text(name), justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # text of the store is no markup
     console = _console()
     unbounded = console.options.update(max_width=10_000)
     needed = console.measure(table, options=unbounded).minimum
