@@ -41,6 +41,9 @@ class MethodEntry:
     """Most passes of the stack per token, from the method's options: an upper bound to plan with."""
     summary: str
     """One line for tables and help texts."""
+    semantics: int = 1
+    """Raised by hand when a change of the code changes what this method computes from given options and weights: runs
+    of the method become stale, and no others."""
 
 
 def _l_max_more(options: Any) -> float:
@@ -142,7 +145,7 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
     found = key_problems(ModelConfig, data, "")
     method = data.get("method")
     if "method" in data and method not in METHODS:
-        found.append(f"method = {method!r}: must be one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
+        found.append(f"method = {method!r}{did_you_mean(method, METHODS)}")
     parts: dict[str, type] = {"shape": Shape}
     if method in METHODS:
         parts["options"] = METHODS[Method(method)].options

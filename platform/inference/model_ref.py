@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 
 from haltscale.model import METHODS
 from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints
-from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.config import Precision, RunConfig, current_identity
 from haltscale.platform.inference.models import FILES, ModelFolderError
-from haltscale.platform.precision import resolve_precision
 from haltscale.platform.store import RunState, RunStore, haltscale_home
 
 LATEST = "latest"
@@ -140,9 +139,10 @@ def _fetch(store: RunStore, study: str, key: str, folder: Path) -> None:
 
 def _write_checkpoint(store: RunStore, study: str, key: str, step: int, folder: Path) -> None:
     """Write a training checkpoint as a finished run's model would be: its weights in the precision of the run."""
-    run = RunConfig.from_identity(store.run(study, key).spec["identity"])
+    view = store.run(study, key)
+    run = RunConfig.from_identity(current_identity(view.record) or view.spec["identity"]).resolved()
     config = run.model_config(int(store.study(study)["corpus"]["vocab_size"]))
-    dtype = DTYPES[resolve_precision(run.precision)]
+    dtype = DTYPES[run.precision]
     with torch.device("meta"):
         model = METHODS[config.method].model(config)
     try:

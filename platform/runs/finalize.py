@@ -18,7 +18,6 @@ from haltscale.platform import provenance
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.evaluation.evaluate_split import SplitResult, read_split
-from haltscale.platform.precision import resolve_precision
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training.progress import Progress
 from haltscale.platform.training.steps_schedule import StepsSchedule
@@ -85,7 +84,7 @@ def finish(
             "sequence_digest": progress.sequence_digest,
             "wall_seconds": progress.seconds,
             "tokens_per_second": progress.tokens / progress.seconds,
-            "precision": resolve_precision(run.precision),
+            "precision": run.precision,
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
             "machine": provenance.machine(),

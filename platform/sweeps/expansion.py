@@ -9,8 +9,7 @@ from typing import Any
 
 from haltscale.model import Method, ShuffledOptions, VanillaOptions
 from haltscale.model.fixed import FixedOptions
-from haltscale.platform.config import ConfigError, RunConfig, apply_point
-from haltscale.platform.identity import digest
+from haltscale.platform.config import ConfigError, RunConfig, apply_point, current_identity, run_key
 from haltscale.platform.store import RunState, RunView
 from haltscale.platform.sweeps import planning
 from haltscale.platform.sweeps.sweep import Budget, Control, ControlKind, Point, Sweep
@@ -65,14 +64,19 @@ class Expansion:
     problems: list[str]
 
 
-def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
-    """The runs and controls of a sweep, with everything that is wrong about its points."""
+def expand(sweep: Sweep, base: RunConfig, vocab_size: int, *, on_gpu: bool = False) -> Expansion:
+    """The runs and controls of a sweep, with everything that is wrong about its points.
+
+    Args:
+        on_gpu: whether the runs will train on GPUs, which decides what ``precision=auto`` stands for.
+    """
     runs: list[RunConfig] = []
     controls: list[tuple[int, RunControl]] = []
     problems: list[str] = []
     for number, point in enumerate(sweep, start=1):
         plain = point.of if isinstance(point, Control) else point
         run, found = _run(base, plain, vocab_size)
+        run = run.resolved(on_gpu=on_gpu)
         if isinstance(point, Control):
             if not found and run.method not in SUBJECTS[point.kind]:
                 allowed = ", ".join(SUBJECTS[point.kind])
@@ -87,14 +91,15 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
     if not problems:
         seen: dict[RunConfig, int] = {}
         for index, run in enumerate(runs):
-            if run in seen:
-                problems.append(f"point {index + 1} is the same run as point {seen[run] + 1}: {run.label}")
-            seen.setdefault(run, index)
+            same = run.canonical()
+            if same in seen:
+                problems.append(f"point {index + 1} is the same run as point {seen[same] + 1}: {run.label}")
+            seen.setdefault(same, index)
         for number, control in controls:
-            if control.subject not in seen:
+            if control.subject.canonical() not in seen:
                 missing = f"the sweep has no such run to control ({control.subject.label})"
                 problems.append(f"point {number}, a {control.kind} control: {missing}")
-        if len({(control.kind, control.subject) for _, control in controls}) < len(controls):
+        if len({(control.kind, control.subject.canonical()) for _, control in controls}) < len(controls):
             problems.append("some controls are given twice: call controls(of=...) once for each run")
     return Expansion(runs=runs, controls=[control for _, control in controls], problems=problems)
 
@@ -169,9 +174,9 @@ def stale_keys(views: Mapping[str, RunView], wanted: Mapping[str, Mapping[str, A
         The finished run's key for each such wanted key.
     """
     drifted = {
-        _drift_free(view.record["identity"]): key
+        _drift_free(identity): key
         for key, view in views.items()
-        if key not in wanted and view.state is RunState.FINISHED and view.record.get("identity")
+        if key not in wanted and view.state is RunState.FINISHED and (identity := current_identity(view.record))
     }
     if not drifted:
         return {}
@@ -179,4 +184,4 @@ def stale_keys(views: Mapping[str, RunView], wanted: Mapping[str, Mapping[str, A
 
 
 def _drift_free(identity: Mapping[str, Any]) -> str:
-    return digest({name: value for name, value in identity.items() if name not in ("corpus_fingerprint", "semantics")})
+    return run_key({**identity, "corpus_fingerprint": "", "semantics": {}})

@@ -11,9 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from haltscale.platform.config import ConfigError, RunConfig
+from haltscale.platform.config import ConfigError, RunConfig, current_identity, run_key
 from haltscale.platform.corpora.tokenization import BytePairs
-from haltscale.platform.identity import run_key
 from haltscale.platform.initial_model import InitialModel
 from haltscale.platform.llama import tokenizer_digest
 from haltscale.platform.runs.branching import shortest_of_families
@@ -39,7 +38,7 @@ class StudyPlan(StudySpec):
 
     @cached_property
     def _expansion(self) -> Expansion:
-        return expand(self.sweep, self.base, self.vocab_size)
+        return expand(self.sweep, self.base, self.vocab_size, on_gpu=bool(self.execution.gpus_per_worker))
 
     @property
     def runs(self) -> list[RunConfig]:
@@ -62,6 +61,7 @@ class StudyPlan(StudySpec):
 
     def _planned(self, views: Mapping[str, RunView]) -> list[PlannedRun]:
         runs = self.runs
+        present = {run.canonical() for run in runs}
         controls: dict[RunConfig, RunControl] = {}
         waiting = []
         for control in self._expansion.controls:
@@ -69,8 +69,9 @@ class StudyPlan(StudySpec):
             run = control_run(control, view.record if view else {}, self.vocab_size)
             if run is None:
                 waiting.append(control)
-            elif run not in runs:  # two subjects may ask for the same control, or the sweep may have it already
-                controls.setdefault(run, control)
+            elif run.canonical() not in present:  # two subjects may share a control, or the sweep may have it already
+                present.add(run.canonical())
+                controls[run] = control
         known = sorted([*runs, *controls], key=self.flops_bound)
         named = labels(known)
         found = []
@@ -84,11 +85,16 @@ class StudyPlan(StudySpec):
         return found
 
     def _views(self, store: RunStore) -> dict[str, RunView]:
-        """All of the study's runs in the store, those of its earlier versions too; none where its name is no name."""
+        """All of the study's runs in the store, those of its earlier versions too; none where its name is no name.
+
+        By the key that the run has today, which for a record of an earlier schema is not its folder's name.
+        """
         try:
-            return store.views(self.name, store.present(self.name))
+            found = store.views(self.name, store.present(self.name))
         except StoreError:  # problems() tells it
             return {}
+        renamed = {key: view for view in found.values() if (key := _key_today(view)) not in found}
+        return {**{key: view for key, view in found.items() if view not in renamed.values()}, **renamed}
 
     def flops_bound(self, run: RunConfig) -> float:
         """Realised training FLOPs with every latent step taken: what a run costs at most."""
@@ -241,9 +247,15 @@ class StudyPlan(StudySpec):
 
     def document(self, corpus_counts: Mapping[str, Any], store: RunStore) -> dict[str, Any]:
         """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key."""
-        known = {self.key(entry.run): entry for entry in self.planned(store) if entry.run}
+        views = self._views(store)
+
+        def folder(run: RunConfig) -> str:
+            key = self.key(run)
+            return views[key].key if key in views else key
+
+        known = {folder(entry.run): entry for entry in self._planned(views) if entry.run}
         controls = {
-            key: {"kind": entry.control, "of": self.key(entry.subject)}
+            key: {"kind": entry.control, "of": folder(entry.subject)}
             for key, entry in known.items()
             if entry.control and entry.subject
         }
@@ -264,3 +276,8 @@ class StudyPlan(StudySpec):
         known = ((key, entry.run, self.identity(entry.run)) for key, entry in missing.items() if entry.run)
         free = shortest_of_families(known)
         return {key: entry for key, entry in missing.items() if key in free}
+
+
+def _key_today(view: RunView) -> str:
+    identity = current_identity(view.record)
+    return run_key(identity) if identity else view.key

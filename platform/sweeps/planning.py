@@ -21,7 +21,7 @@ from haltscale.model.fixed import FixedOptions
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
-from haltscale.platform.config import ConfigError, Precision, RunConfig
+from haltscale.platform.config import ConfigError, Precision, RunConfig, current_identity
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import digest
 from haltscale.platform.store import RunView
@@ -128,9 +128,9 @@ class Measured:
         self._seconds: dict[Any, list[float]] = {}
         for view in views:
             record = view.record
-            if not record.get("tokens") or not record.get("identity"):
+            identity, tokens = current_identity(record), record.get("tokens")
+            if not tokens or not identity:
                 continue
-            identity, tokens = record["identity"], record["tokens"]
             start = identity.get("init_from", {}).get("sha256")
             size = (identity["method"], identity["size"], start, identity["context"])
             if "flops_realised" in record:

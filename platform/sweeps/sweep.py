@@ -26,7 +26,7 @@ from enum import StrEnum
 from typing import Any
 
 from haltscale.model import METHODS, SIZES
-from haltscale.platform.config import did_you_mean
+from haltscale.model.config import did_you_mean
 
 Point = dict[str, Any]
 

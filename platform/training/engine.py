@@ -22,7 +22,6 @@ from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, 
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
 from haltscale.platform.memory import keep_freed_memory
-from haltscale.platform.precision import resolve_precision
 from haltscale.platform.training.progress import Progress
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -72,7 +71,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         fused=execution.optimizer is Optimizer.FUSED,
     )
     micro_batch, accumulation = execution.accumulation(run.batch_sequences)
-    precision = resolve_precision(run.precision)
+    precision = run.resolved().precision
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,

@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 import pytest
 
 from haltscale.model import FixedOptions, Method, VanillaOptions
-from haltscale.platform.config import ConfigError, RunConfig
+from haltscale.platform.config import ConfigError
 from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.identity import SEMANTICS
 from haltscale.platform.store import RunState
 from haltscale.platform.sweeps import planning
 from haltscale.platform.sweeps.sweep import controls, grid, isoflop
@@ -149,7 +150,7 @@ def test_what_was_finished_before_a_drift_is_stale_and_not_mixed_in(
     finish(old, store, author, run)
     assert old.plan(store)["state"].tolist()[0] == "finished"
     if drift == "code":
-        monkeypatch.setattr("haltscale.platform.config.SEMANTICS_VERSION", 10_000)
+        monkeypatch.setitem(SEMANTICS, "loop", 10_000)
         now = study()
     else:
         (documents / "document-0.txt").write_text("other words now")
@@ -193,7 +194,7 @@ def test_bad_studies_get_all_their_errors_at_once(study, store, author):
     text = str(refusal.value)
     for complaint in (
         "did you mean 'learning_rate'",
-        "clip is -1",
+        "clip = -1",
         "did you mean 'tokens_per_parameter'",
         "training_flops 1 is less than one batch of 64",
         "tokens 3 is less than one batch of 64",
@@ -222,13 +223,6 @@ def test_a_key_knows_nothing_of_the_execution(study, name):
     other = value + 1 if isinstance(value, int | float) and not isinstance(value, bool) else None
     changed = study(execution=replace(ExecutionConfig(), **{name: other}))
     assert [changed.key(run) for run in changed.runs] == [study().key(run) for run in study().runs]
-
-
-@pytest.mark.parametrize("name", [f.name for f in fields(RunConfig) if f.name not in ("method", "options")])
-def test_a_key_knows_every_field_of_a_run(study, base, name):
-    others = {"size": "1.8m", "precision": "bf16", "schedule": "constant"}
-    other = others[name] if name in others else (getattr(base, name) or 0) + 1
-    assert study().key(base) != study().key(replace(base, **{name: other}))
 
 
 def test_status_shows_what_is_running_and_what_waits(study, store, author):

@@ -266,8 +266,8 @@ def test_an_assignment_to_nothing_is_refused(study, assignment):
 
 def test_a_value_that_makes_no_sense_is_refused_by_the_check(study):
     problems = study().overridden(["tokens=many", "learning_rate="]).problems()
-    assert any("tokens is 'many'" in problem for problem in problems)
-    assert any("learning_rate is ''" in problem for problem in problems)
+    assert any("tokens = 'many'" in problem for problem in problems)
+    assert any("learning_rate = ''" in problem for problem in problems)
 
 
 def test_all_wrong_assignments_are_told(study):
