@@ -16,7 +16,7 @@ vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, ada
 """
 
 from haltscale.model.adaponder import AdaponderOptions
-from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, GateTarget, Mixture, PenaltyProbability
+from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, GateTarget, Mixture, PenaltyProbability, WarmupLoss
 from haltscale.model.config import SIZES, Method, MethodOptions, ModelConfig, Shape
 from haltscale.model.decoding import DecodingState
 from haltscale.model.fixed import FixedOptions
@@ -71,6 +71,7 @@ __all__ = [
     "StepsFrom",
     "VanillaModel",
     "VanillaOptions",
+    "WarmupLoss",
     "build_model",
     "config_from_dict",
     "config_problems",

@@ -15,6 +15,7 @@ what is read (`mixture`), and what the gates learn from and when (`gate_target`,
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +56,26 @@ class GateTarget(StrEnum):
     READOUT = "readout"
     """The gradient of the loss through the masses: the paper's choice."""
     GAIN = "gain"
-    """A label for every executed step: did it lower this token's loss, as the head reads single states, by more than
-    `gain_margin`? Binary cross-entropy; the masses take the gates as given, so that lam presses on nothing. A position
-    that never goes on yields no labels: see `explore`."""
+    """Labels: did the next step lower this token's loss, as the head reads single states, by more than `gain_margin`?
+    Binary cross-entropy over the executed steps; the masses take the gates as given, so that lam presses on nothing. A
+    position that never goes on yields no labels: see `explore`."""
+    STOPPING = "stopping"
+    """Labels that look ahead: would going on, and stopping at the best of the executed states after it, lower the loss
+    by more than `gain_margin` for each step taken? Where a gain takes several steps, the next one alone shows none."""
+
+    @property
+    def labels(self) -> bool:
+        """Whether the gates learn from labels."""
+        return self is not GateTarget.READOUT
+
+
+class WarmupLoss(StrEnum):
+    """What is trained on while the gates are held open (`gate_warmup`)."""
+
+    LAST = "last"
+    """The loss of the last state."""
+    EVERY = "every"
+    """The mean of all states' own losses, so that each is good to stop at."""
 
 
 class PenaltyProbability(StrEnum):
@@ -103,10 +121,16 @@ class AdaptiveOptions(SourceOptions):
     gate_target: GateTarget = GateTarget.READOUT
     """What teaches the gates."""
     gain_margin: float = 0.0
-    """Nats that a step has to gain to be labelled worth it: the price of a step under GateTarget.GAIN."""
+    """Nats that a step has to gain to be labelled worth it: the price of a step where gates learn from labels."""
+    gain_weight: float = 1.0
+    """Weight of the labels' cross-entropy, which is a sum over a token's executed steps."""
     gate_warmup: float = 0.0
     """Share of the training budget in which all gates count as 1: every position takes all steps, the last state is
-    read, nothing presses. The gates are trained after it, from router_bias on."""
+    read, nothing presses. Gates that learn from labels do so from the start; others stay at router_bias until then."""
+    warmup_loss: WarmupLoss = WarmupLoss.LAST
+    """What is trained on in that share."""
+    depth_growth: float = 0.0
+    """Share of the training budget over which the most latent steps grow from 0 to l_max, in l_max + 1 equal parts."""
     lam_ramp: float = 0.0
     """Share of the training budget, after the warm-up, over which lam rises from 0 in a straight line."""
     explore: float = 0.0
@@ -130,7 +154,9 @@ class AdaptiveOptions(SourceOptions):
             *in_range("router_bias", self.router_bias, -100.0, 100.0),
             *in_range("router_rate", self.router_rate, 0.0, 1e4, above=True),
             *in_range("gain_margin", self.gain_margin, 0.0),
+            *in_range("gain_weight", self.gain_weight, 0.0),
             *in_range("gate_warmup", self.gate_warmup, 0.0, 1.0),
+            *in_range("depth_growth", self.depth_growth, 0.0, 1.0),
             *in_range("lam_ramp", self.lam_ramp, 0.0, 1.0),
             *in_range("explore", self.explore, 0.0, 1.0),
             *in_range("prior_steps", self.prior_steps, 0.0),
@@ -141,6 +167,7 @@ class AdaptiveOptions(SourceOptions):
             ("router", kinds),
             ("router_input", RouterInput),
             ("gate_target", GateTarget),
+            ("warmup_loss", WarmupLoss),
             ("mixture", Mixture),
             ("penalty_probability", PenaltyProbability),
         ):
@@ -157,8 +184,10 @@ class AdaptiveOptions(SourceOptions):
         idle = self.idle_source()
         if self.explore:
             idle.pop("steps_seed", None)
-        if self.gate_target is not GateTarget.GAIN:
-            idle["gain_margin"] = 0.0
+        if not self.gate_target.labels:
+            idle |= {"gain_margin": 0.0, "gain_weight": 1.0}
+        if not self.gate_warmup:
+            idle["warmup_loss"] = WarmupLoss.LAST
         return replace(self, **idle)
 
 
@@ -180,12 +209,13 @@ class AdaptiveModel(LanguageModel):
             router_input=options.router_input,
             router_detached=options.router_detached,
             router_rate=options.router_rate,
-            gates_apart=options.gate_target is GateTarget.GAIN,
+            gates_apart=options.gate_target.labels,
             read_last=options.mixture is Mixture.LAST,
             keep_states=(
                 options.mixture.heads_every_state
                 or options.penalty_probability is PenaltyProbability.STEP
-                or options.gate_target is GateTarget.GAIN
+                or options.gate_target.labels
+                or options.warmup_loss is WarmupLoss.EVERY
             ),
         )
         self.latent_loop = LatentLoop(config, rules)
@@ -195,6 +225,21 @@ class AdaptiveModel(LanguageModel):
     def warming_up(self) -> bool:
         """Whether the gates are still held open."""
         return self.budget_share < self.options.gate_warmup
+
+    @property
+    def _trains_every_state(self) -> bool:
+        """Whether the loss is one of every executed state."""
+        options = self.options
+        every = options.warmup_loss is WarmupLoss.EVERY and self.warming_up
+        return every or options.mixture is Mixture.EXPECTED_LOSS
+
+    @property
+    def _most_steps(self) -> int:
+        """The depth that has been grown at this share of the budget."""
+        options, share = self.options, self.budget_share
+        if share >= options.depth_growth:
+            return options.l_max
+        return int(share / options.depth_growth * (options.l_max + 1))
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         options = self.options
@@ -208,6 +253,7 @@ class AdaptiveModel(LanguageModel):
             self.replay.steps(tokens_BT, self.budget_share) if self.replay else None,
             at_least_BT=at_least_BT,
             open_gates=self.warming_up,
+            most_steps=self._most_steps,
         )
         return loop_output
 
@@ -235,8 +281,12 @@ class AdaptiveModel(LanguageModel):
         """The correctness-aware penalty [R: the exponent, and the expected number of latent steps as its object]."""
         assert loop_output.reach_BTK is not None
         scored_BT = targets_BT != IGNORE_INDEX
+        penalty = nll_BT.new_zeros(())
+        if self.options.gate_target.labels:
+            penalty = self.options.gain_weight * self._label_loss(loop_output, targets_BT)
+            penalty = penalty / scored_BT.sum().clamp(min=1)
         if self.warming_up:
-            return nll_BT.new_zeros(())
+            return penalty
         if self.options.prior_steps:
             pressed_BT = _surplus(loop_output.reach_BTK, _geometric(self.options.prior_steps, self.options.l_max))
         else:
@@ -245,10 +295,8 @@ class AdaptiveModel(LanguageModel):
             else:
                 probability_BTK = self._probability_before_each_step(loop_output, targets_BT)
             pressed_BT = (probability_BTK.pow(self.options.beta) * loop_output.reach_BTK[..., 1:]).sum(2)
-        penalty = self._lam() * (pressed_BT * scored_BT).sum() / scored_BT.sum().clamp(min=1)
-        if self.options.gate_target is GateTarget.GAIN:
-            penalty = penalty + self._gain_loss(loop_output, targets_BT) / scored_BT.sum().clamp(min=1)
-        return penalty
+        pressed = self._lam() * (pressed_BT * scored_BT).sum() / scored_BT.sum().clamp(min=1)
+        return penalty + pressed if self.options.gate_target.labels else pressed
 
     def _lam(self) -> float:
         """lam at this share of the budget."""
@@ -258,49 +306,61 @@ class AdaptiveModel(LanguageModel):
         return options.lam * min(1.0, max(0.0, self.budget_share - options.gate_warmup) / options.lam_ramp)
 
     def objective(self, loop_output: LoopOutput, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
-        if self.options.mixture is not Mixture.EXPECTED_LOSS:
+        if not self._trains_every_state:
             return super().objective(loop_output, targets_BT, nll_BT)
         target_N = targets_BT.flatten()
-        expected = nll_BT.new_zeros(())
+        expected = loop_output.hidden_BTd.sum() * 0.0  # every parameter has a gradient on every rank: routers too
         counts = loop_output.trace.counts
         counts.gradless = PassCounts(head_rows=counts.head_rows)  # what is only reported, by `logits`
         counts.head_rows = 0
+        states_N = loop_output.trace.steps_BT.flatten().to(nll_BT.dtype) + 1
         for state in loop_output.states:
             counts.head_rows += len(state.row_N)
-            logits_NV = at_least_float32(self.lm_head(state.z_Nd))
-            nll_N = F.cross_entropy(logits_NV, target_N[state.row_N], reduction="none", ignore_index=IGNORE_INDEX)
-            expected = expected + (state.exit_N * nll_N).sum()
+            nll_N = self._nll_of_states(state.z_Nd, target_N[state.row_N])
+            weight_N = 1 / states_N[state.row_N] if self.warming_up else state.exit_N
+            expected = expected + (weight_N * nll_N).sum()
         return expected / (targets_BT != IGNORE_INDEX).sum().clamp(min=1)
 
-    def _gain_loss(self, loop_output: LoopOutput, targets_BT: Tensor) -> Tensor:
-        """Binary cross-entropy of the gates against whether the step that followed gained more than the margin, summed
-        over the executed steps of scored positions."""
-        target_N = targets_BT.flatten()
-        counts = loop_output.trace.counts
-        gradless = counts.gradless = counts.gradless or PassCounts()
-        total = loop_output.hidden_BTd.new_zeros((), dtype=loop_output.states[0].reach_N.dtype)
-        before_N: Tensor | None = None
-        for state, following in zip(loop_output.states, loop_output.states[1:], strict=False):
-            place_N = torch.searchsorted(state.row_N, following.row_N)  # rows are ascending in every pass
-            with torch.no_grad():
-                pair = [(state.z_Nd[place_N], before_N), (following.z_Nd, None)]
-                losses = []
-                for z_Nd, known_N in pair:
-                    if known_N is not None:
-                        losses.append(known_N[place_N])
-                        continue
-                    gradless.head_rows += len(z_Nd)
-                    logits_NV = at_least_float32(self.lm_head(z_Nd))
-                    nll_N = F.cross_entropy(
-                        logits_NV, target_N[following.row_N], reduction="none", ignore_index=IGNORE_INDEX
-                    )
-                    losses.append(nll_N)
-                label_N = (losses[0] - losses[1] > self.options.gain_margin).to(total.dtype)
-                before_N = losses[1]
+    def _nll_of_states(self, z_Nd: Tensor, target_N: Tensor) -> Tensor:
+        """Nats of the targets as the head reads single states; 0 where there is none."""
+        logits_NV = at_least_float32(self.lm_head(z_Nd))
+        return F.cross_entropy(logits_NV, target_N, reduction="none", ignore_index=IGNORE_INDEX)
+
+    def _label_loss(self, loop_output: LoopOutput, targets_BT: Tensor) -> Tensor:
+        """Binary cross-entropy of the gates against whether going on paid, summed over the executed steps of scored
+        positions."""
+        target_N, states = targets_BT.flatten(), loop_output.states
+        label_NL = self._labels(loop_output, target_N)
+        total = states[0].reach_N.new_zeros(())
+        for k, (state, following) in enumerate(pairwise(states)):
             assert state.gate_N is not None
-            missed_N = F.binary_cross_entropy(state.gate_N[place_N], label_N, reduction="none")
+            gate_N = state.gate_N[torch.searchsorted(state.row_N, following.row_N)]  # rows are ascending in every pass
+            with torch.autocast(gate_N.device.type, enabled=False):
+                missed_N = F.binary_cross_entropy(gate_N, label_NL[following.row_N, k], reduction="none")
             total = total + (missed_N * (target_N[following.row_N] != IGNORE_INDEX)).sum()
         return total
+
+    @torch.no_grad()
+    def _labels(self, loop_output: LoopOutput, target_N: Tensor) -> Tensor:
+        """[B*T, l_max]: 1 where going on after state k paid; of no meaning where the position did not go on."""
+        states, counts = loop_output.states, loop_output.trace.counts
+        gradless = counts.gradless = counts.gradless or PassCounts()
+        nll_NK = states[0].reach_N.new_full((len(target_N), self.options.l_max + 1), torch.inf)
+        for k, state in enumerate(states):
+            row_N, z_Nd = state.row_N, state.z_Nd
+            if k == 0:  # positions that take no step get no label
+                row_N = states[1].row_N if len(states) > 1 else row_N[:0]
+                z_Nd = z_Nd[torch.searchsorted(state.row_N, row_N)]
+            gradless.head_rows += len(row_N)
+            nll_NK[row_N, k] = self._nll_of_states(z_Nd, target_N[row_N]).to(nll_NK.dtype)
+        labels, best_N = [], nll_NK[:, -1]
+        for k in reversed(range(self.options.l_max)):
+            ahead_N = best_N if self.options.gate_target is GateTarget.STOPPING else nll_NK[:, k + 1]
+            onward_N = ahead_N + self.options.gain_margin
+            labels.append(onward_N < nll_NK[:, k])
+            best_N = torch.minimum(onward_N, nll_NK[:, k])
+        stacked_NL = torch.stack(labels[::-1], dim=1) if labels else nll_NK[:, :0]
+        return stacked_NL.to(nll_NK.dtype)
 
     @torch.no_grad()
     def _probability_before_each_step(self, loop_output: LoopOutput, targets_BT: Tensor) -> Tensor:
@@ -345,7 +405,7 @@ class AdaptiveModel(LanguageModel):
             routed = slice(0, self.latent_loop.rules.l_max)
             realised, executed = per_row * sum(counts.rows[routed]), per_row * sum(counts.executed_rows[routed])
         per_head_row = 2.0 * self.config.shape.d * self.config.vocab_size
-        if self.options.mixture.heads_every_state:
+        if self.options.mixture.heads_every_state or self._trains_every_state:
             realised += per_head_row * sum(counts.rows[1:])
         return realised, executed
 

@@ -218,13 +218,16 @@ class LatentLoop(nn.Module):
         *,
         at_least_BT: Tensor | None = None,
         open_gates: bool = False,
+        most_steps: int | None = None,
     ) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order.
         at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
-        that every position takes all steps and the last state has all the mass."""
+        that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
+        the depth still grows."""
         rules, config = self.rules, self.config
         B, T = valid_BT.shape
         K = rules.l_max + 1
+        deepest = rules.l_max if most_steps is None else min(most_steps, rules.l_max)
         device = x_Nd.device
         cos_T, sin_T = rope_table(T, config.shape, config.rope_theta, x_Nd)
 
@@ -253,10 +256,9 @@ class LatentLoop(nn.Module):
         states: list[LatentState] = []
 
         for k in range(K):
-            gate_N = None
-            if k < rules.l_max:
-                gate_N = torch.ones_like(reach_N) if open_gates else self.gate(z_Nd, x_Nd, k, ahead_NL)
-            goes_on_N, exit_N, onward_N = self._decide(gate_N, reach_N, k, may_go_on_N, forced_N, at_least_N)
+            gate_N = self.gate(z_Nd, x_Nd, k, ahead_NL) if k < deepest else None
+            counted_N = torch.ones_like(gate_N) if open_gates and gate_N is not None else gate_N
+            goes_on_N, exit_N, onward_N = self._decide(counted_N, reach_N, k, may_go_on_N, forced_N, at_least_N)
             read_N = self._read(exit_N, goes_on_N, exists_N)
             reach_NK = reach_NK.index_put((row_N, row_N.new_full((), k)), reach_N)
             exit_NK[row_N, k] = read_N.detach()

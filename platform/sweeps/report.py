@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from haltscale.platform.arms import arm
 from haltscale.platform.store import RunState, RunStore, RunView
 
 PRINTED = {
@@ -58,10 +59,10 @@ def table(views: Iterable[RunView]) -> pd.DataFrame:
                 "run": view.label,
                 "key": view.key,
                 "state": str(view.state),
-                "method": identity.get("method"),
+                "method": arm(identity) or None,
                 "size": identity.get("size"),
                 "seed": identity.get("seed"),
-                **identity.get("options", {}),
+                **{name: value for name, value in identity.get("options", {}).items() if name != "steps_schedule"},
                 "role": view.spec.get("role", "comparison"),
                 "parameters": record.get("parameters_total"),
                 "parameters_recurrent": recurrent,

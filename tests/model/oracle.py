@@ -448,6 +448,9 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
     given = replayed(model, tokens)
     explored = [u < options.explore for u in drawn(tokens, options.steps_seed, salt=1)]
     warm = share < options.gate_warmup
+    deepest = options.l_max
+    if share < options.depth_growth:
+        deepest = int(share * (options.l_max + 1) / options.depth_growth)
     lam = options.lam
     if options.lam_ramp:
         lam = lam * min(1, max(0, share - options.gate_warmup) / options.lam_ramp)
@@ -459,14 +462,15 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
             visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
             before, z = z, stack_row(stack, z, t, theta, states, (t, k), visible)
             zs.append(z)
-            if k == options.l_max:
+            if k == deepest:
                 break
             seen = torch.cat((z, z - before)) if options.router_input == "change" else z
             seen = seen.detach() if options.router_detached else seen
             score = options.router_rate * (routers[0].score.weight[0] @ seen + routers[0].score.bias[0])
-            gate = torch.ones_like(score) if warm else 1 / (1 + torch.exp(-score))
+            gate = 1 / (1 + torch.exp(-score))
             gates.append(gate)
-            onward = reach[-1] * (gate.detach() if options.gate_target == "gain" else gate)
+            gate = torch.ones_like(gate) if warm else gate
+            onward = reach[-1] * (gate if options.gate_target == "readout" else gate.detach())
             goes = onward > options.tau or (model.training and explored[t])
             if given is not None:
                 goes = given[t] > k
@@ -496,9 +500,12 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
                 extra = extra + lam * kl
             elif not warm:
                 extra = extra + lam * torch.exp(-read.detach()) ** options.beta * sum(reach[1:], start=0.0 * z.sum())
-            if not warm and options.gate_target == "gain":
-                for k in range(len(zs) - 1):
-                    gained = float((nll[k] - nll[k + 1]).detach()) > options.gain_margin
-                    extra = extra - torch.log(gates[k] if gained else 1 - gates[k])
+            if warm and options.warmup_loss == "every":
+                extra = extra + sum(nll) / len(nll) - read
+            for k in range(len(zs) - 1) if options.gate_target != "readout" else []:
+                ahead = [float(n.detach()) + options.gain_margin * (i + 1) for i, n in enumerate(nll[k + 1 :])]
+                onward = ahead[0] if options.gate_target == "gain" else min(ahead)
+                gate = gates[k] if onward < float(nll[k].detach()) else 1 - gates[k]
+                extra = extra - options.gain_weight * torch.log(gate)
         extras.append(extra)
     return all_logits, extras, executed

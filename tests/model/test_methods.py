@@ -50,6 +50,7 @@ CASES: dict[str, tuple[Method, Any]] = {
             mixture=Mixture.LAST,
             gate_target=GateTarget.GAIN,
             gain_margin=0.02,
+            gain_weight=0.7,
             router_input=RouterInput.CHANGE,
             router_detached=True,
             router_rate=3.0,

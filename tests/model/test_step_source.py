@@ -11,12 +11,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haltscale.model import AdaptiveOptions, GateTarget, Method, Mixture, RouterInput, RouterKind, StepsFrom, probing
+from haltscale.model import (
+    AdaptiveOptions,
+    GateTarget,
+    Method,
+    Mixture,
+    RouterInput,
+    RouterKind,
+    StepsFrom,
+    WarmupLoss,
+    probing,
+)
 from haltscale.model.step_source import SETTLED, Replay, draws, level_distribution
 
 SCHEDULE = ((0.0, 0.0, 0.1, 0.2, 0.7), (0.25, 0.2, 0.3, 0.3, 0.2), (1.0, 0.55, 0.15, 0.1, 0.2))
 OPTIONS = AdaptiveOptions(tau=0.25, router_bias=0.5, lam=0.3, beta=0.7)
-REPLAYED = replace(OPTIONS, steps_from=StepsFrom.SHUFFLED, steps_schedule=SCHEDULE, steps_seed=5)
+SHUFFLED: dict[str, Any] = {"steps_from": StepsFrom.SHUFFLED, "steps_schedule": SCHEDULE, "steps_seed": 5}
+REPLAYED = replace(OPTIONS, **SHUFFLED)
 
 
 def text(B: int, T: int, seed: int = 0, vocabulary: int = 31) -> torch.Tensor:
@@ -156,6 +167,11 @@ def test_options_without_a_say_do_not_make_another_run() -> None:
     [
         ({"gate_warmup": 0.5}, 0.4),
         ({"gate_warmup": 0.5, "gate_target": GateTarget.GAIN}, 0.4),
+        ({"gate_warmup": 0.5, "warmup_loss": WarmupLoss.EVERY, "gate_target": GateTarget.STOPPING}, 0.4),
+        ({"gate_target": GateTarget.STOPPING, "gain_margin": 0.02, "router_detached": True, "explore": 0.5}, 1.0),
+        ({"depth_growth": 0.8}, 0.4),
+        ({"depth_growth": 0.8, "gate_warmup": 0.8, "warmup_loss": WarmupLoss.EVERY}, 0.3),
+        ({"depth_growth": 0.8, **SHUFFLED}, 0.3),
         ({"gate_warmup": 0.25, "lam_ramp": 0.5}, 0.5),
         ({"lam_ramp": 0.5}, 0.1),
         ({"explore": 0.4}, 1.0),
@@ -233,7 +249,7 @@ def test_gains_teach_the_gates_alone(tiny: Callable, batch: Callable) -> None:
     assert max(float(g.abs().max()) for g in torch.autograd.grad(out.loss, router, retain_graph=True)) > 0
     trunk = [p for n, p in model.named_parameters() if "router" not in n]
     with_labels = torch.autograd.grad(out.loss, trunk)
-    model.options = replace(options, gate_target=GateTarget.READOUT, lam=0.0)
+    model.options = replace(options, gate_target=GateTarget.READOUT, lam=0.0)  # the loop keeps its own rules
     without = model(tokens, targets)
     for a, b in zip(with_labels, torch.autograd.grad(without.loss, trunk), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
