@@ -18,6 +18,7 @@ import pandas as pd
 from haltscale.dashboard import style
 from haltscale.platform import run_table
 from haltscale.platform.analysis.runs import parameters_named
+from haltscale.platform.arms import arm
 from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
@@ -232,7 +233,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "key": view.key,
         "label": words(view.spec.get("label")) or words(record.get("label")) or view.key,
         "state": view.state.value,
-        "method": words(identity.get("method")) or "unknown",
+        "method": words(arm(identity)) or "unknown",
         "size": words(identity.get("size")) or "?",
         "series": "",
         "note": "",

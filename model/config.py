@@ -116,6 +116,26 @@ SIZES: dict[str, Shape] = {
 }
 
 
+def named_shape(size: str) -> Shape:
+    """The shape of a size: a step of the ladder, or LAYERSxWIDTH by the ladder's rule, such as 3x96.
+
+    Raises:
+        KeyError: there is no such size.
+    """
+    if size in SIZES or not is_size(size):
+        return SIZES[size]
+    layers, _, d = size.partition("x")
+    return rung(int(layers), int(d))
+
+
+def is_size(size: object) -> bool:
+    """Whether there is a shape of this name."""
+    if not isinstance(size, str) or size in SIZES:
+        return size in SIZES
+    layers, _, d = size.partition("x")
+    return layers.isdecimal() and d.isdecimal() and int(layers) >= 1 and int(d) >= 32
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One model, complete: same config and seed, same initial weights and same results."""

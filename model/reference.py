@@ -92,6 +92,14 @@ class Router(nn.Module):
         return torch.sigmoid(self.score(z_BTd)).squeeze(-1)
 
 
+class LatentLoop(nn.Module):
+    """The parts of a latent step, under the names that `AdaptiveModel` gives them."""
+
+    def __init__(self, stack: Stack, router: Router):
+        super().__init__()
+        self.stack, self.routers = stack, nn.ModuleList([router])
+
+
 class AdaptiveLatentCoT(nn.Module):
     """The model and its loss."""
 
@@ -112,9 +120,7 @@ class AdaptiveLatentCoT(nn.Module):
         super().__init__()
         self.l_max, self.tau, self.lam, self.beta, self.d = l_max, tau, lam, beta, d
         self.embedding = nn.Embedding(vocab_size, d)
-        self.latent_loop = nn.Module()  # holds what AdaptiveModel's does, under the same names
-        self.latent_loop.stack = Stack(layers, d, heads, ffn)
-        self.latent_loop.routers = nn.ModuleList([Router(d, router_bias)])
+        self.latent_loop = LatentLoop(Stack(layers, d, heads, ffn), Router(d, router_bias))
         self.head = nn.Linear(d, vocab_size, bias=False)
         nn.init.normal_(
             self.embedding.weight, std=math.sqrt(2 / (5 * d))
@@ -122,7 +128,7 @@ class AdaptiveLatentCoT(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> dict[str, Tensor]:
         """Loss (nats per token, penalty included) of next tokens, logits, and what each token did."""
-        stack, router = self.latent_loop.stack, self.latent_loop.routers[0]
+        stack, (router,) = self.latent_loop.stack, self.latent_loop.routers
         x_BTd = self.embedding(tokens_BT) * math.sqrt(2.5 * self.d)
         memory: list[list[tuple[Tensor, Tensor]]] = [[] for _ in stack.blocks]
         exists = [torch.ones_like(tokens_BT, dtype=torch.bool)]  # which states are executed, by step

@@ -23,11 +23,14 @@ from haltscale.model.config import (
     did_you_mean,
     in_range,
     is_number,
+    is_size,
+    named_shape,
     normalised,
     normalised_options,
     require,
     set_normalised,
 )
+from haltscale.platform.arms import arm
 from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
 from haltscale.platform.precision import Precision, fast_precision
@@ -110,7 +113,7 @@ class RunConfig:
     @property
     def shape(self) -> Shape:
         """Size of the stack."""
-        return self.init_from.shape if self.init_from else SIZES[self.size]
+        return self.init_from.shape if self.init_from else named_shape(self.size)
 
     @property
     def batch_sequences(self) -> int:
@@ -125,7 +128,8 @@ class RunConfig:
     def label(self) -> str:
         """What tables and figures call the run."""
         defaults = type(self.options)()
-        shown = [str(self.method), self.size]
+        shown = [arm({"method": self.method, "options": {"steps_from": getattr(self.options, "steps_from", None)}})]
+        shown.append(self.size)
         for name, symbol in LABELLED_OPTIONS.items():
             value = getattr(self.options, name, None)
             if value is not None and (name == "lam" or value != getattr(defaults, name)):
@@ -157,7 +161,7 @@ class RunConfig:
         """Everything wrong with this run, each naming its field and the allowed values."""
         found = []
         sized = self
-        if self.size not in SIZES and not (self.init_from and self.size == IMPORTED):
+        if not is_size(self.size) and not (self.init_from and self.size == IMPORTED):
             found.append(f"size {self.size!r} is not on the ladder{did_you_mean(self.size, SIZES)}")
             sized = replace(self, size=next(iter(SIZES)))
         elif self.init_from:
@@ -190,9 +194,9 @@ class RunConfig:
     def _start_problems(self, start: InitialModel, vocab_size: int) -> list[str]:
         """What keeps the run from starting from that model."""
         found = []
-        if self.size != IMPORTED and SIZES[self.size] != start.shape:
+        if self.size != IMPORTED and named_shape(self.size) != start.shape:
             found.append(
-                f"size {self.size!r} is {SIZES[self.size]}, init_from has {start.shape}: give size {IMPORTED!r}"
+                f"size {self.size!r} is {named_shape(self.size)}, init_from has {start.shape}: give size {IMPORTED!r}"
             )
         if vocab_size > start.vocab_size:
             found.append(

@@ -22,6 +22,7 @@ from haltscale.platform.evaluation.evaluate_split import SplitResult, read_split
 from haltscale.platform.inference.models import TOKENIZER_CONFIG, end_of_text_config
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training.progress import Progress
+from haltscale.platform.training.steps_schedule import StepsSchedule
 
 
 def evaluate_run(
@@ -86,6 +87,7 @@ def finish(
             "parameters_total": sum(groups.values()),
             **{name: row[name] for name in ("loss", "loss_standard_error", "perplexity", "bits_per_byte")},
             **{name: row[name] for name in ("mean_steps", "expected_steps", "steps_histogram", "tokens_evaluated")},
+            "steps_schedule": StepsSchedule.from_list(progress.steps_schedule).by_share(run),
             "passes_per_token": progress.pass_rows / progress.tokens,
             "flops_realised": progress.flops_realised,
             "flops_executed": progress.flops_executed,

@@ -20,7 +20,7 @@ from haltscale.model import LanguageModel, PassCounts
 from haltscale.model.language_model import IGNORE_INDEX
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
-from haltscale.platform.schedule import evenly, is_over, learning_rate, reached, stable_steps
+from haltscale.platform.schedule import evenly, is_over, learning_rate, reached, share, stable_steps
 from haltscale.platform.training.metrics import MetricsWindow, StepTotals, sum_over_ranks
 from haltscale.platform.training.mfu import peak_flops
 from haltscale.platform.training.monitors import RunCappedError, Watch
@@ -93,6 +93,7 @@ def train(
     def is_due(shares: Iterable[float]) -> bool:
         return reached(run, progress.before_last, progress.spent, shares)
 
+    engine.module.set_budget_share(share(run, progress.spent))
     if progress.step and is_due(evenly(execution.evaluations)) and not is_over(run, progress.spent):
         hooks.evaluate(progress)  # resumed from the checkpoint before this evaluation
     engine.module.train()
@@ -119,9 +120,11 @@ def train(
         asks = (window.age >= execution.log_every_seconds, hooks.notice(), progress.seconds > limit)
         flops = engine.module.flops(counts).training
         step = StepTotals.of(outputs, flops, counts, asks, rank=rank, world=world).over_ranks()
+        progress.thought(step.histogram)
         progress.step += 1
         progress.seconds += time.perf_counter() - began
         progress.spend(step.flops, step.pass_rows, run.batch_tokens)
+        engine.module.set_budget_share(share(run, progress.spent))
         progress.saw(batch.seq_ids)
         norm = _gradient_norm(engine, run)
         loss, cross_entropy, *_ = step.means.tolist()
