@@ -186,8 +186,8 @@ def build_options(kind: Any, data: Mapping[str, Any]) -> Any:
 
 def normalised(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for the fields of the dataclass `kind`, so that what computes the same is the same: the text of an enum's
-    member becomes the member (code compares with `is`), a list a tuple, a NumPy scalar a Python number, a whole float
-    in an integer field an integer, and other floats are rounded to 12 digits (0.1 + 0.2 is 0.3)."""
+    member becomes the member (code compares with `is`), a list a tuple, a NumPy scalar a Python number, and a whole
+    float in an integer field an integer."""
     found = dict(values)
     for name, hint in _hints(kind).items():
         if name in found:
@@ -203,11 +203,8 @@ def _normalised(value: Any, kinds: tuple[Any, ...]) -> Any:
     if isinstance(value, str):
         enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)]
         return next((enum(value) for enum in enums if value in list(enum)), value)
-    if isinstance(value, float) and math.isfinite(value):
-        if value.is_integer() and int in kinds and float not in kinds:
-            return int(value)
-        return float(f"{value:.12g}")
-    return value
+    whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
+    return int(value) if whole and int in kinds and float not in kinds else value
 
 
 def set_normalised(instance: Any) -> None:
