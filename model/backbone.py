@@ -124,7 +124,11 @@ class CausalPlan:
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
-        out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
+        if fused_cpu_attention(q_NHE) and q_BTHE.shape[2] == k_BTGE.shape[2]:
+            heads_first = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
+            out_BTHE = ChunkedAttentionFunction.apply(*heads_first, [(0, T, T, None)]).transpose(1, 2)
+        else:
+            out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
         kept = ((k_NGE.flatten(1), v_NGE.flatten(1)),) if self.keep else ()
         return out_BTHE.reshape(B * T, -1), kept
 

@@ -151,6 +151,27 @@ def test_chunked_attention(edges: list[int], widest: int) -> None:
     )
 
 
+def test_attention_in_bfloat16_has_gradients_nearer_to_the_truth_than_pytorchs() -> None:
+    stream = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, 40, 8, generator=stream).bfloat16().requires_grad_() for _ in range(3)]
+    seed = torch.randn(2, 3, 40, 8, generator=stream).bfloat16()
+
+    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        own = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        return [x.double() for x in torch.autograd.grad(attend(*own), own, seed.to(dtype))]
+
+    def pytorchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    mask = torch.full((1, 1, 40, 40), -torch.inf).triu(1).bfloat16()
+    exact, theirs = (gradients(pytorchs, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for chunk in ((0, 40, 40, None), (0, 40, 40, mask)):
+        mine = gradients(lambda q, k, v, chunk=chunk: ChunkedAttentionFunction.apply(q, k, v, [chunk]), torch.bfloat16)
+        for a, b, right in zip(mine, theirs, exact, strict=True):
+            assert (a - right).norm() < 0.9 * (b - right).norm()
+            assert (a - right).norm() < 4e-3 * right.norm()
+
+
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_fused_and_plain_attention_agree(tiny: Callable, batch: Callable, kv_heads: int) -> None:
     from dataclasses import replace
