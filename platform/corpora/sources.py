@@ -576,7 +576,7 @@ def _literal_part(pattern: str) -> str:
 
 
 def _walk(root: str) -> Iterator[str]:
-    """All files below a local folder, through links to folders, but not in circles.
+    """All files below a local folder, through links to folders, but not in circles, nor into haltscale's own home.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -585,14 +585,16 @@ def _walk(root: str) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    seen = {os.path.realpath(root)}
+    seen, home = {os.path.realpath(root)}, os.path.realpath(haltscale_home())
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         for name in list(folders):
             path = os.path.join(folder, name)
+            target = os.path.realpath(path)
+            above = f"{os.path.realpath(folder)}/"
+            is_circle = os.path.islink(path) and (target in seen or above.startswith(f"{target}/"))
+            if is_circle or target == home:  # what is prepared from documents is none
+                folders.remove(name)
             if os.path.islink(path):
-                target = os.path.realpath(path)
-                if target in seen or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
-                    folders.remove(name)
                 seen.add(target)
         yield from (os.path.join(folder, name) for name in names)
 
