@@ -434,8 +434,9 @@ def named_errors(file: File) -> Iterator[None]:
     """Errors of reading become ones that name the file."""
     try:
         yield
-    except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error) as error:
-        raise SourceError(f"{file.url} cannot be read, it may be cut short ({error})") from error
+    except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, MemoryError) as error:
+        reason = str(error) or "it says that it holds more than fits into memory"  # as damaged lengths may
+        raise SourceError(f"{file.url} cannot be read, it may be cut short ({reason})") from error
 
 
 def _field(source: Readable, row: Any, where: str) -> str | None:
