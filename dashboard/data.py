@@ -18,6 +18,7 @@ import pandas as pd
 from haltscale.dashboard import style
 from haltscale.platform import run_table
 from haltscale.platform.analysis.runs import parameters_named
+from haltscale.platform.arms import arm
 from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
@@ -232,7 +233,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "key": view.key,
         "label": words(view.spec.get("label")) or words(record.get("label")) or view.key,
         "state": view.state.value,
-        "method": words(identity.get("method")) or "unknown",
+        "method": words(arm(identity)) or "unknown",
         "size": words(identity.get("size")) or "?",
         "series": "",
         "note": "",
@@ -251,7 +252,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
         "rank": 0.0,
         "shade": 0.0,
-        "heartbeat": number(status.get("heartbeat")),
+        "heartbeat": math.nan if view.silent_seconds is None else time.time() - view.silent_seconds,
         "finished_at": number(record.get("finished_at")),
         "well_steps": number(halting.get("well_predicted_mean_steps")),
         "badly_steps": number(halting.get("badly_predicted_mean_steps")),
@@ -269,21 +270,20 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         row["state"], row["note"] = "diverged", "its final loss is not a number; it is left out of the figures"
     elif view.problem:
         row["state"], row["note"] = "damaged", view.problem
-    elif view.state is RunState.FAILED:
+    elif view.state in (RunState.FAILED, RunState.DIVERGED, RunState.CAPPED):
         row["note"] = words(status.get("error")) or "failed without saying why"
     elif view.state is RunState.STALLED:
-        row["note"] = f"silent for {silence(status, time.time())}; submit the study again to go on from its checkpoint"
+        row["note"] = f"silent for {silence(view.silent_seconds)}; submit the study again to resume it"
     elif "loss" in trained and len(trained) and pd.isna(trained["loss"].iloc[-1]):
         row["note"] = f"its training loss is not a number at step {int(trained['step'].iloc[-1])}"
     return row
 
 
-def silence(status: Mapping[str, Any], now: float) -> str:
-    """How long ago a run last wrote its heartbeat, in words."""
-    heartbeat = number(status.get("heartbeat"))
-    if math.isnan(heartbeat):
+def silence(seconds: float | None) -> str:
+    """How long ago a run gave its last sign of life, in words."""
+    if seconds is None:
         return "an unknown time"
-    minutes = (now - heartbeat) / 60
+    minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 

@@ -166,6 +166,8 @@ class DecodingState:
     """Tokens read so far, the same for all sequences."""
     counts: PassCounts = field(default_factory=PassCounts)
     """What decoding has cost so far."""
+    text: Tensor | None = None
+    """[batch, 1] hash of the text read so far, for methods whose number of steps is replayed (step_source.py)."""
     extra: Any = None
     """Whatever else the method carries."""
 

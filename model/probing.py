@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haltscale.model.adaptive import AdaptiveModel, Mixture
+from haltscale.model.adaptive import AdaptiveModel
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32, cache_sized_rows
 from haltscale.model.language_model import LanguageModel, LatentState, LoopOutput
@@ -53,7 +53,7 @@ def latent_loop_of(model: LanguageModel) -> LatentLoop | None:
 
 def has_router(model: LanguageModel) -> bool:
     """Whether a router chooses each token's own number of latent steps."""
-    return isinstance(model, AdaptiveModel) and not isinstance(model, ShuffledModel)
+    return isinstance(model, AdaptiveModel) and not isinstance(model, ShuffledModel) and model.replay is None
 
 
 @torch.no_grad()
@@ -128,7 +128,13 @@ def surprise(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _mixes_probabilities(model: LanguageModel) -> bool:
-    return isinstance(model, AdaptiveModel) and model.options.mixture is Mixture.PROBABILITY
+    return isinstance(model, AdaptiveModel) and model.options.mixture.heads_every_state
+
+
+def loop_reads_last(model: LanguageModel) -> bool:
+    """Whether the head reads the last executed state alone."""
+    loop = latent_loop_of(model)
+    return loop is not None and loop.rules.read_last
 
 
 def _stopped_hidden(model: LanguageModel, state: LatentState, at: Tensor) -> Tensor:
@@ -168,7 +174,9 @@ def _by_step(
             mixture = content.new_zeros(len(sampled_S), content.shape[1])
         stopped = mixture[going_S] + state.reach_N[at, None] * content
         mixture[going_S] += state.exit_N[at, None] * content
-        if _mixes_probabilities(model):
+        if loop_reads_last(model):
+            logits = model.lm_head(content.to(state.z_Nd.dtype))
+        elif _mixes_probabilities(model):
             logits = stopped.clamp(min=torch.finfo(stopped.dtype).tiny).log()
         else:
             logits = model.lm_head(stopped.to(state.z_Nd.dtype))

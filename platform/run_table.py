@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+from haltscale.platform.arms import arm
 from haltscale.platform.identity import digest
 from haltscale.platform.store import RunView
 
@@ -72,10 +73,10 @@ def row(view: RunView) -> dict[str, Any]:
         "run": view.label,
         "key": view.key,
         "state": str(view.state),
-        "method": scalar(identity.get("method")),
+        "method": arm(identity) or None,
         "size": scalar(identity.get("size")),
         "seed": scalar(identity.get("seed")),
-        **{str(name): scalar(value) for name, value in mapping(identity.get("options")).items()},
+        **{str(n): scalar(value) for n, value in mapping(identity.get("options")).items() if n != "steps_schedule"},
         "role": words(view.spec.get("role")) or "comparison",
         "parameters": figure(record.get("parameters_total")),
         "parameters_recurrent": figure(recurrent),
@@ -91,7 +92,7 @@ def row(view: RunView) -> dict[str, Any]:
     }
 
 
-SHOWN_ELSEWHERE = ("method", "size", "seed", "options", "tokens", "flops")
+SHOWN_ELSEWHERE = ("method", "size", "seed", "options", "tokens", "flops", "schema", "shape", "semantics")
 
 
 def rest_of(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def layer_count(groups: Mapping[str, Any], identity: Mapping[str, Any]) -> float
     A block has two norms of d and, where each query head has keys of its own (every size of the ladder), attention
     matrices of 4 d^2; one norm stands behind them all. An imported model's shape stands in its identity.
     """
-    shape = mapping(mapping(identity.get("init_from")).get("shape"))
+    shape = mapping(identity.get("shape")) or mapping(mapping(identity.get("init_from")).get("shape"))
     if shape:
         return number(shape.get("layers"))
     norms, attention = number(groups.get("norms")), number(groups.get("attention"))

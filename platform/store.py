@@ -4,7 +4,8 @@
         study.json                 what the study asks, its runs in order, when it was planned
         <run_key>/
             spec.json              what the run is: identity (makes the key) and execution (does not)
-            status.json            how it is going: state, step, time left, heartbeat, error
+            status.json            how it is going: state, step, time left, error
+            .lease/                the process that trains it, and its heartbeat (see lease.py); a study has one too
             attempts.jsonl         one line each time the run starts or goes on: after which step, on which nodes
             metrics.jsonl          one line per logged training step
             evaluations.jsonl      one line per evaluation on held-out documents
@@ -29,9 +30,8 @@ import json
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,11 @@ from haltscale.platform.documents import (
     parse_document,
     parse_lines,
 )
+from haltscale.platform.durable import write_durably
+from haltscale.platform.lease import Holder, holder_of, modified
 
 STALL_SECONDS = 120.0
-"""A run that calls itself running but has not written a heartbeat for this long is shown as stalled."""
+"""A run that calls itself running but has given no sign of life for this long is shown as stalled."""
 
 PART_BYTES = 1 << 18
 """On an object store, a JSON-lines file goes on in a new part when its last one is this long."""
@@ -66,9 +68,26 @@ class RunState(StrEnum):
     RUNNING = "running"
     STALLED = "stalled"
     FAILED = "failed"
+    """Without a result, for a reason that ``cause`` in its status calls transient (tried again when the study is run
+    again) or permanent (not tried again)."""
+    DIVERGED = "diverged"
+    """Ended by its own numbers: a loss that is not finite, or one that the policy stops. It would diverge again."""
+    CAPPED = "capped"
+    """Ended by the limit on its training time; a higher limit resumes it."""
     STOPPED = "stopped"
     """Ended early by a tuning study's scheduler; it is not run again."""
     FINISHED = "finished"
+
+
+class Cause(StrEnum):
+    """Why a run has no result, as far as trying again is concerned."""
+
+    PERMANENT = "permanent"
+    TRANSIENT = "transient"
+
+
+ENDED = (RunState.FAILED, RunState.DIVERGED, RunState.CAPPED, RunState.STOPPED)
+"""Of a run that is over without a result."""
 
 
 def haltscale_home() -> Path:
@@ -94,11 +113,13 @@ class RunView:
     spec: Mapping[str, Any]
     """``spec.json``: ``label``, ``identity``, ``execution``."""
     status: Mapping[str, Any]
-    """``status.json``: ``state``, ``step``, ``steps``, ``seconds_left``, ``heartbeat``, ``error``."""
+    """``status.json``: ``state``, ``step``, ``steps``, ``seconds_left``, ``error``, ``cause``."""
     record: Mapping[str, Any]
     """``record.json``; empty until the run is finished."""
     problem: str = ""
     """Why the folder could not be read in full; empty when it could."""
+    silent_seconds: float | None = None
+    """Since the last sign of life of a run that is running or stalled."""
 
     @property
     def label(self) -> str:
@@ -124,6 +145,11 @@ class RunStore:
         except ValueError as error:
             raise StoreError(f"{self.root} is no folder and no URL that fsspec knows: {error}") from error
         self._whole_objects = "file" not in self.fs.protocol
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a folder of a filesystem, and not an object store."""
+        return not self._whole_objects
 
     # ---- paths ----------------------------------------------------------------------------------------------------
 
@@ -159,12 +185,7 @@ class RunStore:
             self.fs.pipe_file(path, text.encode())
             return
         self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_durably(path, text.encode())
 
     def append_lines(self, path: str, rows: list[Mapping[str, Any]]) -> None:
         """Append rows to a JSON-lines file; one process writes it.
@@ -272,7 +293,7 @@ class RunStore:
         found = self._read_documents(paths)
         views = {}
         for key in kept:
-            documents: dict[str, Mapping[str, Any]] = {}
+            documents: dict[str, Any] = {}
             problems = [] if key in named else [f"{key!r} is no name of a run: submit the study again to plan it anew"]
             for name in RUN:
                 content = found.get((key, name), NOTHING)
@@ -282,8 +303,9 @@ class RunStore:
                 documents[name], odd = checked(name, content)
                 if odd:
                     problems.append(f"{name}.json of {key}: {odd}")
-            state = run_state(documents["status"], documents["record"], now or time.time())
-            views[key] = RunView(study=study, key=key, state=state, problem="; ".join(problems), **documents)
+            state = run_state(documents["status"], documents["record"])
+            view = RunView(study=study, key=key, state=state, problem="; ".join(problems), **documents)
+            views[key] = self.alive(view, now=now)
         return views
 
     def _read_documents(self, paths: Mapping[Any, str]) -> dict[Any, Mapping[str, Any] | StoreError]:
@@ -304,6 +326,27 @@ class RunStore:
             except StoreError as error:
                 found[name] = error
         return found
+
+    def holder(self, study: str, key: str | None = None, *, now: float | None = None) -> Holder | None:
+        """The process that owns a study or trains a run, or the last one that did; None where none ever did."""
+        return holder_of(self, self.path(study, key), now=now)
+
+    def alive(self, view: RunView, *, now: float | None = None) -> RunView:
+        """The view of a run that calls itself running, with how long it has been silent: as stalled where too long, or
+        where its process is gone. By the store's clock and ours, never by that of the machine that trains it."""
+        if view.state is not RunState.RUNNING:
+            return view
+        holder = self.holder(view.study, view.key, now=now)
+        if holder is not None:
+            silent, gone = holder.silent_seconds, holder.is_released or holder.is_gone
+        else:  # a run of an earlier version: its status was its sign of life
+            try:
+                written = modified(self.fs.info(self.path(view.study, view.key, "status.json")))
+            except FileNotFoundError:
+                return view
+            silent, gone = (time.time() if now is None else now) - written, False
+        state = RunState.STALLED if gone or silent > STALL_SECONDS else RunState.RUNNING
+        return replace(view, state=state, silent_seconds=silent)
 
     def present(self, study: str) -> list[str]:
         """Keys of all runs that have a folder, sorted, whatever the study's document says."""
@@ -344,9 +387,10 @@ class RunStore:
     def put_file(self, file: Path, path: str) -> None:
         """Copy a local file into the store, so that a reader sees the whole of it or nothing."""
         self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        partial = f"{path}.partial"
-        self.fs.put_file(str(file), partial)
-        self.fs.mv(partial, path)
+        if self.is_local:
+            write_durably(path, file)
+        else:  # an object appears when all of it has arrived
+            self.fs.put_file(str(file), path)
 
     def _halting_steps(self, study: str, key: str, name: str) -> list[int]:
         folder = self.path(study, key, "halting")
@@ -447,13 +491,9 @@ class RunStore:
             return pd.read_parquet(file, columns=columns)
 
 
-def run_state(status: Mapping[str, Any], record: Mapping[str, Any], now: float) -> RunState:
+def run_state(status: Mapping[str, Any], record: Mapping[str, Any]) -> RunState:
+    """What a run's documents say of it; whether a running one still lives, its lease says."""
     if record:
         return RunState.FINISHED
-    if status.get("state") in (RunState.FAILED, RunState.STOPPED):
-        return RunState(status["state"])
-    if status.get("state") == RunState.RUNNING:
-        heartbeat = status.get("heartbeat")
-        beats = isinstance(heartbeat, int | float) and now - heartbeat <= STALL_SECONDS
-        return RunState.RUNNING if beats else RunState.STALLED
-    return RunState.PLANNED
+    state = status.get("state")
+    return RunState(state) if state in (*ENDED, RunState.RUNNING) else RunState.PLANNED

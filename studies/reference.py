@@ -229,9 +229,7 @@ def sweep() -> Sweep:
     compared = sum((at(tuned, *point) for point in points), start=Sweep(()))
     for point in points:
         learned = at([Method.ADAPTIVE], *point)
-        compared += controls(of=learned, kinds=["shuffled"])
-        own = rate(Method.FIXED, point[0]) if Method.FIXED in rates() else None
-        compared += controls(of=learned, kinds=["fixed"], learning_rate=own)
+        compared += controls(of=learned, kinds=["shuffled", "fixed"])
     size, budget = PRESSED
     pressed = grid(lam=[0.03, 0.1, 0.3], beta=[0.5, 1.0, 2.0], l_max=[1, 3, 5]).where(
         lambda point: point != COMPARED

@@ -112,6 +112,8 @@ def longest_text(loaded: LoadedModel) -> int:
 
 def _one_token(loaded: LoadedModel, text: str) -> int:
     ids = _encoded(loaded, "stop", text)
+    if len(ids) != 1 and (special := loaded.tokenizer.token_to_id(text)) is not None:
+        return int(special)  # in a text it would be letters
     if len(ids) != 1:
         raise GenerationError(f"stop {text!r} is {len(ids)} tokens of this tokenizer; a stop is one token")
     return int(ids[0])

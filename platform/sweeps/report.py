@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -41,7 +42,11 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
     Args:
         keys: the runs and their order; all of the study's by default.
     """
-    return table(store.views(study, keys).values() if keys is not None else store.runs(study))
+    if keys is not None:
+        return table(store.views(study, keys).values())
+    found = table(store.runs(study))
+    waiting = pd.DataFrame([row for row in store.study(study).get("waiting", []) if isinstance(row, dict)])
+    return pd.concat([found, waiting.assign(key="", state="waiting")], ignore_index=True) if len(waiting) else found
 
 
 def table(views: Iterable[RunView]) -> pd.DataFrame:
@@ -52,7 +57,7 @@ def table(views: Iterable[RunView]) -> pd.DataFrame:
 def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:
     """Print a plan (:meth:`Study.plan`) as a table, or all of it as a JSON list of rows."""
     if as_json:
-        _print_json(frame)
+        print_json(frame)
         return
     headings = {"flops_expected": "realised FLOPs", "flops_bound": "at most", "memory_bytes": "memory (bytes)"}
     shown = frame.drop(columns=[name for name in ("method", "size") if name in frame])
@@ -64,14 +69,21 @@ def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None
     _console().print(f"{len(frame)} runs: {counts}", markup=False)
 
 
-def _print_json(frame: pd.DataFrame) -> None:
-    sys.stdout.write(frame.to_json(orient="records", indent=1) + "\n")
+JSON_SCHEMA = 1
+"""Of what ``--json`` prints: ``{"schema": 1, "runs": [...]}``. Rows may gain fields; none is renamed, dropped or given
+another unit without a new number."""
+
+
+def print_json(frame: pd.DataFrame) -> None:
+    """Print a plan or results for scripts; see :data:`JSON_SCHEMA`."""
+    runs = json.loads(frame.to_json(orient="records", double_precision=15))
+    sys.stdout.write(json.dumps({"schema": JSON_SCHEMA, "runs": runs}, indent=1) + "\n")
 
 
 def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bool = False) -> None:
     """Print the results, the study's note, failed runs with their errors, and how to look further; or JSON rows."""
     if as_json:
-        _print_json(frame)
+        print_json(frame)
         return
     columns = {name: heading for name, heading in PRINTED.items() if name in frame}
     if "state" in columns and (frame["state"] == RunState.FINISHED).all():

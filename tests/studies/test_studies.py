@@ -21,8 +21,8 @@ from haltscale.studies import reference
 RUNS = {
     "ablation": 3 + 3 * 5 * 3 * 3,
     "isoflop": 5 * 4 * 3,
-    "main_comparison": 2 * (8 + 2 + 2 * 3),
-    "main_ladder": 3 * (8 + 2 + 2 * 3),
+    "main_comparison": 2 * (8 + 2 + 2 * 4),
+    "main_ladder": 3 * (8 + 2 + 2 * 4),
     "quickstart": 6,
     # 15 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
     # the fixed control of each adaptive run, and the 26 other settings at one point.
