@@ -230,8 +230,10 @@ def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:
     halting = (
         "A plain Llama: one pass per token."
         if plain
-        else "The model may think several latent steps before each token. It reads the whole text at every step of"
-        " `generate` (no cache), and takes padding on the right only."
+        else "The model may think several latent steps before each token. `generate` keeps keys and values from token"
+        " to token in the model's own cache (beam search goes without one) and continues texts of one length; a forward"
+        " pass takes padding on the right. `model(ids, labels=ids).loss` is the cross-entropy alone: fine-tuning with"
+        " it puts no price on latent steps."
     )
     return f"""---
 library_name: transformers
