@@ -94,8 +94,8 @@ def control_differences(store: RunStore, study: str) -> pd.DataFrame:
         A row per subject (all seeds together) and kind: ``subject`` (label), ``control`` (its kind), ``seeds``,
         ``documents``, ``subject_steps`` and ``control_steps`` (means), ``subject_flops`` and ``control_flops``
         (realised, in training), ``difference`` in nats per token with ``low`` and ``high`` (NaN where there are none),
-        and ``problem``: why the difference carries no verdict. Above 0 the subject is better. Old controls, which differ
-        in more than where their steps are, get no difference.
+        and ``problem``: why the difference carries no verdict. Above 0 the subject is better. Old controls, which
+        differ in more than where their steps are, get no difference.
     """
     try:
         pairs = store.study(study).get("controls") or {}

@@ -127,7 +127,7 @@ def test_small_counts_are_exact(value):
     assert report._text(value) == str(value)
 
 
-# ---- controls ---------------------------------------------------------------------------------------------------------
+# ---- controls -------------------------------------------------------------------------------------------------------
 
 
 def pair(author, study, seed, *, control="shuffled", method="adaptive", gap=0.02, steps=1.5, digest="d"):
@@ -137,11 +137,12 @@ def pair(author, study, seed, *, control="shuffled", method="adaptive", gap=0.02
     nats = [(4 + 0.3 * n + 0.1 * seed) * count for n, count in enumerate(tokens)]
     shared = {"tokens": 300_000, "flops_realised": 1e12}
     subject, other = f"subject-{seed}", f"{control}-{method}-{seed}"
+    replayed = {"steps_from": control, "steps_seed": seed} if method == "adaptive" else {}
     for key, identity, costs, mean, order in (
         (subject, {"method": "adaptive", "seed": seed, "options": options}, nats, 1.5, "d"),
         (
             other,
-            {"method": method, "seed": seed, "options": {**options, "steps_from": control, "steps_seed": seed}},
+            {"method": method, "seed": seed, "options": {**options, **replayed}},
             [cost + gap * count for cost, count in zip(nats, tokens, strict=True)],
             steps,
             digest,
