@@ -16,8 +16,8 @@ read once, at the end: to read them costs a short run as much as a good part of 
 
 **Learning rates.** The best of those tried for each method at each of the two smaller sizes, by held-out loss, at a
 seed that is not compared (`reference_tuning`, whose records are in `results`). Larger sizes: the rate of the largest
-tuned one times d_tuned / d, for all methods alike, the rule of muP for hidden matrices (arXiv 2203.03466). Controls have
-their subject's. Mixture-of-Recursions begins at the second size: it needs three layers.
+tuned one times d_tuned / d, for all methods alike, the rule of muP for hidden matrices (arXiv 2203.03466).
+Controls have their subject's. Mixture-of-Recursions begins at the second size: it needs three layers.
 
 A run takes one core, for half a minute to ten; the cheapest come first, and a study that was stopped goes on, so it
 grows while the machine has nothing else to do. Controls are known when their subjects have finished: submit the study
