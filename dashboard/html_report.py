@@ -59,7 +59,7 @@ def document(store: RunStore, study: str) -> str:
         raise StoreError(f"no study {study!r} in {store.root}; there are: {known}")
     view = data.load_study(store, study)
     for problem in view.problems:
-        if problem.where == study:
+        if problem.where == study and view.runs.empty:
             raise StoreError(problem.what)
     parts = [*_head(view), *_scaling(view), *_sweep(view), *_halting(view), *_runs(view), *_meaning(view)]
     body = "\n".join(parts)

@@ -101,8 +101,11 @@ def live(body: Callable[[StudyView], None]) -> None:
             st.rerun()
         for problem in view.problems:
             if problem.where == view.name:
-                st.error(f"**This study cannot be read.** {plain(problem.what)}", icon=":material/broken_image:")
-                return
+                st.error(
+                    f"**This study cannot be read in full.** {plain(problem.what)}", icon=":material/broken_image:"
+                )
+                if view.runs.empty:
+                    return
         if view.runs.empty:
             st.info("This study has planned no runs.", icon=":material/hourglass_empty:")
             return

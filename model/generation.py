@@ -25,7 +25,7 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 0.0
-    """0 takes the most likely token; otherwise logits are divided by it."""
+    """0 takes the most likely token; otherwise logits are divided by it: from 1e-6, below which it is 0 to a float."""
     top_k: int = 0
     """Draw among the k most likely tokens only; 0: among all."""
     top_p: float = 1.0
@@ -36,7 +36,7 @@ class Sampling:
     def problems(self) -> list[str]:
         """All errors."""
         return [
-            *in_range("temperature", self.temperature, 0.0, 100.0),
+            *([] if self.temperature == 0 else in_range("temperature", self.temperature, 1e-6, 100.0)),
             *in_range("top_k", self.top_k, 0, integer=True),
             *in_range("top_p", self.top_p, 0.0, 1.0, above=True),
             *in_range("seed", self.seed, 0, 2**31 - 1, integer=True),
@@ -176,7 +176,7 @@ def choose(log_p_V: Tensor, sampling: Sampling, stream: torch.Generator) -> int:
     """The next token, from log-probabilities."""
     if sampling.temperature == 0:
         return int(log_p_V.argmax())
-    p_V = torch.softmax(log_p_V.double() / sampling.temperature, 0)
+    p_V = torch.softmax((log_p_V.double() - log_p_V.max()) / sampling.temperature, 0)
     ordered_V, token_V = p_V.sort(descending=True, stable=True)
     kept = len(ordered_V) if sampling.top_k == 0 else min(sampling.top_k, len(ordered_V))
     before_V = ordered_V.cumsum(0) - ordered_V  # what more likely tokens hold

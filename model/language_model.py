@@ -98,6 +98,13 @@ class LanguageModel(nn.Module):
 
     # What a method defines -------------------------------------------------------------------------------------------
 
+    def begin_step(self, seed: int) -> None:
+        """Draw whatever the method draws for one optimizer step; the training loop calls it before the step's first
+        forward pass, with the same seed on all ranks and after a resumption.
+
+        Drawing in `forward` would make a step's result depend on how its batch is cut into pieces and shared by ranks.
+        """
+
     @classmethod
     def shape_problems(cls, shape: Shape) -> list[str]:
         """What the method cannot do with this shape, beside the shape's own errors."""

@@ -73,6 +73,7 @@ METHODS: dict[str, MethodEntry] = {
         Ponder2Model,
         lambda o: 2 * o.jacobi_high + 3,
         "PonderLM-2: one latent thought per token, by Jacobi",
+        semantics=2,  # 1 drew its number of passes in every forward piece
     ),
     Method.MOR: MethodEntry(
         MorOptions, MorModel, lambda o: o.recursions, "Mixture-of-Recursions: a middle repeated where a router picks"

@@ -160,18 +160,19 @@ def _show(name: str, result: dict[str, Any]) -> None:
     """One result for the eye."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     rows = result.get("arms") or result.get("points")
     if rows:
         columns = [key for key in COLUMNS if key in rows[0]]
-        table = Table(*(COLUMNS[key] for key in columns), title=name, title_justify="left")
+        table = Table(*(COLUMNS[key] for key in columns), title=Text(name), title_justify="left")
         for row in rows:
-            table.add_row(*(_number(row[key]) for key in columns))
+            table.add_row(*(Text(_number(row[key])) for key in columns))
     else:
-        table = Table("", "value", title=name, title_justify="left", show_header=False)
+        table = Table("", "value", title=Text(name), title_justify="left", show_header=False)
         for key, value in result.items():
             if isinstance(value, int | float | str):
-                table.add_row(key.replace("_", " "), _number(value))
+                table.add_row(Text(key.replace("_", " ")), Text(_number(value)))
     Console().print(table)
     for row in result.get("arms", ()):
         if gap := row["minus_learned"]:

@@ -33,17 +33,7 @@ from haltscale.model.config import (
 from haltscale.platform.arms import arm
 from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
-
-
-class Precision(StrEnum):
-    """Number format of weights and activations; optimizer state and master weights are always float32."""
-
-    AUTO = "auto"
-    """bf16 where the machine multiplies matrices faster in it (GPUs; CPUs with AVX512-BF16 or AMX), else fp32."""
-    BF16 = "bf16"
-    FP16 = "fp16"
-    """With dynamic loss scaling: a step whose gradient overflows is counted, and leaves the weights as they are."""
-    FP32 = "fp32"
+from haltscale.platform.precision import Precision, fast_precision
 
 
 class Schedule(StrEnum):
@@ -250,8 +240,6 @@ class RunConfig:
         """
         if self.precision is not Precision.AUTO:
             return self
-        from haltscale.platform.precision import fast_precision  # imports this module
-
         return replace(self, precision=fast_precision(on_gpu=on_gpu))
 
     def identity(self, corpus_name: str, corpus_fingerprint: str) -> dict[str, Any]:

@@ -92,11 +92,13 @@ class ExecutionConfig:
     """Begin a WSD run in the stable phase of a run of the study that differs in its budget alone, where there is one,
     and train such runs one after the other, the shortest first; needs ``warmup_tokens``."""
     log_every_seconds: float = 2.0
-    """How often a run writes metrics and its heartbeat."""
+    """How often a run writes metrics and its status."""
     sinks: tuple[Sink, ...] = ()
     """Where metrics go beside the store; W&B needs its extra (``pip install haltscale[wandb]``)."""
     max_failures: int = 1
     """How often a failed run is started again (from its last checkpoint) before it is recorded as failed."""
+    max_hours: float | None = None
+    """Training time after which a run ends as ``capped``, with what it has; None: as long as its budget takes."""
     on_divergence: OnTrouble = OnTrouble.STOP
     """What to do about a loss that explodes. One that is not finite always stops the run: nothing is left to train."""
     on_collapse: OnTrouble = OnTrouble.CONTINUE
@@ -116,6 +118,8 @@ class ExecutionConfig:
             found += in_range(name, getattr(self, name), 1, integer=True)
         for name, low in (("gpus_per_worker", 0), ("log_every_seconds", 0), ("max_failures", 0)):
             found += in_range(name, getattr(self, name), low)
+        if self.max_hours is not None:
+            found += in_range("max_hours", self.max_hours, 0, above=True)
         found += require(is_int(self.zero_stage) and 0 <= self.zero_stage <= 3, "zero_stage", self.zero_stage, "0 to 3")
         found += self._choice_problems()
         if found:

@@ -27,7 +27,8 @@ from haltscale.platform.identity import canonical_json
 from haltscale.platform.initial_model import InitialModel, InitialModelError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-FETCHED = ("config.json", "tokenizer.json", "*.safetensors")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+FETCHED = ("config.json", "tokenizer.json", "*.safetensors", WEIGHTS_INDEX)
 
 
 def llama(source: str | Path) -> InitialModel:
@@ -47,7 +48,7 @@ def llama(source: str | Path) -> InitialModel:
     except Exception as error:  # the tokenizers library raises bare ones
         raise InitialModelError(f"{name}: config.json and tokenizer.json are needed ({error})") from error
     found = _config_problems(config)
-    if not list(folder.glob("*.safetensors")):
+    if not _weight_files(folder):
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         found.append(
             f"it has {pickled[0]}, but pickled weights can run code and are never loaded: convert to safetensors"
@@ -130,15 +131,40 @@ def _shape(config: Mapping[str, Any]) -> Shape:
 
 
 def tokenizer_digest(text: str) -> str:
-    """SHA-256 of what a ``tokenizer.json`` makes of a text; what it puts around it, or cuts off, does not count."""
+    """SHA-256 of what a ``tokenizer.json`` makes of a text; what it puts around it, cuts off or drops at random, which
+    training does not obey, does not count."""
     document = json.loads(text)
     for name in ("post_processor", "truncation", "padding"):
         document.pop(name, None)
+    if document["model"].get("dropout"):
+        document["model"]["dropout"] = None
     return hashlib.sha256(canonical_json(document).encode()).hexdigest()
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights, as `transformers` finds them: one whole file, else those that the index names,
+    without what an earlier save in more parts has left behind. Without an index, every file.
+
+    Raises:
+        InitialModelError: the index is damaged, or names files that are not there.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InitialModelError(f"{index} is damaged ({error!r}): copy the model again") from error
+    if missing:
+        raise InitialModelError(f"{index} names files that are not there: {', '.join(missing)}; copy the model again")
+    return [folder / name for name in names]
+
+
 def _weights_digest(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     digests = [(file.name, _file_digest(file, file.stat().st_size, file.stat().st_mtime_ns)) for file in files]
     return hashlib.sha256(canonical_json(digests).encode()).hexdigest()
 
@@ -184,8 +210,11 @@ class _Weights:
         self._where: dict[str, Any] = {}
         self.name = name
         try:
-            for path in sorted(folder.glob("*.safetensors")):
+            for path in _weight_files(folder):
                 file = safe_open(path, framework="pt")
+                if twice := self._where.keys() & set(file.keys()):
+                    both = f"{name}: {path.name} holds {min(twice)}, and so does a file before it"
+                    raise InitialModelError(f"{both}: remove the wrong one, or name the files in {WEIGHTS_INDEX}")
                 self._where |= dict.fromkeys(file.keys(), file)
         except (SafetensorError, OSError) as error:
             raise InitialModelError(f"{name}: {path.name} is damaged or no safetensors file ({error})") from error

@@ -1,10 +1,21 @@
-"""Number formats that a machine is fast in."""
+"""Number formats, and which of them a machine is fast in."""
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import torch
 
-from haltscale.platform.config import Precision
+
+class Precision(StrEnum):
+    """Number format of weights and activations; optimizer state and master weights are always float32."""
+
+    AUTO = "auto"
+    """bf16 where the machine multiplies matrices faster in it (GPUs; CPUs with AVX512-BF16 or AMX), else fp32."""
+    BF16 = "bf16"
+    FP16 = "fp16"
+    """With dynamic loss scaling: a step whose gradient overflows is counted, and leaves the weights as they are."""
+    FP32 = "fp32"
 
 
 def fast_precision(*, on_gpu: bool = False) -> Precision:

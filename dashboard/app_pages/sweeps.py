@@ -129,6 +129,9 @@ def slices(runs: pd.DataFrame, names: list[str]) -> None:
             format_func=lambda target: target.replace("_", " "),
         )  # fmt: skip
     table = analysis.slices(runs, str(name), target=str(target))
+    if isinstance(table, Refusal):
+        layout.refused({OPTION_NAMES[str(name)]: table.reason})
+        return
     layout.chart(
         sweep_figures.slice_of(runs, table, str(name), str(target)),
         runs[["label", "size", str(name), str(target)]],

@@ -35,19 +35,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from haltscale.platform.config import ConfigError
-from haltscale.platform.corpora.formats import Format
+from haltscale.platform.corpora.formats import Format, SourceError, printable
 from haltscale.platform.corpora.order import Mixture
 from haltscale.platform.corpora.sources import Source
-from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
+from haltscale.platform.corpora.tokenization import END_OF_TEXT, BytePairs, Pretrained, TokenizerError
 from haltscale.platform.identity import digest
 from haltscale.platform.store import haltscale_home
 
 CORPUS_FORMAT = 2
 """Raised by hand when preparing changes: old caches are then left alone and new ones made."""
+REVISION = 2
+"""Of the code that prepared a cache. Raised by hand when readers refuse what they took before, while sound corpora stay
+what they were: a cache of a source in one of ``REVISED`` formats is then made again, under the same fingerprint."""
+REVISED = (Format.CSV,)
+"""Before revision 2, rows of CSV were cut at unquoted commas and merged by stray quotation marks."""
 MOST_WEIGHTED_SOURCES = 32
 WAIT_SECONDS = 0.2
 """Between two looks at a corpus that is still being prepared."""
-WAIT_TOLD_SECONDS = 60.0
+WAIT_LOG_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ class CorpusError(ConfigError):
     """A corpus cannot be prepared; ``problems`` lists everything that was found."""
 
     def __init__(self, name: str, problems: list[str]) -> None:
-        super().__init__([f"corpus {name}: {problem}" for problem in problems], "corpus")
+        super().__init__([printable(f"corpus {name}: {problem}") for problem in problems], "corpus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +151,29 @@ class Corpus:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What is prepared: the documents' names and contents, how they are chosen, split and tokenised."""
+        """What is prepared: the documents' names and contents, how they are chosen, split and tokenised.
+
+        Raises:
+            CorpusError: files or the tokenizer cannot be read.
+        """
+        sources, problems = {}, []
+        for name, source in self.sources.items():
+            try:
+                sources[name] = source.identity()
+            except SourceError as error:
+                problems.append(f"source {name}: {error}")
+        try:
+            tokenizer = self.tokenizer.identity()
+        except TokenizerError as error:
+            problems.append(f"tokenizer: {error}")
+        if problems:
+            raise CorpusError(self.name, problems)
         segments = {} if self.segment_tokens is None else {"segment_tokens": self.segment_tokens}
         return {
             **segments,
             "format": CORPUS_FORMAT,
-            "sources": {name: source.identity() for name, source in self.sources.items()},
-            "tokenizer": self.tokenizer.identity(),
+            "sources": sources,
+            "tokenizer": tokenizer,
             "validation_documents": self.validation_documents,
             "remove_duplicates": self.remove_duplicates,
             "probe": [self.probe_document, self.probe_characters],
@@ -199,9 +220,9 @@ class PreparedCorpus:
 
     folder: Path
     counts: dict[str, Any]
-    """``corpus.json``: name, fingerprint, context, vocab_size, rows; documents, tokens and bytes of each split; by
-    source also rows and what was skipped; leakage. Of a streamed corpus what is known so far, and complete and
-    segment_rows."""
+    """``corpus.json``: name, fingerprint, context, vocab_size, end_of_text, rows; documents, tokens and bytes of each
+    split; by source also rows, duplicates, what was skipped and what was altered by reason, and the files beside the
+    source's that were not read; leakage. Of a streamed corpus what is known so far, and complete and segment_rows."""
     weights: Mapping[str, float | None] = field(default_factory=dict)
     """Of the sources, where they are mixed."""
 
@@ -209,10 +230,41 @@ class PreparedCorpus:
     def open(cls, folder: Path, weights: Mapping[str, float | None] | None = None) -> PreparedCorpus | None:
         """The prepared corpus in a folder, or None where there is none."""
         try:
-            counts = json.loads((folder / "corpus.json").read_text())
+            counts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return cls(folder=folder, counts=counts, weights=weights or {})
+        return cls(folder=folder, counts=counts, weights=weights or {}) if isinstance(counts, dict) else None
+
+    def is_outdated(self, corpus: Corpus) -> bool:
+        """Whether an older version of the readers prepared it, which took what is refused now."""
+        return self.counts.get("revision", 1) < REVISION and any(
+            source.kind in REVISED for source in corpus.sources.values()
+        )
+
+    @property
+    def end_of_text(self) -> str:
+        """The token that stands before every document, as the corpus named it."""
+        return recorded_end_of_text(self.counts) or END_OF_TEXT
+
+    def losses(self) -> list[str]:
+        """A line for each source of which something was left out or altered; what and how much."""
+        lines = []
+        for name, source in self.counts["sources"].items():
+            found = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in source["skipped"].items() if count]
+            if source["duplicates"]:
+                found.append(f"{source['duplicates']:,} duplicates")
+            altered = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in source.get("altered", {}).items()]
+            others = [f"{count:,} {suffix}" for suffix, count in source.get("other_files", {}).items()]
+            parts = [
+                f"{what}: {', '.join(each)}"
+                for what, each in (("left out", found), ("altered", altered), ("files not read", others))
+                if each
+            ]
+            if parts:
+                lines.append(
+                    printable(f"{name}: {source['train_documents']:,} documents to train on; {'; '.join(parts)}")
+                )
+        return lines
 
     @property
     def rows(self) -> int:
@@ -245,12 +297,12 @@ class PreparedCorpus:
         Raises:
             CorpusError: preparing it further has failed; the message says why.
         """
-        corpus, told = self, time.monotonic()
+        corpus, logged = self, time.monotonic()
         while not corpus.has(drawn):
             if problem := corpus.counts.get("problem"):
                 raise CorpusError(corpus.counts["name"], [f"{corpus.rows} rows are prepared, then: {problem}"])
-            if time.monotonic() - told > WAIT_TOLD_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - logged > WAIT_LOG_SECONDS:
+                logged = time.monotonic()
                 log.warning("waiting for row %d of %s, %d are prepared", drawn, self.folder.name, corpus.rows)
             time.sleep(WAIT_SECONDS)
             corpus = PreparedCorpus.open(self.folder, self.weights) or corpus
@@ -262,22 +314,28 @@ class PreparedCorpus:
 
     def validation_names(self) -> list[str]:
         """The held-out documents' names."""
-        names: list[str] = pq.read_table(self.folder / "validation.parquet", columns=["document"])[
-            "document"
-        ].to_pylist()
+        with self._validation_file() as file:
+            names: list[str] = file.read(columns=["document"])["document"].to_pylist()
         return names
 
     def stream_validation(self) -> Iterator[HeldOutDocument]:
         """The same, a few at a time."""
-        with pq.ParquetFile(self.folder / "validation.parquet") as file:
+        with self._validation_file() as file:
             for batch in file.iter_batches(batch_size=64, columns=["document", "source", "bytes", "tokens"]):
                 for name, source, size, tokens in zip(*batch.columns, strict=True):
                     values = tokens.values.to_numpy().astype(np.int64)
                     yield HeldOutDocument(name=name.as_py(), source=source.as_py(), bytes=size.as_py(), tokens=values)
 
+    def _validation_file(self) -> pq.ParquetFile:
+        path = self.folder / "validation.parquet"
+        try:
+            return pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from error
+
     def probe(self) -> HeldOutDocument:
         """The probe text."""
-        probe = json.loads((self.folder / "probe.json").read_text())
+        probe = self._read_json("probe.json")
         return HeldOutDocument(
             name=probe["document"],
             bytes=len(probe["text"].encode()),
@@ -285,10 +343,23 @@ class PreparedCorpus:
             pieces=probe["pieces"],
         )
 
+    def _read_json(self, name: str) -> Any:
+        return read_cached_json(self.folder / name)
+
     def token_counts(self) -> Tokens:
         """``(vocab_size,)``: how often each token occurs in the training documents."""
-        counts: Tokens = np.load(self.folder / "token_counts.npy")
+        path = self.folder / "token_counts.npy"
+        try:
+            counts: Tokens = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise damaged(path, error) from error
         return counts
+
+
+def recorded_end_of_text(counts: Mapping[str, Any]) -> str | None:
+    """The end-of-text token that ``corpus.json`` names; None where an older version did not write it down."""
+    found = counts.get("end_of_text") or counts.get("prepared", {}).get("tokenizer", {}).get("end_of_text")
+    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +375,23 @@ class HeldOutDocument:
     """Where it comes from, among the corpus's sources."""
     pieces: list[str] = field(default_factory=list)
     """For the probe: what each of the n tokens adds to the text."""
+
+
+def read_cached_json(path: Path) -> Any:
+    """A JSON file of a prepared corpus.
+
+    Raises:
+        CorpusError: it is not there, or damaged; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> CorpusError:
+    """What to say of a damaged file of a prepared corpus."""
+    return CorpusError(path.parent.name, [f"{path} is damaged ({error}): remove its folder and prepare it again"])
 
 
 class RowReader:
@@ -325,7 +413,7 @@ class RowReader:
 
     def _look(self) -> None:
         """See which parts there are; a streamed corpus gets more."""
-        parts = json.loads((self._folder / "parts.json").read_text())
+        parts = read_cached_json(self._folder / "parts.json")
         self._parts = [part["file"] for part in parts]
         self._starts = np.cumsum([0, *(part["rows"] for part in parts)])
 
@@ -344,7 +432,11 @@ class RowReader:
 
     def _row(self, index: int, row: int) -> npt.NDArray[np.uint32]:
         if index not in self._opened:
-            part = pq.ParquetFile(self._folder / self._parts[index])
+            path = self._folder / self._parts[index]
+            try:
+                part = pq.ParquetFile(path)
+            except (OSError, pa.ArrowException) as error:
+                raise damaged(path, error) from error
             self._metadata += part.metadata.serialized_size
             while self._opened and self._metadata > self.MOST_METADATA:
                 oldest = self._opened.pop(next(iter(self._opened)))[0]

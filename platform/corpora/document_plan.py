@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow.dataset
 
 from haltscale.platform.corpora.corpus import Corpus, CorpusError
+from haltscale.platform.corpora.formats import printable
 from haltscale.platform.corpora.shard_jobs import write_dropped
 
 MEMORY = "1GB"
@@ -28,7 +29,7 @@ class DocumentPlan:
     shards: list[dict[str, Any]]
     """In order: index, source, take (documents within the source's limit), train_tokens (end-of-text included)."""
     sources: dict[str, dict[str, Any]]
-    """By name: documents, tokens and bytes to train on; duplicates; what was skipped, by reason."""
+    """By name: documents, tokens and bytes to train on; duplicates; what was skipped and altered, by reason."""
     held_out: list[dict[str, Any]]
     """In order: shard, position, name, source."""
     probe: dict[str, Any]
@@ -47,7 +48,7 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
 
     Args:
         corpus: says how many are held out, and which one is the probe.
-        shards: what tokenising said of each shard: index, source, documents, skipped.
+        shards: tokenising's result for each shard: index, source, documents, skipped, altered.
         work: the folder of the tokenised shards.
 
     Raises:
@@ -68,12 +69,14 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
     for shard in shards:
         documents, tokens, size = by_shard.get(shard["index"], (0, 0, 0))
         shard["train_tokens"] = tokens
-        zero = {"train_documents": 0, "train_bytes": 0, "train_tokens": 0, "duplicates": 0, "skipped": Counter()}
+        zero = {"train_documents": 0, "train_bytes": 0, "train_tokens": 0, "duplicates": 0}
+        zero |= {"skipped": Counter(), "altered": Counter()}
         source = sources.setdefault(shard["source"], zero)
         source["train_documents"] += documents
         source["train_bytes"] += size
         source["train_tokens"] += tokens
         source["skipped"].update(shard["skipped"])
+        source["altered"].update(shard["altered"])
     for name, count in duplicates:
         sources[name]["duplicates"] = count
     return DocumentPlan(shards=shards, sources=sources, held_out=held_out, probe=probe)
@@ -91,7 +94,7 @@ def _decide(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> tuple[A
                 " (PARTITION BY content ORDER BY known_as = $probe DESC, name_hash, shard, position) AS copy"
                 " FROM documents WHERE content IN (SELECT content FROM documents GROUP BY content HAVING count(*) > 1))"
                 " WHERE copy > 1",
-                {"probe": corpus.probe_document},
+                {"probe": printable(corpus.probe_document)},
             )
         probe, held_out = _hold_out(db, corpus, shards)
         counted = db.execute(
@@ -131,7 +134,7 @@ def _hold_out(
     select = f"SELECT shard, position, name, source {free}"
     first = min(corpus.sources)
     if corpus.probe_document:
-        probes = _rows(db, f"{select} WHERE known_as = $1 LIMIT 1", corpus.probe_document)
+        probes = _rows(db, f"{select} WHERE known_as = $1 LIMIT 1", printable(corpus.probe_document))
         if not probes:
             raise CorpusError(corpus.name, [f"probe_document {corpus.probe_document!r} is in none of its sources"])
     else:

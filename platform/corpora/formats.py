@@ -7,35 +7,49 @@ What cannot be read raises a :class:`SourceError` that names file and place.
 from __future__ import annotations
 
 import contextlib
-import csv
+import itertools
 import json
+import lzma
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-if TYPE_CHECKING:
-    from haltscale.platform.corpora.sources import Source
+from haltscale.platform.corpora.compression import compression
+from haltscale.platform.corpora.csv_rows import CsvError, CsvScanner
 
 CHUNK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
 
+def printable(text: str) -> str:
+    """A text that UTF-8 can hold: file names that are not UTF-8, and halves of surrogate pairs, become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class SourceError(ValueError):
-    """A source cannot be read; the message names the file and the place in it."""
+    """A source cannot be read; the message names the file and the place in it.
+
+    ``line`` is the number of the line, where a whole JSONL file was read to it; else None.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(printable(message))
+        self.line = line
 
 
 class Format(StrEnum):
     """How a source's files hold documents."""
 
     AUTO = "auto"
-    """By the files' suffixes: .txt, .jsonl/.ndjson, .csv/.tsv, .parquet."""
+    """By the files' suffixes: .txt, .jsonl/.ndjson, .csv/.tsv, .parquet, .arrow/.feather."""
     TEXT = "text"
     """One document a file."""
     LINES = "lines"
@@ -43,6 +57,8 @@ class Format(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
     PARQUET = "parquet"
+    ARROW = "arrow"
+    """Arrow's IPC files and streams, Feather (version 2) included."""
     UINT16 = "uint16"
     """Token ids as the authors store them: a flat little-endian array, documents divided by end-of-text."""
     UINT32 = "uint32"
@@ -56,11 +72,13 @@ SUFFIXES = {
     Format.JSONL: (".jsonl", ".ndjson"),
     Format.CSV: (".csv", ".tsv"),
     Format.PARQUET: (".parquet",),
+    Format.ARROW: (".arrow", ".feather"),
     Format.UINT16: (".bin", ".npy"),
     Format.UINT32: (".bin", ".npy"),
 }
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TOKEN_FORMATS: dict[Format, np.dtype[Any]] = {Format.UINT16: np.dtype("<u2"), Format.UINT32: np.dtype("<u4")}
+SEEKABLE_FORMATS = {Format.PARQUET, Format.ARROW, *TOKEN_FORMATS}
+"""Read in parts, so not through a compression."""
 
 
 class InvalidUtf8(StrEnum):
@@ -72,6 +90,17 @@ class InvalidUtf8(StrEnum):
     """Each invalid sequence becomes U+FFFD, and the document is counted under ``replaced_utf8``."""
 
 
+class Quoting(StrEnum):
+    """What quotation marks mean in CSV and TSV."""
+
+    AUTO = "auto"
+    """They quote, and a quoted cell that looks like several rows is refused: then say which of the others it is."""
+    DOUBLE = "double"
+    """They quote; within a quoted cell they are doubled (RFC 4180)."""
+    NONE = "none"
+    """They are letters like any other, as the usual TSV has them."""
+
+
 @dataclass(frozen=True)
 class File:
     """A file of a source."""
@@ -81,11 +110,11 @@ class File:
     url: str
     """The path on its filesystem."""
     size: int
-    """Bytes, as stored."""
+    """Bytes, as stored; 0 also where a server does not say."""
 
     @property
     def compression(self) -> str | None:
-        return next((codec for suffix, codec in COMPRESSIONS.items() if self.name.endswith(suffix)), None)
+        return compression(self.name)
 
 
 @dataclass(frozen=True)
@@ -100,109 +129,208 @@ class Shard:
     """Where to stop, exclusive; None: at the end."""
 
 
+class Readable(Protocol):
+    """What the readers need of a source."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def kind(self) -> Format: ...
+    @property
+    def text_field(self) -> str: ...
+    @property
+    def longest_document_bytes(self) -> int: ...
+    @property
+    def delimiter(self) -> str | None: ...
+    @property
+    def quoting(self) -> Quoting: ...
+    def open(self, file: File) -> Any: ...
+    def decode(self, content: bytes, where: str, offset: int, counted: Counter[str]) -> str: ...
+    def load_hugging_face(self) -> Any: ...
+
+
 Document = tuple[str, str | None]
 """A name, and its text; None where the source has a null."""
-
-
-def bare_name(name: str) -> str:
-    """A file's name without its compression."""
-    return next((name.removesuffix(suffix) for suffix in COMPRESSIONS if name.endswith(suffix)), name)
 
 
 # ---- readers: one per format ----------------------------------------------------------------------------------------
 
 
-def _read_texts(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+def _read_texts(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
     for file in shard.files:
-        with _told(file), source.open(file) as stream:
-            content = stream.read(source.longest_document_bytes + 1)
+        with named_errors(file), source.open(file) as stream:
+            content = read_at_most(stream, source.longest_document_bytes + 1)
         if len(content) > source.longest_document_bytes:
-            skipped["too_long"] += 1
+            counted["too_long"] += 1
         else:
-            yield file.name, source.decode(content, file.url, 0, skipped)
+            yield file.name, source.decode(_without_bom(content, 0, counted), file.url, 0, counted)
 
 
-def _read_lines(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+def _read_lines(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
     (file,) = shard.files
-    for offset, line in _lines(source, file, shard, skipped):
-        yield f"{file.name}@{offset}", source.decode(line, file.url, offset, skipped)
+    for offset, line in _lines(source, file, shard, counted):
+        yield f"{file.name}@{offset}", source.decode(line, file.url, offset, counted)
 
 
-def _read_jsonl(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+def _read_jsonl(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
     (file,) = shard.files
-    for offset, line in _lines(source, file, shard, skipped):
-        text = source.decode(line, file.url, offset, skipped).strip()
-        if not text:
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise SourceError(f"{file.url} is no JSON in the line at byte {offset} ({error})") from None
+    for offset, _, row in json_rows(source, file, shard, counted, (source.text_field,)):
         yield f"{file.name}@{offset}", _field(source, row, f"{file.url}, the line at byte {offset}")
 
 
-def _read_csv(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    (file,) = shard.files
-    csv.field_size_limit(source.longest_document_bytes)
-    lines = (
-        source.decode(line, file.url, offset, skipped) + "\n" for offset, line in _lines(source, file, shard, skipped)
-    )
-    rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in file.name else ",", strict=True)
-    try:
-        for index, row in enumerate(rows):
-            yield f"{file.name}#{index}", _field(source, row, f"{file.url}, row {index}")
-    except csv.Error as error:
-        raise SourceError(f"{file.url} is no CSV at line {rows.line_num} ({error})") from None
+def json_rows(
+    source: Readable, file: File, shard: Shard, counted: Counter[str], fields: tuple[str, ...]
+) -> Iterator[tuple[int, int, Any]]:
+    """(offset, number of the line in the shard, value) of the JSON lines that begin there, without blank lines.
+
+    Raises:
+        SourceError: a line is no JSON, or holds one of these fields twice.
+    """
+    for number, (offset, line) in enumerate(_lines(source, file, shard, counted), start=1):
+        text = source.decode(line, file.url, offset, counted).strip()
+        if not text:
+            continue
+        place = f"the line at byte {offset}"
+        try:
+            row, repeated = json.loads(text), _repeated(text, fields)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{file.url} is no JSON in {place} ({error})", number) from None
+        if repeated:
+            message = f"{file.url}, {place} holds the field {repeated!r} more than once: which one is meant?"
+            raise SourceError(message, number)
+        yield offset, number, row
 
 
-def _read_parquet(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
+def _repeated(text: str, fields: tuple[str, ...]) -> str | None:
+    """Which of the fields a JSON object holds twice: the parser would take the last of them silently."""
+    suspects = [field for field in fields if text.count(json.dumps(field)) > 1]
+    if not suspects:
+        return None
+    pairs = json.loads(text, object_pairs_hook=lambda pairs: pairs)
+    names = Counter(pair[0] for pair in pairs if isinstance(pair, tuple))
+    return next((field for field in suspects if names[field] > 1), None)
+
+
+def _read_csv(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
     (file,) = shard.files
-    with _told(file), source.open(file) as stream:
+    delimiter = source.delimiter or ("\t" if ".tsv" in file.name.lower() else ",")
+    with named_errors(file), source.open(file) as stream:
+        first = read_at_most(stream, max(CHUNK_BYTES, len(BOM)))
+        unmarked = _without_bom(first, 0, counted)
+        scanner = CsvScanner(
+            itertools.chain([unmarked], iter(lambda: stream.read(CHUNK_BYTES), b"")),
+            offset=len(first) - len(unmarked),
+            delimiter=delimiter.encode(),
+            quotes=source.quoting is not Quoting.NONE,
+            reject_swallowed_rows=source.quoting is Quoting.AUTO,
+            longest=source.longest_document_bytes,
+        )
+        try:
+            rows = scanner.rows()
+            names = [(cell.content or b"").decode("utf-8", "replace") for cell in next(rows, [])]
+            if not names:
+                return
+            column = _only(source, names, file.url)
+            index = 0
+            for row in rows:
+                cell = row[column]
+                if cell.content is None:
+                    counted["too_long"] += 1
+                    continue
+                yield f"{file.name}#{index}", source.decode(cell.content, file.url, cell.offset, counted)
+                index += 1
+        except CsvError as error:
+            raise SourceError(f"{file.url} is no CSV: {error}") from None
+
+
+def _read_parquet(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
+    (file,) = shard.files
+    with named_errors(file), source.open(file) as stream:
         table = open_parquet(stream, file)
-        names = table.schema_arrow.names
-        if source.text_field not in names:
-            raise SourceError(_no_field(source, names, file.url))
-        kind = table.schema_arrow.field(source.text_field).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise SourceError(f"{file.url}: field {source.text_field!r} is {kind}, not text")
+        column = _text_column(source, table.schema_arrow, file)
         groups = range(shard.first, table.num_row_groups if shard.last is None else shard.last)
         index = sum(table.metadata.row_group(group).num_rows for group in range(shard.first))
         for batch in table.iter_batches(batch_size=64, columns=[source.text_field], row_groups=list(groups)):
-            for content in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
-                name = f"{file.name}#{index}"
-                yield name, content if content is None else source.decode(content, f"{file.url}#{index}", 0, skipped)
-                index += 1
+            place = batch.schema.get_field_index(source.text_field)
+            yield from _column_texts(source, file, batch.column(place), column, index, counted)
+            index += len(batch)
 
 
-def _read_hugging_face(source: Source, shard: Shard, skipped: Counter[str]) -> Iterator[Document]:
-    stream = source.load_hugging_face()
-    stream = stream.shard(num_shards=stream.num_shards, index=shard.first)
-    for index, row in enumerate(stream):
-        name = f"{shard.first}#{index}"
-        yield name, _field(source, row, f"{source.path}, shard {shard.first}, row {index}")
+def _read_arrow(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
+    (file,) = shard.files
+    with named_errors(file), source.open(file) as stream:
+        magic = stream.read(6)
+        stream.seek(0)
+        if magic[:4] == b"FEA1":
+            raise SourceError(f"{file.url} is Feather of version 1, which is not read: write it as version 2")
+        opened = (pa.ipc.open_file if magic == b"ARROW1" else pa.ipc.open_stream)(pa.PythonFile(stream, mode="r"))
+        column = _text_column(source, opened.schema, file)
+        place, index = opened.schema.get_field_index(source.text_field), 0
+        many = opened.num_record_batches if magic == b"ARROW1" else None
+        batches = opened if many is None else (opened.get_batch(number) for number in range(many))
+        for batch in batches:
+            yield from _column_texts(source, file, batch.column(place), column, index, counted)
+            index += len(batch)
 
 
-READERS: dict[Format, Callable[[Source, Shard, Counter[str]], Iterator[Document]]] = {
+def _text_column(source: Readable, schema: pa.Schema, file: File) -> pa.DataType:
+    """The type of the column that holds the texts, a dictionary's values unpacked."""
+    kind = schema.field(_only(source, schema.names, file.url)).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = (
+        *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null),
+        *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),  # written without a logical type
+    )
+    if not any(is_one(kind) for is_one in is_text):
+        raise SourceError(f"{file.url}: field {source.text_field!r} is {kind}, not text")
+    return kind
+
+
+def _column_texts(
+    source: Readable, file: File, column: pa.Array, kind: pa.DataType, first: int, counted: Counter[str]
+) -> Iterator[Document]:
+    for index, content in enumerate(column.cast(kind).cast(pa.large_binary()).to_pylist(), start=first):
+        place = f"{file.url}#{index}"
+        yield f"{file.name}#{index}", content if content is None else source.decode(content, place, 0, counted)
+
+
+def _read_hugging_face(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
+    index = 0
+    try:
+        stream = source.load_hugging_face()
+        stream = stream.shard(num_shards=stream.num_shards, index=shard.first)
+        for index, row in enumerate(stream):
+            name = f"{shard.first}#{index}"
+            yield name, _field(source, row, f"{source.path}, shard {shard.first}, row {index}")
+    except SourceError:
+        raise
+    except Exception as error:  # the library raises what its readers and its network stack raise
+        where = f"dataset {source.path!r}, shard {shard.first}, cannot be read behind row {index}"
+        raise SourceError(f"{where} ({type(error).__name__}: {error})") from error
+
+
+READERS: dict[Format, Callable[[Readable, Shard, Counter[str]], Iterator[Document]]] = {
     Format.TEXT: _read_texts,
     Format.LINES: _read_lines,
     Format.JSONL: _read_jsonl,
     Format.CSV: _read_csv,
     Format.PARQUET: _read_parquet,
+    Format.ARROW: _read_arrow,
     Format.HUGGING_FACE: _read_hugging_face,
 }
+"""Each counts what it leaves out (``too_long``) and what it alters (``byte_order_mark``) by reason."""
 
 
 def read_tokens(
-    source: Source, shard: Shard, skipped: Counter[str], end_of_text: int, vocab_size: int
+    source: Readable, shard: Shard, counted: Counter[str], end_of_text: int, vocab_size: int
 ) -> Iterator[tuple[str, npt.NDArray[np.uint32]]]:
     """Documents whose first token lies in the shard; they may end behind it."""
     (file,) = shard.files
     kind = TOKEN_FORMATS[source.kind]
     last = file.size // kind.itemsize if shard.last is None else shard.last
     longest = source.longest_document_bytes // 4
-    with _told(file), source.open(file) as stream:
+    with named_errors(file), source.open(file) as stream:
         begin = max(0, shard.first - 1)  # the token before tells whether a document begins right here
         stream.seek(begin * kind.itemsize)
         pending: list[npt.NDArray[np.uint32]] = []
@@ -223,7 +351,7 @@ def read_tokens(
                 complete = end < len(tokens) or not len(tokens)
                 if complete:
                     if too_long:
-                        skipped["too_long"] += 1
+                        counted["too_long"] += 1
                     elif held:
                         yield f"{file.name}@{begun}", np.concatenate(pending)
                     pending, held, too_long, started, begun = [], 0, False, True, position + int(end) + 1
@@ -234,9 +362,9 @@ def read_tokens(
                 return
 
 
-def _lines(source: Source, file: File, shard: Shard, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
+def _lines(source: Readable, file: File, shard: Shard, counted: Counter[str]) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin in the shard; one that is too long is counted and never held."""
-    with _told(file), source.open(file) as stream:
+    with named_errors(file), source.open(file) as stream:
         offset = 0
         if shard.first:
             stream.seek(shard.first - 1)  # a line that begins before the shard is another's
@@ -249,9 +377,9 @@ def _lines(source: Source, file: File, shard: Shard, skipped: Counter[str]) -> I
             while (end := chunk.find(b"\n", cut)) >= 0:
                 if own and held + end - cut <= source.longest_document_bytes:
                     line = b"".join([*parts, chunk[cut:end]]).removesuffix(b"\r")
-                    yield begun, line.removeprefix(BOM) if begun == 0 else line
+                    yield begun, _without_bom(line, begun, counted)
                 elif own:
-                    skipped["too_long"] += 1
+                    counted["too_long"] += 1
                 own, parts, held, cut, begun = True, [], 0, end + 1, offset + end + 1
                 if shard.last is not None and begun >= shard.last:
                     return
@@ -262,22 +390,38 @@ def _lines(source: Source, file: File, shard: Shard, skipped: Counter[str]) -> I
                 parts = []
             offset += len(chunk)
         if own and held > source.longest_document_bytes:
-            skipped["too_long"] += 1
+            counted["too_long"] += 1
         elif own and held:
-            line = b"".join(parts).removesuffix(b"\r")
-            yield begun, line.removeprefix(BOM) if begun == 0 else line
+            yield begun, _without_bom(b"".join(parts).removesuffix(b"\r"), begun, counted)
+
+
+def _without_bom(content: bytes, offset: int, counted: Counter[str]) -> bytes:
+    """Bytes that begin at ``offset`` of a file, without the byte order mark that may begin it."""
+    if offset or not content.startswith(BOM):
+        return content
+    counted["byte_order_mark"] += 1
+    return content.removeprefix(BOM)
+
+
+def read_at_most(stream: Any, count: int) -> bytes:
+    """So many bytes, fewer only at the end of the file; one call of some streams gives less."""
+    parts, left = [], count
+    while left and (part := stream.read(min(left, CHUNK_BYTES))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 @contextlib.contextmanager
-def _told(file: File) -> Iterator[None]:
+def named_errors(file: File) -> Iterator[None]:
     """Errors of reading become ones that name the file."""
     try:
         yield
-    except (OSError, pa.ArrowInvalid, EOFError) as error:
+    except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error) as error:
         raise SourceError(f"{file.url} cannot be read, it may be cut short ({error})") from error
 
 
-def _field(source: Source, row: Any, where: str) -> str | None:
+def _field(source: Readable, row: Any, where: str) -> str | None:
     if not isinstance(row, Mapping):
         raise SourceError(f"{where} is no object with fields")
     if source.text_field not in row:
@@ -288,12 +432,21 @@ def _field(source: Source, row: Any, where: str) -> str | None:
     return text
 
 
-def _no_field(source: Source, names: list[str], where: str) -> str:
+def _only(source: Readable, names: list[str], where: str) -> int:
+    """Where among the columns the text field is."""
+    if source.text_field not in names:
+        raise SourceError(_no_field(source, names, where))
+    if (count := names.count(source.text_field)) > 1:
+        raise SourceError(f"{where} has {count} columns called {source.text_field!r}: rename all but one")
+    return names.index(source.text_field)
+
+
+def _no_field(source: Readable, names: list[str], where: str) -> str:
     there = ", ".join(repr(name) for name in names)
     return f"{where} has no field {source.text_field!r}; there are: {there}. Give one of them as text_field"
 
 
 def open_parquet(stream: Any, file: File) -> pq.ParquetFile:
-    """A parquet file; a broken one is told by name."""
-    with _told(file):
+    """A parquet file; the error for a broken one names it."""
+    with named_errors(file):
         return pq.ParquetFile(stream)

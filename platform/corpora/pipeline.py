@@ -8,11 +8,14 @@ holds more than a few megabytes of tokens.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from haltscale.platform.corpora import leakage
-from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus
+from haltscale.platform.corpora.corpus import REVISION, Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.corpora.document_plan import DocumentPlan, plan_documents
 from haltscale.platform.corpora.formats import SourceError
 from haltscale.platform.corpora.shard_jobs import (
@@ -30,15 +33,15 @@ from haltscale.platform.corpora.shard_jobs import (
     Result,
     TokeniseJob,
     end_of_text_id,
-    kept_result,
+    kept_rows,
+    kept_tokens,
     name_hash,
     pack_shard,
     read_document,
     tokenise_shard,
-    whole,
-    write_json,
 )
-from haltscale.platform.corpora.tokenization import BytePairs
+from haltscale.platform.corpora.tokenization import BytePairs, TokenizerError, encode_with_places, exact
+from haltscale.platform.corpora.writing import sync_folder, whole, write_json
 from haltscale.platform.durations import clock
 
 log = logging.getLogger(__name__)
@@ -69,11 +72,32 @@ class Preparation:
         except CorpusError:
             shutil.rmtree(self.partial)  # other documents have another fingerprint: nothing here is of use to them
             raise
-        self.ready.rename(self.folder)  # a reader sees all of it or nothing
+        self.check_unchanged()
+        self.reveal()
         shutil.rmtree(self.partial)
         prepared = PreparedCorpus.open(self.folder, self.corpus.weights)
         assert prepared is not None, "just published"
         return prepared
+
+    def check_unchanged(self) -> None:
+        """What was read is what the fingerprint was made of: local files are looked at again.
+
+        Raises:
+            CorpusError: some have changed since.
+        """
+        for name, source in self.corpus.sources.items():
+            if source.is_local and replace(source).identity() != source.identity():
+                changed = f"source {name} has changed while it was prepared: prepare the corpus again"
+                raise CorpusError(self.corpus.name, [changed])
+
+    def reveal(self) -> None:
+        """Publish what is ready: a reader sees all of it or nothing, also after a power cut."""
+        for path in self.ready.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(self.ready)
+        self.ready.rename(self.folder)
+        sync_folder(self.folder.parent)
 
     def _write(self) -> None:
         tokenizer = self._tokenizer()
@@ -116,13 +140,18 @@ class Preparation:
             "fingerprint": self.corpus.prepared_fingerprint,
             "context": self.context,
             "vocab_size": self.corpus.vocab_size,
+            "end_of_text": self.corpus.tokenizer.end_of_text,
+            "revision": REVISION,
             "rows": sum(rows.values()),
             **plan.totals(),
             "validation_documents": len(held_out),
             "validation_bytes": sum(document["bytes"] for document in held_out),
             "validation_tokens": sum(map(len, tokens)),
             "probe": self.corpus.document_name(plan.probe["source"], plan.probe["name"]),
-            "sources": {name: {**plan.sources[name], "rows": rows[name]} for name in plan.sources},
+            "sources": {
+                name: {**plan.sources[name], "rows": rows[name], "other_files": self.corpus.sources[name].other_files}
+                for name in plan.sources
+            },
             "leakage": leakage.report(np.load(self.work / "windows.npy")[sorted(found)], tokens),
             "prepared": self.corpus.identity(),
         }
@@ -130,17 +159,23 @@ class Preparation:
     # ---- tokenizer --------------------------------------------------------------------------------------------------
 
     def _tokenizer(self) -> Tokenizer:
-        path = self.tokenizer_file
-        if not path.exists():
-            spec = self.corpus.tokenizer
-            if isinstance(spec, BytePairs):
-                log.info("corpus %s: training a tokenizer of %d", self.corpus.name, spec.vocab_size)
-                text = spec.train(self._sample(spec.sample_bytes)).to_str()
-            else:
-                text = spec.json
-            with whole(path) as partial:
-                partial.write_text(text, encoding="utf-8")
-        return Tokenizer.from_file(str(path))
+        path, end_of_text = self.tokenizer_file, self.corpus.tokenizer.end_of_text
+        if path.exists():
+            try:
+                return exact(path.read_text(encoding="utf-8"), end_of_text)
+            except (TokenizerError, UnicodeDecodeError) as error:
+                log.warning("%s is damaged (%s): it is made again, and what was made with it", path, error)
+                for old in [*self.work.glob("tokens-*.json"), *self.work.glob("packed-*.json")]:
+                    old.unlink()
+        spec = self.corpus.tokenizer
+        if isinstance(spec, BytePairs):
+            log.info("corpus %s: training a tokenizer of %d", self.corpus.name, spec.vocab_size)
+            text = spec.train(self._sample(spec.sample_bytes)).to_str()
+        else:
+            text = spec.json
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return exact(text, end_of_text)
 
     def _sample(self, sample_bytes: int) -> list[str]:
         """Beginnings of evenly spread shards, in order; of a source with a limit, no document beyond it.
@@ -158,7 +193,7 @@ class Preparation:
             documents: list[tuple[str, str]] = []
             for shard in shards:
                 left = budget
-                with contextlib.suppress(SourceError):  # told by the pass that reads everything, with all others
+                with contextlib.suppress(SourceError):  # reported by the pass that reads everything, with all others
                     for name, text in source.documents_of(shard, Counter()):
                         documents.append((name, str(text)))
                         left -= len(str(text))
@@ -201,11 +236,11 @@ class Preparation:
         jobs = self._jobs()
         names = list(jobs)
         unlimited = [job for name in names if self.corpus.sources[name].documents is None for job in jobs[name]]
-        results = list(self._told("tokenising", tokenise_shard, unlimited, "tokens"))
+        results = list(self._results("tokenising", tokenise_shard, unlimited))
         for name in names:
             if (limit := self.corpus.sources[name].documents) is not None:
                 taken = 0
-                for result in self._told(f"tokenising {name}", tokenise_shard, jobs[name], "tokens"):
+                for result in self._results(f"tokenising {name}", tokenise_shard, jobs[name]):
                     results.append(result)
                     taken += result.get("documents", 0)
                     if taken >= limit or "problem" in result:
@@ -246,13 +281,13 @@ class Preparation:
             first_row += rows[name]
         if problems:
             raise CorpusError(self.corpus.name, problems)
-        return rows, list(self._told("packing", pack_shard, jobs, "packed"))
+        return rows, list(self._results("packing", pack_shard, jobs))
 
-    def _told(self, what: str, function: Callable[[Any], Result], jobs: list[Any], stem: str) -> Generator[Result]:
-        """Run the jobs that have no result yet, telling how far they are; all results, in the order of the jobs."""
-        kept = {job.index: kept_result(self.work, stem, job.index) for job in jobs}
+    def _results(self, what: str, function: Callable[[Any], Result], jobs: list[Any]) -> Generator[Result]:
+        """Run the jobs that have no result yet, logging the progress; all results, in the order of the jobs."""
+        kept = {job.index: self._kept(job) for job in jobs}
         fresh = iter(self.run(function, [job for job in jobs if kept[job.index] is None]))
-        began = told = time.monotonic()
+        began = logged = time.monotonic()
         done = before = sum(result is not None for result in kept.values())
         if before and before < len(jobs):
             log.info("corpus %s: %s goes on, %d of %d shards are done", self.corpus.name, what, before, len(jobs))
@@ -264,8 +299,8 @@ class Preparation:
             if "errno" in result:
                 raise OSError(result["errno"], result["strerror"])
             yield result
-            if (now := time.monotonic()) - told > PROGRESS_SECONDS:
-                told, left = now, (now - began) / max(1, done - before) * (len(jobs) - done)
+            if (now := time.monotonic()) - logged > PROGRESS_SECONDS:
+                logged, left = now, (now - began) / max(1, done - before) * (len(jobs) - done)
                 log.info(
                     "corpus %s: %s, %d of %d shards, about %s left",
                     self.corpus.name,
@@ -274,6 +309,9 @@ class Preparation:
                     len(jobs),
                     clock(left),
                 )
+
+    def _kept(self, job: TokeniseJob | PackJob) -> Result | None:
+        return kept_tokens(self.work, job) if isinstance(job, TokeniseJob) else kept_rows(self.work, job)
 
     def _probe(self, plan: DocumentPlan, tokenizer: Tokenizer, end: int) -> Result:
         document = read_document(self.work, plan.probe["shard"], plan.probe["position"])
@@ -285,18 +323,18 @@ class Preparation:
 
 
 def probe_text(text: str, tokenizer: Tokenizer, end: int, characters: int) -> Result:
-    """The text cut at the last white space before ``characters``, its tokens, and what each adds to the text."""
+    """The text cut at the last white space before ``characters``, its tokens, and what each adds to the text.
+
+    The pieces, one after another, are the text. Where a character is several tokens, the one that completes it adds it;
+    white space that no token holds goes with the token before it.
+    """
     if len(text) > characters:
         cut = text[:characters]
         text = cut[: max(cut.rfind(" "), cut.rfind("\n"))] if " " in cut or "\n" in cut else cut
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    offsets = encoding.offsets
-    starts = [*(start for start, _ in offsets[1:]), len(text)]
+    pairs = encode_with_places(tokenizer, text, end)
+    starts = [0, *itertools.accumulate((place for _, place in pairs[1:]), max)]
     return {
         "text": text,
-        "tokens": [end, *encoding.ids],
-        # Where a character is several tokens, the one that completes it adds it to the text.
-        "pieces": [
-            text[start : min(stop, following)] for (start, stop), following in zip(offsets, starts, strict=True)
-        ],
+        "tokens": [end, *(token for token, _ in pairs)],
+        "pieces": [text[start:stop] for start, stop in itertools.pairwise([*starts, len(text)])][: len(pairs)],
     }

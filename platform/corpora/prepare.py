@@ -1,6 +1,6 @@
 """Prepare a corpus, or open it where that was done before.
 
-:func:`prepare` prepares all of it (:mod:`.preparation`). :func:`begin` lets the caller train while a streamed corpus is
+:func:`prepare` prepares all of it (:mod:`.pipeline`). :func:`begin` lets the caller train while a streamed corpus is
 still being prepared (:mod:`.streamed`). Both work in this process or through a runner (Ray Data's is in
 :mod:`.ray_data`).
 """
@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 
 from haltscale.platform.corpora.corpus import WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.corpora.pipeline import Preparation, Runner
-from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result, write_json
+from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result
 from haltscale.platform.corpora.streamed import StreamedPreparation
+from haltscale.platform.corpora.writing import write_json
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def begin(
     Raises:
         CorpusError: as in :func:`prepare`; what fails later is raised where it is waited for.
     """
-    prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
+    prepared = _opened(corpus, context)
     if corpus.segment_tokens is None or (prepared and prepared.is_complete):
         yield prepare(corpus, context, batch=batch, run=run)
         return
@@ -93,7 +95,7 @@ def begin(
     try:
         while not (prepared and prepared.has(batch)):
             is_over = not thread.is_alive()
-            prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
+            prepared = _opened(corpus, context)
             if is_over and failures and not (prepared and prepared.has(batch)):
                 raise failures[0]
             thread.join(WAIT_SECONDS)
@@ -115,7 +117,7 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
     folder = corpus.cache(context)
 
     def there() -> PreparedCorpus | None:
-        prepared = PreparedCorpus.open(folder, corpus.weights)
+        prepared = _opened(corpus, context)
         return prepared if prepared and (prepared.is_complete or (rows is not None and prepared.has(rows))) else None
 
     if prepared := there():
@@ -126,9 +128,14 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
         with _alone(folder, stop):
             if prepared := there():  # another process may have been faster
                 return prepared
+            _remove_outdated(folder, corpus)
             if corpus.segment_tokens is None:
-                return Preparation(corpus, context, folder, run).publish()
-            return StreamedPreparation(corpus, context, folder, run, rows=rows, stop=stop).publish()
+                prepared = Preparation(corpus, context, folder, run).publish()
+            else:
+                prepared = StreamedPreparation(corpus, context, folder, run, rows=rows, stop=stop).publish()
+            for line in prepared.losses():
+                log.warning("corpus %s: source %s", corpus.name, line)
+            return prepared
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -137,21 +144,37 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
         raise CorpusError(corpus.name, [f"{message} {kept}"]) from error
 
 
+def _opened(corpus: Corpus, context: int) -> PreparedCorpus | None:
+    """What is in the cache, if today's readers would make the same of its sources."""
+    prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
+    return None if prepared is None or prepared.is_outdated(corpus) else prepared
+
+
+def _remove_outdated(folder: Path, corpus: Corpus) -> None:
+    prepared = PreparedCorpus.open(folder)
+    if prepared is None or not prepared.is_outdated(corpus):
+        return
+    log.warning("%s was prepared by an older version, which took what is refused now: it is made again", folder)
+    aside = folder.with_name(f"{folder.name}.outdated")
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 @contextlib.contextmanager
 def _alone(folder: Path, stop: threading.Event) -> Iterator[None]:
     """One preparation of a folder at a time; the system releases the lock however its holder ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f"{folder.name}.lock")
-    is_told = False
+    is_logged = False
     while True:
         lock = open(path, "w")  # noqa: SIM115 - closed below
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            if not is_told:
+            if not is_logged:
                 log.info("another process prepares %s: waiting for it", folder.name)
-            is_told = True
+            is_logged = True
             if stop.wait(WAIT_SECONDS):
                 raise CorpusError(folder.name, ["another process prepares it"]) from None
             continue

@@ -10,8 +10,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,13 +26,18 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from haltscale.platform.corpora import leakage
-from haltscale.platform.corpora.formats import Shard, SourceError
+from haltscale.platform.corpora.formats import Shard, SourceError, printable
 from haltscale.platform.corpora.sources import Source
-from haltscale.platform.corpora.tokenization import encode
+from haltscale.platform.corpora.tokenization import Losses, TokenizerError, encode, exact
+from haltscale.platform.corpora.writing import whole, write_json
+
+log = logging.getLogger(__name__)
 
 Uint32 = npt.NDArray[np.uint32]
 Result = dict[str, Any]
 
+ALTERED = ("replaced_utf8", "byte_order_mark", "unknown_tokens", "dropped_characters")
+"""What is counted of documents that are kept; everything else that is counted is left out."""
 LEAST_TOKENS = 2
 """A shorter document is skipped and counted as ``too_short``."""
 BATCH_CHARACTERS = 1 << 20
@@ -55,23 +60,6 @@ DOCUMENTS = pa.schema(
         "tokens": pa.list_(pa.uint32()),
     }
 )
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes its place when all is written."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document, whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +94,7 @@ class PackJob:
 
 
 def _attempted(work: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Failures that the user can mend come back as results, so that all of them are told together."""
+    """Failures that the user can mend come back as results, so that all of them are reported together."""
 
     def attempt(job: Any) -> Result:
         try:
@@ -121,13 +109,53 @@ def _attempted(work: Callable[[Any], Result]) -> Callable[[Any], Result]:
     return attempt
 
 
-def kept_result(work: Path, stem: str, index: int) -> Result | None:
-    """What an earlier attempt made of a job, or None."""
-    try:
-        result: Result = json.loads((work / f"{stem}-{index:06d}.json").read_text())
-    except FileNotFoundError:
-        return None
+def kept_tokens(work: Path, job: TokeniseJob) -> Result | None:
+    """What an earlier attempt made of a shard, or None: there is nothing, it is damaged, or of files that have changed.
+
+    What was packed of a shard that is tokenised again is forgotten.
+    """
+    path = work / f"tokens-{job.index:06d}.json"
+
+    def is_whole(result: Result) -> bool:
+        return result["stamp"] == job.source.stamp(job.shard) and _ends_as_parquet(path.with_suffix(".parquet"))
+
+    result = _kept(path, is_whole)
+    if result is None and path.exists():
+        for packed in work.glob("packed-*.json"):
+            packed.unlink()
     return result
+
+
+def kept_rows(work: Path, job: PackJob) -> Result | None:
+    """What an earlier attempt packed of a shard, or None: there is nothing, or it is damaged."""
+    path = work / f"packed-{job.index:06d}.json"
+
+    def is_whole(result: Result) -> bool:
+        part = Path(job.ready) / result["file"]
+        has_part = not result["rows"] or _ends_as_parquet(part)
+        return has_part and len(np.load(path.with_suffix(".npy"))) == job.vocab_size and "leaked" in result
+
+    return _kept(path, is_whole)
+
+
+def _kept(path: Path, is_whole: Callable[[Result], bool]) -> Result | None:
+    if not path.exists():
+        return None
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        if is_whole(result):
+            return result
+        reason = "it does not fit the files that it was made of, or beside it"
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        reason = f"it is damaged: {error}"
+    log.warning("%s is made again (%s)", path, reason)
+    return None
+
+
+def _ends_as_parquet(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read(4) == b"PAR1"
 
 
 def name_hash(name: str) -> int:
@@ -136,18 +164,24 @@ def name_hash(name: str) -> int:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer_of(path: str, modified: int) -> Tokenizer:
-    return Tokenizer.from_file(path)
+def _tokenizer_of(path: str, modified: int, end_of_text: str) -> tuple[Tokenizer, Losses]:
+    text = Path(path).read_text(encoding="utf-8")
+    return exact(text, end_of_text), Losses(text)
 
 
 def _tokenise(job: TokeniseJob) -> Result:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread: the runner has a process for every core
-    tokenizer = _tokenizer_of(job.tokenizer, os.stat(job.tokenizer).st_mtime_ns)
-    work, skipped = Path(job.work), Counter[str]()
+    tokenizer, losses = _tokenizer_of(job.tokenizer, os.stat(job.tokenizer).st_mtime_ns, job.end_of_text)
+    work, counted = Path(job.work), Counter[str]()
+    try:
+        stamp = job.source.stamp(job.shard)
+    except OSError as error:
+        raise SourceError(f"{error.filename} cannot be read ({error.strerror})") from error
+    end = end_of_text_id(tokenizer, job.end_of_text)
     documents = job.source.documents_of(
         job.shard,
-        skipped,
-        end_of_text=end_of_text_id(tokenizer, job.end_of_text),
+        counted,
+        end_of_text=end,
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
     )
     position = 0
@@ -156,17 +190,28 @@ def _tokenise(job: TokeniseJob) -> Result:
         writer = stack.enter_context(pq.ParquetWriter(file, DOCUMENTS, compression="lz4"))
         for batch in _batches(documents):
             kept = []
-            for (name, content), tokens in zip(batch, _tokens_of(tokenizer, batch), strict=True):
+            for (name, content), tokens in zip(batch, _tokens_of(job, tokenizer, batch, end), strict=True):
                 if len(tokens) < LEAST_TOKENS:
-                    skipped["too_short"] += 1
+                    counted["too_short"] += 1
                 elif job.source.documents is None or position < job.source.documents:
                     kept.append(_row(job.index, position, name, content, tokens, tokenizer))
                     position += 1
+                    if isinstance(content, str):
+                        counted.update(losses.of(tokenizer, content, tokens))
             if kept:
                 writer.write_table(pa.Table.from_pylist(kept, schema=DOCUMENTS))
             if position == job.source.documents:
                 break
-    result = {"index": job.index, "source": job.name, "documents": position, "skipped": dict(skipped)}
+        if job.source.stamp(job.shard) != stamp:
+            raise SourceError(f"{job.shard.files[0].url} has changed while it was read: prepare the corpus again")
+    result = {
+        "index": job.index,
+        "source": job.name,
+        "documents": position,
+        "skipped": {reason: count for reason, count in counted.items() if reason not in ALTERED},
+        "altered": {reason: count for reason, count in counted.items() if reason in ALTERED},
+        "stamp": stamp,
+    }
     write_json(work / f"tokens-{job.index:06d}.json", result)
     return result
 
@@ -178,10 +223,22 @@ def end_of_text_id(tokenizer: Tokenizer, token: str) -> int:
     return int(found)
 
 
-def _tokens_of(tokenizer: Tokenizer, batch: list[tuple[str, Any]]) -> list[Uint32]:
-    if isinstance(batch[0][1], str):
-        return encode(tokenizer, [text for _, text in batch])
-    return [tokens for _, tokens in batch]
+def _tokens_of(job: TokeniseJob, tokenizer: Tokenizer, batch: list[tuple[str, Any]], end: int) -> list[Uint32]:
+    if not isinstance(batch[0][1], str):
+        return [tokens for _, tokens in batch]
+    try:
+        return encode(tokenizer, [text for _, text in batch], end)
+    except TokenizerError:
+        text = Path(job.tokenizer).read_text(encoding="utf-8")
+    again = exact(text, job.end_of_text)  # a panic may leave the other one unusable
+    return [_encode_named(job, again, name, text, end) for name, text in batch]
+
+
+def _encode_named(job: TokeniseJob, tokenizer: Tokenizer, name: str, text: str, end: int) -> Uint32:
+    try:
+        return encode(tokenizer, [text], end)[0]
+    except TokenizerError as error:
+        raise SourceError(f"document {name} of {job.source.path} cannot be tokenised ({error})") from error
 
 
 def _row(shard: int, position: int, name: str, content: Any, tokens: Uint32, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -193,7 +250,7 @@ def _row(shard: int, position: int, name: str, content: Any, tokens: Uint32, tok
     return {
         "shard": shard,
         "position": position,
-        "name": name,
+        "name": printable(name),
         "name_hash": name_hash(name),
         "content": hashlib.sha256(raw).digest()[:16],
         "bytes": size,

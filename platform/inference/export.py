@@ -20,10 +20,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 
 from haltscale.model import LanguageModel, Method, ModelConfig
-from haltscale.platform.inference.models import EXPORTED_CONFIG, EXPORTED_PREFIX, LoadedModel
+from haltscale.platform.corpora.tokenization import exact
+from haltscale.platform.inference.models import (
+    EXPORTED_CONFIG,
+    EXPORTED_PREFIX,
+    TOKENIZER_CONFIG,
+    LoadedModel,
+    end_of_text_config,
+)
 from haltscale.platform.llama import llama_parts
 
 MODELING = "haltscale.platform.inference.huggingface"
@@ -163,26 +170,31 @@ def _source(module: str) -> str:
 
 
 def write_tokenizer(tokenizer: Tokenizer, end: int, context: int, folder: Path) -> None:
-    """The tokenizer, which puts end-of-text before every text, as training did."""
-    own = Tokenizer.from_str(tokenizer.to_str())
-    name = own.id_to_token(end)
-    own.post_processor = processors.Sequence(
-        [
-            *([own.post_processor] if own.post_processor is not None else []),
-            processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, end)]),
-        ]
-    )
-    own.save(str(folder / "tokenizer.json"))
+    """The tokenizer, which puts end-of-text before every text and nothing else, as training did."""
+    name = tokenizer.id_to_token(end)
+    document = json.loads(exact(tokenizer.to_str(), name).to_str())
+    document["post_processor"] = _prefix(name, end)
+    Tokenizer.from_str(json.dumps(document)).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": name,
-        "eos_token": name,
+        **end_of_text_config(name),
         "pad_token": name,
         "padding_side": "right",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    _json(folder / "tokenizer_config.json", settings)
+    _json(folder / TOKENIZER_CONFIG, settings)
+
+
+def _prefix(name: str, end: int) -> dict[str, Any]:
+    """A post-processor that puts a token before a text. As JSON, since ``$`` and ``:`` divide a template in words."""
+    first, second = ({"Sequence": {"id": part, "type_id": index}} for index, part in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}}, first],
+        "pair": [first, second],
+        "special_tokens": {name: {"id": name, "ids": [end], "tokens": [name]}},
+    }
 
 
 def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:

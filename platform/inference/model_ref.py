@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from haltscale.model import METHODS
 from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints
 from haltscale.platform.config import Precision, RunConfig, current_identity
-from haltscale.platform.inference.models import FILES, ModelFolderError
+from haltscale.platform.corpora.corpus import recorded_end_of_text
+from haltscale.platform.inference.models import FILES, TOKENIZER_CONFIG, ModelFolderError, end_of_text_config
 from haltscale.platform.store import RunState, RunStore, haltscale_home
 
 LATEST = "latest"
@@ -131,7 +132,7 @@ def model_folder(reference: Reference, store: RunStore) -> Iterator[Path]:
 
 
 def _fetch(store: RunStore, study: str, key: str, folder: Path) -> None:
-    for file in FILES:
+    for file in (*FILES, TOKENIZER_CONFIG):
         source = store.path(study, key, "model", file)
         if store.fs.exists(source):
             store.fs.get_file(source, str(folder / file))
@@ -158,6 +159,8 @@ def _write_checkpoint(store: RunStore, study: str, key: str, step: int, folder: 
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     (folder / "tokenizer.json").write_text(_tokenizer(store, study, key), encoding="utf-8")
+    if name := recorded_end_of_text(store.study(study)["corpus"]):
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(end_of_text_config(name)), encoding="utf-8")
 
 
 def _tokenizer(store: RunStore, study: str, key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from haltscale.model import METHODS, LanguageModel, ModelConfig, config_from_dict, config_problems
+from haltscale.platform.corpora.tokenization import TokenizerError, exact
+from haltscale.platform.corpora.tokenization import encode as encode_texts
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
-ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""Says which token is end-of-text, as the corpus named it, where `transformers` looks for it: ``eos_token``."""
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+"""What end-of-text may be called in a folder that does not say it; runs of older versions left such ones behind."""
 EXPORTED_CONFIG = "haltscale"
 """Where an exported model's ``config.json`` (see :mod:`haltscale.platform.inference.export`) keeps the model's own."""
 EXPORTED_PREFIX = "inner."
@@ -26,6 +32,23 @@ class ModelFolderError(ValueError):
     """A folder does not hold a model that can be loaded; the message names the file, and what to do."""
 
 
+class TextError(ValueError):
+    """A text cannot be made into tokens; the message says why."""
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without end-of-text.
+
+    Raises:
+        TextError: the text holds half a surrogate pair, or the tokenizer has no token for a part of it.
+    """
+    try:
+        ids: list[int] = encode_texts(tokenizer, [text])[0].tolist()
+    except TokenizerError as error:
+        raise TextError(str(error)) from error
+    return ids
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model, ready to read and to write."""
@@ -33,31 +56,47 @@ class LoadedModel:
     model: LanguageModel
     """In evaluation mode."""
     tokenizer: Tokenizer
+    """Makes exactly a text's tokens, as in training: see :func:`haltscale.platform.corpora.tokenization.exact`."""
     folder: Path
+    end_of_text_name: str | None = None
+    """As the corpus named it; None: the first of ``ENDS_OF_TEXT`` that the tokenizer has."""
 
     @property
     def end_of_text(self) -> int:
         """The token that stands before every document."""
-        return end_of_text(self.tokenizer)
+        return int(self.tokenizer.token_to_id(self.end_of_text_name or guessed_end_of_text(self.tokenizer)))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts, as training encoded its documents: no text becomes end-of-text.
+
+        Raises:
+            TokenizerError: a text is no valid Unicode, or the tokenizer fails on it.
+        """
+        return [ids.tolist() for ids in encode_texts(self.tokenizer, list(texts), self.end_of_text)]
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the end-of-text token.
+def guessed_end_of_text(tokenizer: Tokenizer) -> str:
+    """The name of the end-of-text token of a folder that does not say it.
 
     Raises:
         ModelFolderError: the tokenizer has none.
     """
     for name in ENDS_OF_TEXT:
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return int(found)
+        if tokenizer.token_to_id(name) is not None:
+            return name
     raise ModelFolderError(
-        f"the tokenizer has no end-of-text token ({', '.join(ENDS_OF_TEXT)}): it is not this model's"
+        f"the tokenizer has no end-of-text token ({', '.join(ENDS_OF_TEXT)}): it is not this model's, or name the"
+        f' token in {TOKENIZER_CONFIG}: {{"eos_token": ...}}'
     )
 
 
+def end_of_text_config(name: str) -> dict[str, str]:
+    """What ``tokenizer_config.json`` says of end-of-text, which begins a document and ends it."""
+    return {"bos_token": name, "eos_token": name}
+
+
 def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedModel:
-    """The model of a folder that a run or an export left behind, or that ``finding.model_folder`` gives.
+    """The model of a folder that a run or an export left behind, or that ``model_ref.model_folder`` gives.
 
     Args:
         dtype: of the weights; by default as they were saved, which is what the run was evaluated in.
@@ -72,11 +111,12 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: 
     if missing:
         raise ModelFolderError(f"{folder} lacks {', '.join(missing)}{_instead(folder)}")
     config = _config(folder / "config.json")
-    tokenizer = _tokenizer(folder / "tokenizer.json", config)
+    tokenizer, end_of_text = _tokenizer(folder / "tokenizer.json", config)
     with torch.device("meta"):  # no memory, and no initial values that would be thrown away
         model = METHODS[config.method].model(config)
     model.load_state_dict(_weights(folder / "model.safetensors", model), assign=True)
-    return LoadedModel(model=model.to(device=device, dtype=dtype).eval(), tokenizer=tokenizer, folder=folder)
+    model = model.to(device=device, dtype=dtype).eval()
+    return LoadedModel(model=model, tokenizer=tokenizer, folder=folder, end_of_text_name=end_of_text)
 
 
 def _instead(folder: Path) -> str:
@@ -112,18 +152,35 @@ def _config(path: Path) -> ModelConfig:
     return config
 
 
-def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def _tokenizer(path: Path, config: ModelConfig) -> tuple[Tokenizer, str]:
+    """The tokenizer, and the name of its end-of-text."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exceptions
+        text = path.read_text(encoding="utf-8")
+        tokenizer = exact(text, None)
+    except (TokenizerError, UnicodeDecodeError) as error:
         raise ModelFolderError(f"{path} is no tokenizer ({error})") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    if (size := max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1) > config.vocab_size:
         raise ModelFolderError(
-            f"{path} has {tokenizer.get_vocab_size()} tokens, the model knows {config.vocab_size}: they do not belong"
+            f"{path} has {size} tokens, the model knows {config.vocab_size}: they do not belong"
             " together; take the tokenizer.json of the model's own run"
         )
-    end_of_text(tokenizer)
-    return tokenizer
+    name = _named_end_of_text(path.with_name(TOKENIZER_CONFIG), tokenizer) or guessed_end_of_text(tokenizer)
+    return exact(text, name), name
+
+
+def _named_end_of_text(path: Path, tokenizer: Tokenizer) -> str | None:
+    """End-of-text as ``tokenizer_config.json`` has it; None where that is not there, or does not say it."""
+    if not path.is_file():
+        return None
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise ModelFolderError(f"{path} is damaged ({error}); train or export the model again") from error
+    if isinstance(name, dict):  # as `transformers` writes a token with its options
+        name = name.get("content")
+    if name is not None and (not isinstance(name, str) or tokenizer.token_to_id(name) is None):
+        raise ModelFolderError(f"{path} says eos_token {name!r}, which the tokenizer.json beside it does not have")
+    return name
 
 
 def _weights(path: Path, model: LanguageModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,16 +19,26 @@ from haltscale.platform import provenance
 from haltscale.platform.config import RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.evaluation.evaluate_split import SplitResult, read_split
+from haltscale.platform.inference.models import TOKENIZER_CONFIG, end_of_text_config
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training.progress import Progress
 from haltscale.platform.training.steps_schedule import StepsSchedule
 
 
 def evaluate_run(
-    model: LanguageModel, corpus: PreparedCorpus, run: RunConfig, progress: Progress, recorder: RunRecorder
+    model: LanguageModel,
+    corpus: PreparedCorpus,
+    run: RunConfig,
+    progress: Progress,
+    recorder: RunRecorder,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> SplitResult:
-    """Read the held-out documents and the probe text, and write both down."""
-    result = read_split(model, corpus, context=run.context, step=progress.step, recorder=recorder)
+    """Read the held-out documents and the probe text, and write both down; see :func:`read_split` for the ranks."""
+    result = read_split(
+        model, corpus, context=run.context, step=progress.step, recorder=recorder, rank=rank, world=world
+    )
     recorder.evaluation(
         {
             "step": progress.step,
@@ -51,14 +62,18 @@ def finish(
     progress: Progress,
     recorder: RunRecorder,
     described: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
     """Evaluate, export the weights, and write the record, last. All ranks call it; rank 0's recorder writes.
 
     Args:
         weights: the model's, whole (:func:`haltscale.platform.training.engine.full_weights`).
         described: the run's label, study, key, identity and execution.
+        rank: this process, in the group of ``world`` that read the held-out documents together.
     """
-    result = evaluate_run(model, corpus, run, progress, recorder)
+    result = evaluate_run(model, corpus, run, progress, recorder, rank=rank, world=world)
     row = result.row
     export(model, weights, corpus, recorder)
     per_token = result.flops * (1 / row["tokens_evaluated"])
@@ -97,14 +112,15 @@ def finish(
 def export(
     model: LanguageModel, weights: dict[str, torch.Tensor], corpus: PreparedCorpus, recorder: RunRecorder
 ) -> None:
-    """The finished model: weights that cannot execute anything, the config, the tokenizer."""
+    """The finished model: weights that cannot execute anything, the config, the tokenizer and its end-of-text."""
     if not recorder.enabled:
         return
     store = recorder.store
     with tempfile.TemporaryDirectory() as folder:
         save_file(weights, Path(folder) / "model.safetensors")
         (Path(folder) / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
-        (Path(folder) / "tokenizer.json").write_text((corpus.folder / "tokenizer.json").read_text())
+        shutil.copyfile(corpus.folder / "tokenizer.json", Path(folder) / "tokenizer.json")
+        (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps(end_of_text_config(corpus.end_of_text)))
         for file in Path(folder).iterdir():
             target = store.path(recorder.study, recorder.key, "model", file.name)
             store.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)

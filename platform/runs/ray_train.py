@@ -20,18 +20,19 @@ from ray.train.torch import TorchTrainer
 
 from haltscale.model import build_model
 from haltscale.platform.checkpoints import Checkpoints
-from haltscale.platform.config import RunConfig
+from haltscale.platform.config import ConfigError, RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.initial_model import InitialModelError
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.runs.branching import branch_point
 from haltscale.platform.runs.finalize import evaluate_run, finish
 from haltscale.platform.schedule import share
-from haltscale.platform.store import RunStore
-from haltscale.platform.training.engine import full_weights, open_process_group, snapshot, start
+from haltscale.platform.store import Cause, RunState, RunStore
+from haltscale.platform.training.engine import full_weights, open_process_group, readable, snapshot, start
 from haltscale.platform.training.loop import Hooks, train
-from haltscale.platform.training.monitors import TrainingDivergedError, memory_explained
+from haltscale.platform.training.monitors import RunCappedError, TrainingDivergedError, memory_explained
 from haltscale.platform.training.progress import Progress
 from haltscale.platform.training.sinks import open_sinks
 
@@ -120,6 +121,34 @@ def train_worker(config: Mapping[str, Any]) -> None:
 
     open_process_group()
     store = RunStore(spec.store)
+    recorder = RunRecorder(store, spec.study, spec.key, steps=run.steps, enabled=rank == 0)
+    recorder.own()
+    torch.distributed.barrier()  # no rank looks for checkpoints while an earlier attempt may still write one
+    try:
+        _train(spec, run, execution, corpus, recorder, rank=rank, world=world)
+    except TrainingDivergedError as diverged:
+        recorder.fail(str(diverged), state=RunState.DIVERGED, cause=Cause.PERMANENT)
+    except RunCappedError as capped:
+        recorder.fail(str(capped), state=RunState.CAPPED, cause=Cause.PERMANENT, capped_hours=execution.max_hours)
+    except (ConfigError, InitialModelError) as refused:
+        recorder.fail(f"{type(refused).__name__}: {refused}", cause=Cause.PERMANENT)
+        raise  # other ranks may be waiting for this one
+    finally:
+        recorder.close()
+
+
+def _train(
+    spec: RunSpec,
+    run: RunConfig,
+    execution: ExecutionConfig,
+    corpus: PreparedCorpus,
+    recorder: RunRecorder,
+    *,
+    rank: int,
+    world: int,
+) -> None:
+    """Train from the newest checkpoint to the record."""
+    store = recorder.store
     checkpoints = Checkpoints(store, spec.study, spec.key, rank=rank, world=world)
     model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
     branch = (
@@ -127,7 +156,6 @@ def train_worker(config: Mapping[str, Any]) -> None:
     )
     parent, saved = branch or ("", None)
     engine, progress = start(model, run, execution, checkpoints, saved)
-    recorder = RunRecorder(store, spec.study, spec.key, steps=run.steps, enabled=rank == 0)
     recorder.begin(progress.step, share(run, progress.spent), nodes=_nodes(world), parent=parent)
     is_preempted = False
 
@@ -145,7 +173,9 @@ def train_worker(config: Mapping[str, Any]) -> None:
         ray.train.report({"step": progress.step})
 
     def evaluate(progress: Progress) -> None:
-        row = evaluate_run(engine.module, corpus, run, progress, recorder).row
+        with readable(engine) as (whole, shared):
+            together = {"rank": rank, "world": world} if shared else {}
+            row = evaluate_run(whole, corpus, run, progress, recorder, **together).row
         if spec.role == "tuning":  # for the scheduler, which may end the run here
             ray.train.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
 
@@ -180,11 +210,10 @@ def train_worker(config: Mapping[str, Any]) -> None:
         config=spec.identity,
         step=progress.step,
     )
-    try:
-        with sinks as write, memory_explained(execution):
-            train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
-    except TrainingDivergedError as diverged:
-        recorder.fail(str(diverged))  # trying again would diverge again
-        return
+    with sinks as write, memory_explained(execution):
+        train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
     checkpoints.wait()
-    finish(engine.module, full_weights(engine), corpus, run, progress, recorder, spec.described())
+    weights = full_weights(engine)
+    with readable(engine) as (whole, shared):
+        together = {"rank": rank, "world": world} if shared else {}
+        finish(whole, weights, corpus, run, progress, recorder, spec.described(), **together)

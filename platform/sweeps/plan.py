@@ -16,7 +16,7 @@ from haltscale.platform.corpora.tokenization import BytePairs
 from haltscale.platform.initial_model import InitialModel
 from haltscale.platform.llama import tokenizer_digest
 from haltscale.platform.runs.branching import shortest_of_families
-from haltscale.platform.store import RunState, RunStore, RunView, StoreError
+from haltscale.platform.store import Cause, RunState, RunStore, RunView, StoreError
 from haltscale.platform.sweeps import planning, report
 from haltscale.platform.sweeps.expansion import (
     Expansion,
@@ -236,24 +236,56 @@ class StudyPlan(StudySpec):
         keys = [self.key(entry.run) for entry in self._planned(views) if entry.run]
         return report.table([views.get(key) or RunView.absent(self.name, key) for key in keys])
 
-    def missing(self, store: RunStore) -> dict[str, PlannedRun]:
-        """What is to be trained now, by key, cheapest first: known and without a result."""
-        return self._missing(self._views(store))
+    def missing(self, store: RunStore, *, retry_failed: bool = False) -> dict[str, PlannedRun]:
+        """What is to be trained now, by key, cheapest first: known, without a result, and not bound to fail again.
 
-    def _missing(self, views: Mapping[str, RunView]) -> dict[str, PlannedRun]:
+        Args:
+            retry_failed: take those too that failed for a permanent reason.
+        """
+        return self._missing(self._views(store), retry_failed=retry_failed)
+
+    def _missing(self, views: Mapping[str, RunView], *, retry_failed: bool = False) -> dict[str, PlannedRun]:
         planned = {self.key(entry.run): entry for entry in self._planned(views) if entry.run}
-        ended = {key for key, view in views.items() if view.state in (RunState.FINISHED, RunState.STOPPED)}
-        return {key: entry for key, entry in planned.items() if key not in ended}
+        return {
+            key: entry
+            for key, entry in planned.items()
+            if key not in views or self._is_to_train(views[key], retry_failed=retry_failed)
+        }
+
+    def _is_to_train(self, view: RunView, *, retry_failed: bool) -> bool:
+        match view.state:
+            case RunState.FINISHED | RunState.STOPPED:
+                return False
+            case RunState.CAPPED:  # resumed where it may train for longer now
+                limit, former = self.execution.max_hours, view.status.get("capped_hours")
+                return retry_failed or limit is None or (isinstance(former, int | float) and limit > former)
+            case RunState.DIVERGED | RunState.FAILED:
+                return retry_failed or view.status.get("cause") != Cause.PERMANENT
+            case _:
+                return True
+
+    def namesake(self, store: RunStore) -> str:
+        """What is wrong where the store has another study of this name; else empty."""
+        there = store.study(self.name)
+        question, source = there.get("question"), there.get("source")
+        if not source or not self.source or question == self.question or source == self.source:
+            return ""
+        return (
+            f"the store has another study named {self.name!r} (from {source}: {question!r}): give this one, from"
+            f" {self.source}, another name, or --adopt the runs of that one"
+        )
 
     def document(self, corpus_counts: Mapping[str, Any], store: RunStore) -> dict[str, Any]:
-        """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key."""
+        """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key; ``waiting`` the
+        controls whose subject has not finished."""
         views = self._views(store)
 
         def folder(run: RunConfig) -> str:
             key = self.key(run)
             return views[key].key if key in views else key
 
-        known = {folder(entry.run): entry for entry in self._planned(views) if entry.run}
+        planned = self._planned(views)
+        known = {folder(entry.run): entry for entry in planned if entry.run}
         controls = {
             key: {"kind": entry.control, "of": folder(entry.subject)}
             for key, entry in known.items()
@@ -263,9 +295,15 @@ class StudyPlan(StudySpec):
             "name": self.name,
             "question": self.question,
             "note": self.note,
+            "source": self.source,
             "corpus": dict(corpus_counts),
             "runs": list(known),
             "controls": controls,
+            "waiting": [
+                {"run": entry.label, "control": entry.control, "of": folder(entry.subject)}
+                for entry in planned
+                if entry.run is None and entry.subject
+            ],
             "planned_at": time.time(),
         }
 

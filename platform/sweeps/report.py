@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,9 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from haltscale.platform import run_table
 from haltscale.platform.analysis.estimates import Refusal
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.arms import OLD_CONTROLS, arm, is_control
@@ -36,51 +39,24 @@ PRINTED = {
     "tokens_per_second": "tokens/s",
 }
 
-RECURRENT = ("attention", "mlp", "norms")
-"""Groups of parameters that a latent step uses again; the rest (embedding, head, router) is used once per token."""
-
 
 def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.DataFrame:
-    """One row per run: its label, state and, where it is finished, its figures (units as in the record).
+    """One row per run (:func:`haltscale.platform.run_table.row`): its label, state, identity and, where it is finished,
+    its figures (units as in the record).
 
     Args:
         keys: the runs and their order; all of the study's by default.
     """
-    return table(store.views(study, keys).values() if keys is not None else store.runs(study))
+    if keys is not None:
+        return table(store.views(study, keys).values())
+    found = table(store.runs(study))
+    waiting = pd.DataFrame([row for row in store.study(study).get("waiting", []) if isinstance(row, dict)])
+    return pd.concat([found, waiting.assign(key="", state="waiting")], ignore_index=True) if len(waiting) else found
 
 
 def table(views: Iterable[RunView]) -> pd.DataFrame:
     """:func:`results` of runs that have been read already."""
-    rows = []
-    for view in views:
-        record = view.record
-        identity = record.get("identity") or view.spec.get("identity", {})
-        halting = record.get("halting", {})
-        groups = record.get("parameters", {})
-        recurrent = sum(groups.get(name, 0) for name in RECURRENT) if groups else None
-        rows.append(
-            {
-                "run": view.label,
-                "key": view.key,
-                "state": str(view.state),
-                "method": arm(identity) or None,
-                "size": identity.get("size"),
-                "seed": identity.get("seed"),
-                **{name: value for name, value in identity.get("options", {}).items() if name != "steps_schedule"},
-                "role": view.spec.get("role", "comparison"),
-                "parameters": record.get("parameters_total"),
-                "parameters_recurrent": recurrent,
-                "parameters_once": sum(groups.values()) - recurrent if groups else None,
-                **{name: record.get(name) for name in ("tokens", "loss", "loss_standard_error", "perplexity")},
-                **{name: record.get(name) for name in ("bits_per_byte", "mean_steps", "expected_steps")},
-                "easy_steps": halting.get("well_predicted_mean_steps"),
-                "hard_steps": halting.get("badly_predicted_mean_steps"),
-                **{name: record.get(name) for name in ("passes_per_token", "flops_realised", "flops_executed")},
-                **{name: record.get(name) for name in ("flops_paper", "wall_seconds", "tokens_per_second")},
-                "error": view.status.get("error") or view.problem,
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(run_table.rows(views))
 
 
 SAME_STEPS = 0.01
@@ -158,7 +134,7 @@ def _document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
 def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:
     """Print a plan (:meth:`Study.plan`) as a table, or all of it as a JSON list of rows."""
     if as_json:
-        _print_json(frame)
+        print_json(frame)
         return
     headings = {"flops_expected": "realised FLOPs", "flops_bound": "at most", "memory_bytes": "memory (bytes)"}
     shown = frame.drop(columns=[name for name in ("method", "size") if name in frame])
@@ -170,14 +146,21 @@ def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None
     _console().print(f"{len(frame)} runs: {counts}", markup=False)
 
 
-def _print_json(frame: pd.DataFrame) -> None:
-    sys.stdout.write(frame.to_json(orient="records", indent=1) + "\n")
+JSON_SCHEMA = 1
+"""Of what ``--json`` prints: ``{"schema": 1, "runs": [...]}``. Rows may gain fields; none is renamed, dropped or given
+another unit without a new number."""
+
+
+def print_json(frame: pd.DataFrame) -> None:
+    """Print a plan or results for scripts; see :data:`JSON_SCHEMA`."""
+    runs = json.loads(frame.to_json(orient="records", double_precision=15))
+    sys.stdout.write(json.dumps({"schema": JSON_SCHEMA, "runs": runs}, indent=1) + "\n")
 
 
 def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bool = False) -> None:
     """Print the results, the study's note, failed runs with their errors, and how to look further; or JSON rows."""
     if as_json:
-        _print_json(frame)
+        print_json(frame)
         return
     columns = {name: heading for name, heading in PRINTED.items() if name in frame}
     if "state" in columns and (frame["state"] == RunState.FINISHED).all():
@@ -200,16 +183,16 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bo
 
 def show(frame: pd.DataFrame, *, title: str) -> None:
     """Print a DataFrame as a table, numbers to 3 significant digits."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     columns = {str(name): [_text(value) for value in frame[name]] for name in frame.columns}
     for name, cells in columns.items():
         numeric = not any(isinstance(value, str) for value in frame[name])
         width = max(map(len, [*cells, *name.split()]))  # a heading may be folded between its words, a value never
         table.add_column(
-            name, justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
+            Text(name), justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # text of the store is no markup
     console = _console()
     unbounded = console.options.update(max_width=10_000)
     needed = console.measure(table, options=unbounded).minimum

@@ -46,6 +46,8 @@ class StudySpec:
     """Shown under the table of results: what these figures can and cannot say."""
     role: str = COMPARISON
     """What the runs are for; in each ``spec.json`` and ``record.json``."""
+    source: str = field(default="", compare=False)
+    """Where the study is defined: a module, or a file's name. Set by whatever loads it."""
     halving: Halving | None = None
     """Stop bad runs early. For tuning only: in a comparison every run trains to its end."""
 

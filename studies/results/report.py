@@ -300,7 +300,7 @@ def answer(frame: pd.DataFrame) -> str:
 def figures(store: RunStore) -> str:
     """All of it."""
     frame = load(store)
-    noise = seed_noise(frame, by=("method", "size", "budget", "lam", "beta", "l_max", "tau"))
+    noise = seed_noise(frame)
     deviation = noise if isinstance(noise, Refusal) else noise.deviation
     others = [str(m) for m in dict.fromkeys(frame["method"]) if m != "vanilla"]
     parts = {

@@ -36,7 +36,6 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
     monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
-    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", train)
     names: dict[str, Any] = {}
     shown = []

@@ -18,7 +18,6 @@ from toys import write_study, write_texts
 from haltscale.platform import cluster
 from haltscale.platform.arms import arm
 from haltscale.platform.store import RunState, RunStore
-from haltscale.platform.sweeps.study_cli import StudyBusyError
 
 from jobs import ROOT, drivers, environment, run, submit, wait_for
 
@@ -131,19 +130,6 @@ def test_submit_ships_the_code_that_is_here(head: cluster.Head, tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "shipped: the plan" in done.stdout
     assert "vanilla · 0.6m · seed 7" in done.stdout
-
-
-def test_a_study_is_run_by_one_process_at_a_time(connected: None) -> None:
-    from haltscale.platform.sweeps import ray_tune  # after Ray's environment is set
-
-    with ray_tune.held("wanted"):
-        refused = pytest.raises(StudyBusyError, match=r"wanted is already being run by job \w+ since \d\d:\d\d")
-        with refused, ray_tune.held("wanted"):
-            pytest.fail("two hold it")
-        with ray_tune.held("another"):
-            pass
-    with ray_tune.held("wanted"):
-        pass
 
 
 def test_controls_are_trained_after_their_subject(head: cluster.Head, texts: Path, tmp_path: Path) -> None:

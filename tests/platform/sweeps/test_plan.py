@@ -138,7 +138,6 @@ def test_stages_follow_each_other_until_nothing_is_left(study, store, author, mo
                 finish(study, store, author, entry.run, flops_realised=1e10)
 
     monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
-    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", train)
     staged.run(store)
     assert [len(stage) for stage in stages] == [2, 1]
