@@ -16,12 +16,16 @@ import pandas as pd
 import torch
 
 from haltscale.model import Flops, LanguageModel
+from haltscale.platform.analysis.paired import document_sums
 from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
 from haltscale.platform.evaluation.halting_summary import summarise_halting
 from haltscale.platform.evaluation.held_out import STATES_READ, Tally, TokenEvents, read_documents, read_events
 from haltscale.platform.evaluation.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
 from haltscale.platform.recorder import RunRecorder
+
+MOST_DOCUMENTS = 5_000
+"""Whose sums a record keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,8 @@ class SplitResult:
     """What the telemetry says (see ``summarise_halting``)."""
     flops: Flops
     """Forward FLOPs of the reading."""
+    by_document: Mapping[str, Any]
+    """``tokens`` and ``nats`` of each document in order, for paired comparisons; empty for a split of very many."""
 
 
 def read_split(
@@ -79,6 +85,7 @@ def _read_and_record(
     kinds = TokenKinds.of_corpus(corpus)
     tally, quantiles = Tally(), Quantiles()
     l_max = 0
+    documents: list[pd.DataFrame] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.parquet"
         writer = EventsWriter(path, kinds, step=step, context=context, documents=corpus.validation_names())
@@ -88,6 +95,7 @@ def _read_and_record(
             tally.add(events)
             quantiles.add(events.nll)
             writer.add(events)
+            documents.append(document_sums(events.document, events.nll))
             l_max = events.exit.shape[1] - 1
         writer.close()
         file = EventsFile(path=path)
@@ -99,7 +107,14 @@ def _read_and_record(
     probe = corpus.probe()
     recorder.probe(step, probe_table(read_documents(model, [probe], context=context, by_step=1.0), probe, kinds))
     row = tally.row(text_bytes=int(corpus.counts["validation_bytes"]))
-    return SplitResult(row=row, summary=summary, flops=tally.flops)
+    return SplitResult(row=row, summary=summary, flops=tally.flops, by_document=_by_document(documents))
+
+
+def _by_document(parts: list[pd.DataFrame]) -> dict[str, Any]:
+    sums = pd.concat(parts).groupby(level=0).sum()
+    if len(sums) > MOST_DOCUMENTS:
+        return {}
+    return {"tokens": sums["tokens"].tolist(), "nats": [round(nats, 4) for nats in sums["nats"].tolist()]}
 
 
 def share_by_step(tokens: int) -> float:

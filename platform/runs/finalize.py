@@ -87,6 +87,7 @@ def finish(
             "parameters_total": sum(groups.values()),
             **{name: row[name] for name in ("loss", "loss_standard_error", "perplexity", "bits_per_byte")},
             **{name: row[name] for name in ("mean_steps", "expected_steps", "steps_histogram", "tokens_evaluated")},
+            "held_out_by_document": dict(result.by_document),
             "steps_schedule": StepsSchedule.from_list(progress.steps_schedule).by_share(run),
             "passes_per_token": progress.pass_rows / progress.tokens,
             "flops_realised": progress.flops_realised,
