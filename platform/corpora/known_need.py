@@ -104,19 +104,19 @@ class ChainedLookups:
         return made
 
 
-def need_of_chained_lookups(words: Sequence[str]) -> list[int]:
-    """Latent steps that each token of a text needs, from the text itself: the number in the question before it."""
-    needs, asked = [], 0
-    for word in words:
-        needs.append(asked)
-        question = _QUESTION.fullmatch(word.strip())
-        asked = int(question[1]) if question else 0
-    return needs
+def need_of_chained_lookups(words: Sequence[str]) -> list[int | None]:
+    """Latent steps that each token of a text needs, from the text itself: an answer, what the question before it says;
+    None for edges and questions, which no computation predicts."""
+    return [int(question[1]) if question else None for question in _questions_before(words)]
 
 
-def need_of_twin(words: Sequence[str]) -> list[int]:
-    """None, of any text."""
-    return [0] * len(words)
+def need_of_twin(words: Sequence[str]) -> list[int | None]:
+    """The same of the twin: no answer needs a step."""
+    return [0 if question else None for question in _questions_before(words)]
+
+
+def _questions_before(words: Sequence[str]) -> list[re.Match[str] | None]:
+    return [_QUESTION.fullmatch(word.strip()) for word in ["", *words[:-1]]]
 
 
 def known_need(
