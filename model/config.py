@@ -117,23 +117,25 @@ SIZES: dict[str, Shape] = {
 
 
 def named_shape(size: str) -> Shape:
-    """The shape of a size: a step of the ladder, or LAYERSxWIDTH by the ladder's rule, such as 3x96.
+    """The shape of a size: a step of the ladder; LAYERSxWIDTH by the ladder's rule, such as 3x96; or LAYERSxWIDTHxFFN.
 
     Raises:
         KeyError: there is no such size.
     """
     if size in SIZES or not is_size(size):
         return SIZES[size]
-    layers, _, d = size.partition("x")
-    return rung(int(layers), int(d))
+    layers, d, *ffn = map(int, size.split("x"))
+    shape = rung(layers, d)
+    return dataclasses.replace(shape, ffn=ffn[0]) if ffn else shape
 
 
 def is_size(size: object) -> bool:
     """Whether there is a shape of this name."""
     if not isinstance(size, str) or size in SIZES:
         return size in SIZES
-    layers, _, d = size.partition("x")
-    return layers.isdecimal() and d.isdecimal() and int(layers) >= 1 and int(d) >= 32
+    parts = size.split("x")
+    numbers = len(parts) in (2, 3) and all(part.isdecimal() and int(part) >= 1 for part in parts)
+    return numbers and int(parts[1]) >= 32
 
 
 @dataclass(frozen=True, kw_only=True)

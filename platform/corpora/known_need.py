@@ -40,12 +40,12 @@ _QUESTION = re.compile(r"(\d+)\?(\w)")
 class ChainedLookups:
     """Documents of one kind; see the module."""
 
-    symbols: int = 7
+    symbols: int = 6
     """In the cycle, 3 to 26."""
-    most: int = 3
+    most: int = 2
     """Latent steps that the hardest question needs; questions need 0 to so many, equally often."""
     questions: int = 12
-    """In each document."""
+    """In each document, all different: no answer can be copied."""
     needed: bool = True
     """False: the twin, whose answers need no step."""
     seed: int = 0
@@ -57,6 +57,8 @@ class ChainedLookups:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 found.append(f"{name} = {value!r}: must be an integer of at least {low} and at most {high}")
+        if not found and self.questions > (there := (self.most + 1) * self.symbols):
+            found.append(f"questions = {self.questions}: must be at most {there}, so many different ones there are")
         return found
 
     @property
@@ -76,7 +78,8 @@ class ChainedLookups:
         """So many documents, end-of-text first: [count, length]. The first are the same whatever the count is."""
         S, Q = self.symbols, self.questions
         stream = np.random.default_rng([self.seed, S, self.most, Q, 17])
-        draws = stream.random((count, 2 * S + 2 * Q))  # one row a document, so that more of them keep the first
+        kinds = (self.most + 1) * S  # of questions
+        draws = stream.random((count, 2 * S + kinds))  # one row a document, so that more of them keep the first
         cycle = draws[:, :S].argsort(1)  # visited in this order
         after = np.empty_like(cycle)
         np.put_along_axis(after, cycle, np.roll(cycle, -1, axis=1), axis=1)  # each symbol's successor
@@ -85,8 +88,7 @@ class ChainedLookups:
         listed = draws[:, S : 2 * S].argsort(1)
         targets = np.take_along_axis(after, listed, axis=1)
         edges = first_edge + listed * (S - 1) + targets - (targets > listed)
-        hops = (draws[:, 2 * S : 2 * S + Q] * (self.most + 1)).astype(np.int64)
-        keys = (draws[:, 2 * S + Q :] * S).astype(np.int64)
+        hops, keys = np.divmod(draws[:, 2 * S :].argsort(1)[:, :Q], S)
         answers = np.take_along_axis(after, keys, axis=1)
         for k in range(1, self.most + 1):
             further = np.take_along_axis(after, answers, axis=1)
