@@ -418,6 +418,35 @@ def test_a_choice_in_words_is_the_choice(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": 3},
+        {"validation_documents": "2"},
+        {"validation_documents": True},
+        {"probe_characters": 2.5},
+        {"probe_document": None},
+        {"sources": ["/data"]},
+        {"sources": {"s": "/data"}},
+        {"tokenizer": "bytes"},
+    ],
+)
+def test_a_field_of_another_type_is_a_sentence(tmp_path, wrong):
+    values = {"name": "x", "sources": {"s": Source(path=tmp_path)}, "tokenizer": Pretrained(name="bytes"), **wrong}
+    (problem,) = Corpus(**values).problems()
+    assert f"{next(iter(wrong))} must be " in problem
+    assert " must be " in refusal(Corpus(**values))
+
+
+def test_files_without_a_byte_are_counted(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(b"")
+    lines = "".join(json.dumps({"text": document(n)}) + "\n" for n in range(8))
+    (tmp_path / "texts" / "c.jsonl").write_text(lines)
+    assert counts_of(prepare(corpus_of(tmp_path / "texts"), 32))["altered"] == {"empty_file": 2}
+
+
 # ---- stale and half-written caches ----------------------------------------------------------------------------------
 
 
