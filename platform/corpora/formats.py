@@ -213,7 +213,7 @@ def _repeated(text: str, fields: tuple[str, ...]) -> str | None:
 
 def _read_csv(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
     (file,) = shard.files
-    delimiter = source.delimiter or ("\t" if ".tsv" in file.name.lower() else ",")
+    delimiter = source.delimiter or ("\t" if ".tsv" in file.name.rsplit("/", 1)[-1].lower() else ",")
     with named_errors(file), source.open(file) as stream:
         first = read_at_most(stream, max(CHUNK_BYTES, len(BOM)))
         if not first:

@@ -20,7 +20,7 @@ from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpu
 from haltscale.platform.corpora.formats import Format
 from haltscale.platform.corpora.prepare import prepare
 from haltscale.platform.corpora.sources import Source
-from haltscale.platform.corpora.tokenization import Pretrained
+from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 
 
 def document(number: int) -> str:
@@ -436,6 +436,15 @@ def test_a_field_of_another_type_is_a_sentence(tmp_path, wrong):
     (problem,) = Corpus(**values).problems()
     assert f"{next(iter(wrong))} must be " in problem
     assert " must be " in refusal(Corpus(**values))
+
+
+def test_preparing_says_everything_that_is_wrong_at_once(tmp_path):
+    sources = {"a": Source(path=tmp_path / "nowhere"), "b": Source(path="relative")}
+    corpus = Corpus(name="x", sources=sources, tokenizer=BytePairs(vocab_size="many"), validation_documents=2)
+    message = refusal(corpus)
+    assert "vocab_size must be a whole number (got 'many')" in message
+    assert "nowhere does not exist" in message
+    assert "path 'relative' is not an absolute path" in message
 
 
 def test_files_without_a_byte_are_counted(tmp_path):
