@@ -130,8 +130,10 @@ def named_shape(size: str) -> Shape:
 
 def is_size(size: object) -> bool:
     """Whether there is a shape of this name."""
-    if not isinstance(size, str) or size in SIZES:
-        return size in SIZES
+    if not isinstance(size, str):
+        return False
+    if size in SIZES:
+        return True
     layers, _, d = size.partition("x")
     return layers.isdecimal() and d.isdecimal() and int(layers) >= 1 and int(d) >= 32
 
