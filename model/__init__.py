@@ -9,6 +9,7 @@ halting.py         from gates to exit masses; HaltingTrace
 ledger.py          counted passes, and FLOPs of three kinds
 decoding.py        keys and values from token to token
 probing.py         what each step was worth, and the same weights under other halting
+posthoc.py         halting by thresholds that need no training
 generation.py      several prompts continued together
 step_source.py     how many latent steps a token takes: by the router, or replayed from a recorded schedule
 latent_loop.py     the latent chain, and repeated.py, plain repeated passes: what the methods are made of
@@ -22,7 +23,7 @@ from haltscale.model.decoding import DecodingState
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, Output
-from haltscale.model.latent_loop import RouterInput, RouterKind
+from haltscale.model.latent_loop import HaltingRule, RouterInput, RouterKind
 from haltscale.model.ledger import Flops, PassCounts, paper_inference_flops, paper_passes, paper_training_flops
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.mor import MorOptions, Routing
@@ -46,6 +47,7 @@ __all__ = [
     "FixedOptions",
     "Flops",
     "GateTarget",
+    "HaltingRule",
     "HaltingTrace",
     "LanguageModel",
     "LoopedOptions",

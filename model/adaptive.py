@@ -25,7 +25,7 @@ from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, LatentState, LoopOutput
-from haltscale.model.latent_loop import LatentLoop, LoopRules, RouterInput, RouterKind
+from haltscale.model.latent_loop import HaltingRule, LatentLoop, LoopRules, RouterInput, RouterKind
 from haltscale.model.ledger import PassCounts
 from haltscale.model.step_source import EXPLORE, Replay, SourceOptions, draws
 
@@ -103,6 +103,8 @@ class AdaptiveOptions(SourceOptions):
     """A position goes on only while more than this much mass would reach the next state [R]. It bounds how much of a
     token's mixture is cut off. The siblings' 1e-4 needs a router below 0.0001 at the first step before any compute is
     saved, which short runs never learn; at 0.01, at most 1 % of a token's mass moves to its last state."""
+    halting_rule: HaltingRule = HaltingRule.REACH
+    """What has to be above tau for a position to go on."""
     router: RouterKind = RouterKind.LINEAR
     """Kind of router."""
     router_bias: float = 2.0
@@ -165,6 +167,7 @@ class AdaptiveOptions(SourceOptions):
         kinds = [RouterKind.LINEAR, RouterKind.MLP, RouterKind.NONE]
         for name, choices in (
             ("router", kinds),
+            ("halting_rule", HaltingRule),
             ("router_input", RouterInput),
             ("gate_target", GateTarget),
             ("warmup_loss", WarmupLoss),
@@ -202,6 +205,7 @@ class AdaptiveModel(LanguageModel):
         rules = LoopRules(
             l_max=options.l_max,
             tau=options.tau,
+            halting_rule=options.halting_rule,
             router=options.router,
             router_bias=options.router_bias,
             router_per_step=options.router_per_step,

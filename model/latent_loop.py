@@ -11,6 +11,7 @@ the states, or the last one) and what the gates learn from are options beside it
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -48,6 +49,16 @@ class RouterKind(StrEnum):
     """All gates of a position from its step-0 state, one logit per step (PonderLM-3)."""
     NONE = "none"
     """g = sigmoid(b) with b fixed: nothing is learned and all positions think alike [R]."""
+
+
+class HaltingRule(StrEnum):
+    """What has to be above tau for a position to go on."""
+
+    REACH = "reach"
+    """The mass that would reach the next state, a product of gates: the paper's rule."""
+    GATE = "gate"
+    """The gate of this step alone: right where each gate answers a question of its own, as it does when it is taught by
+    labels."""
 
 
 class RouterInput(StrEnum):
@@ -101,6 +112,8 @@ class LoopRules:
     """Latent steps on top of the ordinary pass."""
     tau: float
     """A position goes on only while more than this much mass would reach the next state."""
+    halting_rule: HaltingRule = HaltingRule.REACH
+    """What has to be above tau."""
     router: RouterKind
     """Kind of router."""
     router_bias: float
@@ -194,14 +207,16 @@ class LatentLoop(nn.Module):
         if gate_N is None:
             return torch.zeros_like(reach_N, dtype=torch.bool), reach_N, reach_N
         gate_N = gate_N.detach() if self.rules.gates_apart else gate_N
-        if forced_N is None and at_least_N is None:
+        by_gate = self.rules.halting_rule is HaltingRule.GATE
+        if forced_N is None and at_least_N is None and not by_gate:
             return halting_step(reach_N, gate_N, tau=self.rules.tau, may_go_on=may_go_on_N)
         onward_N = reach_N * gate_N
         if forced_N is not None:
             goes_on_N = (forced_N > k) & may_go_on_N
         else:
-            assert at_least_N is not None
-            goes_on_N = ((onward_N > self.rules.tau) | (at_least_N > k)) & may_go_on_N
+            goes_on_N = ((gate_N if by_gate else onward_N) > self.rules.tau) & may_go_on_N
+            if at_least_N is not None:
+                goes_on_N = goes_on_N | ((at_least_N > k) & may_go_on_N)
         return goes_on_N, torch.where(goes_on_N, reach_N - onward_N, reach_N), onward_N
 
     def _read(self, exit_N: Tensor, goes_on_N: Tensor, exists_N: Tensor | bool) -> Tensor:
@@ -219,11 +234,13 @@ class LatentLoop(nn.Module):
         at_least_BT: Tensor | None = None,
         open_gates: bool = False,
         most_steps: int | None = None,
+        goes_on: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     ) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order.
         at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
         that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
-        the depth still grows."""
+        the depth still grows. goes_on: instead of the router's rule, asked after state k with the states of the active
+        rows and what they were computed from (posthoc.py)."""
         rules, config = self.rules, self.config
         B, T = valid_BT.shape
         K = rules.l_max + 1
@@ -258,6 +275,8 @@ class LatentLoop(nn.Module):
         for k in range(K):
             gate_N = self.gate(z_Nd, x_Nd, k, ahead_NL) if k < deepest else None
             counted_N = torch.ones_like(gate_N) if open_gates and gate_N is not None else gate_N
+            if goes_on is not None and counted_N is not None:
+                forced_N = goes_on(k, z_Nd, x_Nd) * (k + 1)
             goes_on_N, exit_N, onward_N = self._decide(counted_N, reach_N, k, may_go_on_N, forced_N, at_least_N)
             read_N = self._read(exit_N, goes_on_N, exists_N)
             reach_NK = reach_NK.index_put((row_N, row_N.new_full((), k)), reach_N)

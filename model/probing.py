@@ -21,6 +21,7 @@ from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32, cache_sized_rows
 from haltscale.model.language_model import LanguageModel, LatentState, LoopOutput
 from haltscale.model.latent_loop import LatentLoop
+from haltscale.model.posthoc import GoesOn
 from haltscale.model.shuffled import ShuffledModel
 
 
@@ -65,6 +66,7 @@ def read(
     lengths_B: Tensor,
     sampled_S: Tensor | None = None,
     steps_BT: Tensor | None = None,
+    goes_on: GoesOn | None = None,
 ) -> Reading:
     """Read a batch.
 
@@ -75,6 +77,7 @@ def read(
             k" means what the halting rule means by it: state k takes all the mass that is left. All other positions,
             and the keys that this one sees, stay as they were. It costs a head row for every step but the last.
         steps_BT: latent steps by order, in place of the router's; needs a latent chain.
+        goes_on: a halting rule in place of the router's (posthoc.Threshold); needs a latent chain.
     """
     loop = latent_loop_of(model)
     observed: dict[str, Any] = {}
@@ -88,14 +91,14 @@ def read(
 
     def by_order(tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         assert loop is not None, "only a latent chain can be told how many steps to take"
-        loop_output: LoopOutput = loop(model.embed(tokens_BT).flatten(0, 1), valid_BT, steps_BT)
+        x_Nd = model.embed(tokens_BT).flatten(0, 1)
+        loop_output: LoopOutput = loop(x_Nd, valid_BT, steps_BT, goes_on=goes_on)
         return loop_output
 
     keep = {"keep_states": True} if loop is not None and sampled_S is not None else {}
     with rules_changed(model, **keep):
-        output = model(
-            tokens_BT, lengths_B=lengths_B, hidden_states=by_order if steps_BT is not None else None, observe=observe
-        )
+        dictated = steps_BT is not None or goes_on is not None
+        output = model(tokens_BT, lengths_B=lengths_B, hidden_states=by_order if dictated else None, observe=observe)
     nll_BT, entropy_BT, confidence_BT, correct_BT = observed["whole"]
     K = output.trace.exit_BTK.shape[2]
     none_SK = nll_BT.new_empty(0, K)

@@ -41,7 +41,7 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--shots", default="0,5", help="examples before each question (default: 0,5)")
     evaluate.add_argument("--limit", type=int, help="only so many items of each task")
     evaluate.add_argument("--corpus", action="append", help="folder of a prepared corpus (default: the run's own)")
-    evaluate.add_argument("--controls", action="store_true", help="learned halting against shuffled, fixed and full")
+    evaluate.add_argument("--controls", action="store_true", help="learned halting against other sources of steps")
     evaluate.add_argument("--dial", action="store_true", help="loss against inference FLOPs: tau, and maximum depth")
     evaluate.add_argument("--tokens", type=int, help="held-out tokens for controls and dial (default: all)")
     evaluate.add_argument("--ray", action="store_true", help="models, corpora and tasks side by side, on Ray")
@@ -181,8 +181,10 @@ def _show(name: str, result: dict[str, Any]) -> None:
     Console().print(table)
     for row in result.get("arms", ()):
         if gap := row["minus_learned"]:
-            low, high = gap["low"], gap["high"]
-            print(f"{row['name']} minus learned: {gap['mean']:+.4f} nats, 95 % from {low:+.4f} to {high:+.4f}")
+            told = f"{row['name']} minus learned: {gap['mean']:+.4f} nats"
+            if gap["low"] is not None:
+                told += f", 95 % from {gap['low']:+.4f} to {gap['high']:+.4f} ({gap['documents']} documents)"
+            print(told)
 
 
 def _number(value: Any) -> str:

@@ -27,6 +27,7 @@ from haltscale.platform.analysis.estimates import (
 from haltscale.platform.analysis.fitting import FitError, fit, refine
 from haltscale.platform.analysis.form import LOOPED, Form, Points
 from haltscale.platform.analysis.runs import budgets_of, column, levels, usable
+from haltscale.platform.arms import controls_of
 
 MIN_RUNS = 6
 MIN_BUDGETS = 3
@@ -174,7 +175,11 @@ class RecurrenceFit:
 
         Raises:
             KeyError: one of them is not in the fit.
+            ValueError: the one is no replay control of the other: what differs in more than where the steps are carries
+                no verdict on the router.
         """
+        if control not in controls_of(method, [control]):
+            raise ValueError(f"{control} is no replay control of {method} (docs/controls.md)")
         first, second = (1 + 2 * self.law.form.terms + self.law.form.phis.index(n) for n in (method, control))
         problem = self.phi[method].problem or self.phi[control].problem
         difference = self.law.replicates[:, first] - self.law.replicates[:, second]

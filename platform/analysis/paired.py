@@ -51,12 +51,13 @@ def paired_difference(
     if not arm or len(arm) != len(reference):
         return Refusal(reason=f"{len(arm)} runs cannot be paired with {len(reference)}: each seed needs both")
     every = pd.concat([*arm, *reference], axis=1)["tokens"]
-    if every.isna().any(axis=None) or (every.to_numpy() != every.to_numpy()[:, :1]).any():
+    counted = every.to_numpy(dtype=np.float64)
+    if np.isnan(counted).any() or (counted != counted[:, :1]).any():
         return Refusal(reason="the runs were not read on the same documents")
     if len(every) < LEAST_DOCUMENTS:
         return Refusal(reason=f"{len(every)} document: an interval over documents needs {LEAST_DOCUMENTS}")
     index = every.index
-    tokens: Floats = every.to_numpy(dtype=np.float64)[:, 0]
+    tokens: Floats = counted[:, 0]
     gaps: Floats = np.stack(
         [
             (one["nats"].reindex(index) - other["nats"].reindex(index)).to_numpy(dtype=np.float64)

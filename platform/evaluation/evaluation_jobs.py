@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
+import numpy as np
+
+from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus, RowReader
 from haltscale.platform.evaluation.controls import control, dial, first_tokens
 from haltscale.platform.evaluation.held_out import Tally, read_events
 from haltscale.platform.evaluation.scoring import score
@@ -130,7 +132,8 @@ def evaluations(
         corpora: each for its held-out loss; the first also for controls and dial.
         limit: so many items of each task.
         held_out_loss: whether the corpora are read for it.
-        controls: the learned halting against shuffled, fixed and full (:func:`.control`).
+        controls: the learned halting against shuffled, fixed, posthoc thresholds, oracle and full (:func:`.control`);
+            thresholds are tuned on rows of the training text.
         with_dial: loss against inference FLOPs (:func:`.dial`).
         tokens: read only so many held-out tokens, rounded up to whole documents, for controls and dial.
 
@@ -146,11 +149,28 @@ def evaluations(
     if controls or with_dial:
         documents = first_tokens(corpora[0].validation(), tokens)
         if controls:
-            yield "controls", control(loaded.model, documents, context=context) or {"arms": [], "oracle": None}
+            tuning = training_text(corpora[0], sum(len(document.tokens) - 1 for document in documents))
+            found = control(loaded.model, documents, context=context, tuning=tuning)
+            yield "controls", found or {"arms": [], "oracle": None}
         if with_dial:
             yield "dial", {"points": dial(loaded.model, documents, context=context)}
     for task in tasks:
         yield task.name, score(loaded, task, limit=limit).to_dict()
+
+
+TUNING_TOKENS = 16_384
+
+
+def training_text(corpus: PreparedCorpus, tokens: int) -> list[HeldOutDocument]:
+    """Training rows spread over a corpus, as many tokens as asked for but at most :data:`TUNING_TOKENS`; none where
+    the folder holds held-out text alone."""
+    if not (corpus.folder / "parts.json").is_file():
+        return []
+    each = int(corpus.counts["context"])
+    count = max(1, min(corpus.rows, min(tokens, TUNING_TOKENS) // each))
+    ids = np.linspace(0, corpus.rows - 1, count).astype(np.int64)
+    rows = RowReader(corpus.folder).read(np.unique(ids)).astype(np.int64)
+    return [HeldOutDocument(name=f"row {index}", bytes=0, tokens=row) for index, row in zip(ids, rows, strict=False)]
 
 
 def held_out(loaded: LoadedModel, corpus: PreparedCorpus) -> dict[str, Any]:

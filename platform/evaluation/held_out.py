@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from haltscale.model import Flops, LanguageModel, probing
+from haltscale.model.posthoc import GoesOn
 from haltscale.model.probing import Reading
 from haltscale.platform.corpora.corpus import HeldOutDocument
 
@@ -132,19 +133,28 @@ def read_events(
 
 
 def read_batch(
-    model: LanguageModel, batch: Batch, *, first: int = 0, by_step: float = 0.0, steps_BT: torch.Tensor | None = None
+    model: LanguageModel,
+    batch: Batch,
+    *,
+    first: int = 0,
+    by_step: float = 0.0,
+    steps_BT: torch.Tensor | None = None,
+    goes_on: GoesOn | None = None,
 ) -> tuple[Reading, TokenEvents]:
     """Read one batch.
 
     Args:
         first: its first token's place in the whole text, by which the share ``by_step`` is spread.
         steps_BT: latent steps by order, in place of the router's.
+        goes_on: a halting rule, in place of the router's.
     """
     device = next(model.parameters()).device
     tokens, targets, lengths = (torch.as_tensor(x, device=device) for x in batch[:3])
     sampled_S, chosen_N = batch.spread(first, by_step)
     where = None if sampled_S is None else sampled_S.to(device)
-    reading = probing.read(model, tokens, targets, lengths_B=lengths, sampled_S=where, steps_BT=steps_BT)
+    reading = probing.read(
+        model, tokens, targets, lengths_B=lengths, sampled_S=where, steps_BT=steps_BT, goes_on=goes_on
+    )
     return reading, _events(model, reading, batch, chosen_N)
 
 

@@ -181,7 +181,7 @@ def _source(module: str) -> str:
 
 def write_tokenizer(tokenizer: Tokenizer, end: int, context: int, folder: Path) -> None:
     """The tokenizer, which puts end-of-text before every text and nothing else, as training did."""
-    name = tokenizer.id_to_token(end)
+    name = str(tokenizer.id_to_token(end))
     document = json.loads(exact(tokenizer.to_str(), name).to_str())
     document["post_processor"] = _prefix(name, end)
     Tokenizer.from_str(json.dumps(document)).save(str(folder / "tokenizer.json"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from haltscale.platform import run_table
-from haltscale.platform.store import RunState, RunStore, RunView
+from haltscale.platform.analysis.estimates import Refusal
+from haltscale.platform.analysis.paired import paired_difference
+from haltscale.platform.arms import OLD_CONTROLS, arm, is_control
+from haltscale.platform.identity import canonical_json
+from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
 PRINTED = {
     "run": "run",
@@ -45,13 +50,86 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
     if keys is not None:
         return table(store.views(study, keys).values())
     found = table(store.runs(study))
-    waiting = pd.DataFrame([row for row in store.study(study).get("waiting", []) if isinstance(row, dict)])
+    document = {} if store.study_problem(study) else store.study(study)
+    waiting = pd.DataFrame([row for row in document.get("waiting") or [] if isinstance(row, dict)])
     return pd.concat([found, waiting.assign(key="", state="waiting")], ignore_index=True) if len(waiting) else found
 
 
 def table(views: Iterable[RunView]) -> pd.DataFrame:
     """:func:`results` of runs that have been read already."""
     return pd.DataFrame(run_table.rows(views))
+
+
+SAME_STEPS = 0.01
+"""Means of latent steps that differ by more than this, relatively, are no equal steps."""
+
+
+def control_differences(store: RunStore, study: str) -> pd.DataFrame:
+    """What each kind of control costs over its subject on the held-out text, paired by document and seed.
+
+    Returns:
+        A row per subject (all seeds together) and kind: ``subject`` (label), ``control`` (its kind), ``seeds``,
+        ``documents``, ``subject_steps`` and ``control_steps`` (means), ``subject_flops`` and ``control_flops``
+        (realised, in training), ``difference`` in nats per token with ``low`` and ``high`` (NaN where there are none),
+        and ``problem``: why the difference carries no verdict. Above 0 the subject is better. Old controls, which
+        differ in more than where their steps are, get no difference.
+    """
+    try:
+        pairs = store.study(study).get("controls") or {}
+        views = store.views(study, sorted({*pairs, *(one["of"] for one in pairs.values())}))
+    except (StoreError, TypeError, KeyError, AttributeError):
+        return pd.DataFrame()
+    groups: dict[tuple[str, str], list[tuple[RunView, RunView]]] = {}
+    for key, pair in pairs.items():
+        control, subject = views.get(key), views.get(pair["of"])
+        if control is None or subject is None or not control.record or not subject.record:
+            continue
+        identity = dict(subject.record.get("identity") or {})
+        identity.pop("seed", None)
+        groups.setdefault((str(pair["kind"]), canonical_json(identity)), []).append((control, subject))
+    rows = [_difference(kind, members) for (kind, _), members in groups.items()]
+    return pd.DataFrame(rows)
+
+
+def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, Any]:
+    controls, subjects = ([pair[side].record for pair in members] for side in (0, 1))
+    means = {
+        f"{name}_{short}": sum(float(record.get(field) or 0) for record in records) / len(records)
+        for name, records in (("subject", subjects), ("control", controls))
+        for short, field in (("steps", "mean_steps"), ("flops", "flops_realised"))
+    }
+    identity = controls[0].get("identity") or {}
+    replays, old = is_control(arm(identity)), arm(identity) in OLD_CONTROLS
+    row = {
+        "subject": str(members[0][1].label).partition(" · seed")[0],
+        "control": f"{kind} (old control)" if old else kind,
+        "seeds": len(members),
+        "documents": len((subjects[0].get("held_out_by_document") or {}).get("tokens") or []),
+        **means,
+        **dict.fromkeys(["difference", "low", "high"], math.nan),
+        "problem": "",
+    }
+    if old:
+        return {**row, "problem": "an old control: it differs in more than where the steps are"}
+    sums = [[_document_frame(record) for record in records] for records in (controls, subjects)]
+    found = paired_difference(sums[0], sums[1])
+    if isinstance(found, Refusal):
+        return {**row, "problem": found.reason}
+    row |= {"difference": found.value, "low": found.low, "high": found.high}
+    apart = abs(means["control_steps"] - means["subject_steps"])
+    if replays and apart > SAME_STEPS * max(means["subject_steps"], 1e-9):
+        row["problem"] = f"mean steps differ: {means['subject_steps']:.3f} and {means['control_steps']:.3f}"
+    orders = [
+        [(record.get("tokens"), record.get("sequence_digest")) for record in side] for side in (controls, subjects)
+    ]
+    if any(one[0] == other[0] and one[1] != other[1] for one, other in zip(*orders, strict=True)):
+        row["problem"] = "the runs saw other texts, or in another order"
+    return row
+
+
+def _document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
+    found = record.get("held_out_by_document") or {}
+    return pd.DataFrame({name: found.get(name) or [] for name in ("tokens", "nats")}, dtype=float)
 
 
 def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:

@@ -466,12 +466,17 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
                 break
             seen = torch.cat((z, z - before)) if options.router_input == "change" else z
             seen = seen.detach() if options.router_detached else seen
+            if options.router == "mlp":
+                seen = routers[0].hidden.weight @ seen
+                seen = seen / (1 + torch.exp(-seen))
             score = options.router_rate * (routers[0].score.weight[0] @ seen + routers[0].score.bias[0])
             gate = 1 / (1 + torch.exp(-score))
             gates.append(gate)
             gate = torch.ones_like(gate) if warm else gate
             onward = reach[-1] * (gate if options.gate_target == "readout" else gate.detach())
-            goes = onward > options.tau or (model.training and explored[t])
+            goes = (gate if options.halting_rule == "gate" else onward) > options.tau or (
+                model.training and explored[t]
+            )
             if given is not None:
                 goes = given[t] > k
             if not goes:

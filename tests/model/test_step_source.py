@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from haltscale.model import (
     AdaptiveOptions,
     GateTarget,
+    HaltingRule,
     Method,
     Mixture,
     RouterInput,
@@ -169,6 +170,18 @@ def test_options_without_a_say_do_not_make_another_run() -> None:
         ({"gate_warmup": 0.5, "gate_target": GateTarget.GAIN}, 0.4),
         ({"gate_warmup": 0.5, "warmup_loss": WarmupLoss.EVERY, "gate_target": GateTarget.STOPPING}, 0.4),
         ({"gate_target": GateTarget.STOPPING, "gain_margin": 0.02, "router_detached": True, "explore": 0.5}, 1.0),
+        ({"halting_rule": HaltingRule.GATE, "tau": 0.5}, 1.0),
+        (
+            {
+                "halting_rule": HaltingRule.GATE,
+                "router": RouterKind.MLP,
+                "gate_target": GateTarget.STOPPING,
+                "mixture": Mixture.LAST,
+                "tau": 0.5,
+                "explore": 0.2,
+            },
+            1.0,
+        ),
         ({"depth_growth": 0.8}, 0.4),
         ({"depth_growth": 0.8, "gate_warmup": 0.8, "warmup_loss": WarmupLoss.EVERY}, 0.3),
         ({"depth_growth": 0.8, **SHUFFLED}, 0.3),

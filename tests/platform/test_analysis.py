@@ -57,7 +57,7 @@ def recurrence_runs(seed=0, *, noise=0.001, tokens=(2e9, 8e9, 32e9)) -> pd.DataF
     """Vanilla runs, and three looped methods with different exponents at the same passes."""
     random = np.random.default_rng(seed)
     rows = []
-    for method, phi in (("vanilla", 0.0), ("adaptive", 0.6), ("fixed", 0.3)):
+    for method, phi in (("vanilla", 0.0), ("adaptive", 0.6), ("adaptive/fixed", 0.3)):
         for size in np.geomspace(1e7, 1e9, 4):
             for seen in tokens:
                 for passes in (1.0,) if method == "vanilla" else (2.0, 4.0):
@@ -271,13 +271,16 @@ def test_left_out_runs_are_counted_and_change_nothing():
 def test_phi_is_found_for_every_method_and_their_difference_is_certain():
     found = analysis.fit_recurrence(recurrence_runs(), bootstraps=200)
     assert found.note == ""
-    assert set(found.phi) == {"adaptive", "fixed"}
-    for name, value in (("adaptive", 0.6), ("fixed", 0.3)):
+    assert set(found.phi) == {"adaptive", "adaptive/fixed"}
+    for name, value in (("adaptive", 0.6), ("adaptive/fixed", 0.3)):
         assert found.phi[name].low <= value <= found.phi[name].high
         assert found.phi[name].value == pytest.approx(value, abs=0.1)
-    advantage = found.advantage("adaptive", "fixed")
+    advantage = found.advantage("adaptive", "adaptive/fixed")
     assert advantage.low <= 0.3 <= advantage.high
     assert advantage.excludes(0.0)
+    for other in ("fixed", "shuffled", "vanilla", "adaptive"):
+        with pytest.raises(ValueError, match=f"{other} is no replay control of adaptive"):
+            found.advantage("adaptive", other)
 
 
 @pytest.mark.slow

@@ -61,7 +61,10 @@ def test_evaluate_writes_what_it_prints(store, run_folder, prepared, tmp_path, c
     printed = json.loads(call(capsys, *arguments, "--controls", "--dial", "--json"))
     assert list(printed) == ["held-out-tiny", "controls", "dial", "general"]
     assert printed["held-out-tiny"]["tokens_evaluated"] == 160
-    assert [row["name"] for row in printed["controls"]["arms"]] == ["learned", "shuffled", "fixed", "full"]
+    assert [row["name"] for row in printed["controls"]["arms"]] == [
+        *("learned", "shuffled", "fixed", "posthoc-change", "posthoc-divergence", "posthoc-confidence"),
+        *("oracle", "full"),
+    ]
     assert printed["general"]["items"] == 1
     stored = store.later_evaluations("quick", "finished")
     assert sorted(stored) == sorted(printed)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from haltscale.model import Method
-from haltscale.platform.inference.export import ExportError, export, llama_weights
+from haltscale.platform.inference.export import ExportError, export, llama_weights, write_tokenizer
 from haltscale.platform.inference.models import load_model
 from haltscale.platform.inference.text_generation import write
 
@@ -247,3 +248,44 @@ def test_an_export_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export(loaded, tmp_path / "out" / "model")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+POST_PROCESSORS = {
+    "bos": processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
+    "bert": processors.BertProcessing(("<s>", 1), ("0", 2)),
+    "roberta": processors.RobertaProcessing(("<s>", 1), ("0", 2)),
+    "offsets": processors.ByteLevel(trim_offsets=True),
+}
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "$A:0", "the end"])
+@pytest.mark.parametrize("kind", POST_PROCESSORS)
+def test_an_exported_tokenizer_begins_texts_as_training_did(tmp_path, kind, end):
+    words = {end: 0, "<s>": 1, **{str(n): n + 2 for n in range(9)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = POST_PROCESSORS[kind]
+    made.enable_truncation(3)
+    write_tokenizer(made, 0, 8, tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    assert exported("0 1 2 3 4 5")["input_ids"] == [0, 2, 3, 4, 5, 6, 7]
+    assert exported.eos_token == end
+
+
+def test_a_model_whose_end_of_text_has_a_name_of_its_own_is_exported_with_it(finished, tmp_path):
+    folder = finished(Method.VANILLA)
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|endoftext|>", "[STOP]"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[STOP]"}))
+    loaded = load_model(folder)
+    again = load_model(export_own(loaded, tmp_path))
+    assert again.end_of_text == loaded.end_of_text == 0
+    assert [t.token_id for t in write(again, ["In the"], new_tokens=3, stop=["[STOP]"])]
+
+
+def export_own(loaded, tmp_path: Path) -> Path:
+    """A vanilla model exported with its own config, which can be loaded here again."""
+    folder = export(loaded, tmp_path / "out")
+    (folder / "config.json").write_text((loaded.folder / "config.json").read_text())
+    (folder / "model.safetensors").write_bytes((loaded.folder / "model.safetensors").read_bytes())
+    return folder
