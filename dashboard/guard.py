@@ -20,7 +20,7 @@ POLICY = "; ".join(
         "img-src 'self' data: blob:",
         "font-src 'self' data:",
         "media-src 'self' data: blob:",
-        "connect-src 'self' data: blob:",
+        "connect-src 'self' ws://127.0.0.1:* ws://localhost:* data: blob:",  # not every browser's 'self' covers ws
         "worker-src 'self' blob:",
         "frame-src 'self' blob: data:",
         "object-src 'none'",

@@ -243,12 +243,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         page = document(RunStore(options.store), options.study)
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     target = options.out or Path(f"{options.study}.html")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        sys.stderr.write(f"error: {target} cannot be written ({error}): name another file with --out\n")
+        return 1
     sys.stdout.write(f"{target}\n")
     return 0
 

@@ -131,8 +131,10 @@ def named_shape(size: str) -> Shape:
 
 def is_size(size: object) -> bool:
     """Whether there is a shape of this name."""
-    if not isinstance(size, str) or size in SIZES:
-        return size in SIZES
+    if not isinstance(size, str):
+        return False
+    if size in SIZES:
+        return True
     parts = size.split("x")
     numbers = len(parts) in (2, 3) and all(part.isdecimal() and int(part) >= 1 for part in parts)
     return numbers and int(parts[1]) >= 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -87,11 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if rest and options.verb not in ("dashboard", "report"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no Greek letters shows the rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         _dispatch(options)
     except (cluster.ClusterError, StoreError, UnknownStudyError) as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read the output has enough of it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(141)
+    except OSError as error:  # a file or folder of the user's that cannot be read or written
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -131,6 +141,8 @@ def _model_verb(options: argparse.Namespace) -> None:
     try:
         cli_models.dispatch(options)
     except ValueError as error:
+        if not type(error).__module__.startswith("haltscale."):  # a library's: nobody has made a sentence of it
+            raise
         sys.exit(f"error: {error}")
 
 

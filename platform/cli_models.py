@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from haltscale.platform.inference.model_ref import Reference
     from haltscale.platform.inference.models import LoadedModel
 
+
+class UsageError(ValueError):
+    """An argument cannot be; the message says what it must be."""
+
+
 EXAMPLES = {
     "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
     "generate": 'haltscale generate quickstart/adaptive-0.6m "The state of the union"',
@@ -226,13 +231,15 @@ def _generate(options: argparse.Namespace, loaded: LoadedModel) -> None:
 def _serve(options: argparse.Namespace, reference: Reference, loaded: LoadedModel) -> None:
     from haltscale.platform.inference import serving
 
+    if not 0 <= options.port < 1 << 16:
+        raise UsageError(f"--port {options.port}: must be a number from 0 (any free port) to 65535")
     server = serving.Server(loaded, reference.name, max_cache_bytes=options.max_cache_mib << 20)
     try:
         with serving.listening(server, options.port) as (address, runner, place):
             print(f"{reference.name} answers at {address}/v1/completions; Ctrl-C ends it", flush=True)
             runner.run(sockets=[place])
     except OSError as error:
-        raise ValueError(f"port {options.port} cannot be used ({error}): name another one with --port") from error
+        raise UsageError(f"port {options.port} cannot be used ({error}): name another one with --port") from error
 
 
 def _export(options: argparse.Namespace, store: RunStore, reference: Reference, loaded: LoadedModel) -> None:

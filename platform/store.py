@@ -137,7 +137,10 @@ class RunStore:
     def __init__(self, root: str | Path | None = None) -> None:
         root = str(root or default_root())
         # Workers and jobs run in folders of their own: a local root must not depend on the working directory.
-        self.root = root if "://" in root else str(Path(root).expanduser().absolute())
+        try:
+            self.root = root if "://" in root else str(Path(root).expanduser().absolute())
+        except RuntimeError as error:  # no such user
+            raise StoreError(f"{root}: {error}") from error
         try:  # other processes write too: a listing is never remembered
             self.fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
         except ImportError as error:
@@ -269,7 +272,7 @@ class RunStore:
         Raises:
             StoreError: the document is damaged, of another schema version, or cannot be read.
         """
-        return checked("study", self.read_json(self.path(name, None, "study.json")))[0]
+        return dict(checked("study", self.read_json(self.path(name, None, "study.json")))[0])
 
     def study_problem(self, name: str) -> str:
         """Why ``study.json`` cannot be read in full; empty where it can. What it does not say is then unknown; the

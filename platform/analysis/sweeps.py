@@ -86,7 +86,7 @@ def importance(
     runs = runs[np.isfinite(column(runs, target))].reset_index(drop=True)
     why = f" (left out: {selection.why()})" if len(selection.left_out) else ""
     if names is None:
-        names = [name for name in runs if name == "seed" or (name not in NAMES and name not in MEASURED)]
+        names = [str(name) for name in runs if name == "seed" or (name not in NAMES and name not in MEASURED)]
     if len(runs) < MIN_RUNS:
         return Refusal(reason=f"{len(runs)} of the {MIN_RUNS} runs that importance needs{why}")
     groups = {name: _levels(runs, name) for name in dict.fromkeys(names) if name in runs}

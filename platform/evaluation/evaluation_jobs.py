@@ -18,6 +18,7 @@ from haltscale.platform.evaluation.scoring import score
 from haltscale.platform.evaluation.tasks import Task, find_tasks, versions
 from haltscale.platform.inference.model_ref import find_model, model_folder
 from haltscale.platform.inference.models import LoadedModel, load_model
+from haltscale.platform.llama import tokenizer_digest
 from haltscale.platform.memory import keep_freed_memory
 from haltscale.platform.store import RunStore
 
@@ -67,6 +68,9 @@ class Evaluation:
         Raises:
             ValueError: the model, a corpus or a task cannot be read, or there is nothing to evaluate on.
         """
+        for name, value in (("limit", self.limit), ("tokens", self.tokens)):
+            if value is not None and value < 1:
+                raise EvaluationError(f"{name} = {value}: must be at least 1")
         tasks = find_tasks(self.tasks, self.shots)
         store = RunStore(self.store)
         with model_folder(find_model(self.model, store), store) as folder:
@@ -93,9 +97,22 @@ def open_corpus(folder: str | Path, loaded: LoadedModel) -> PreparedCorpus:
     corpus = PreparedCorpus.open(Path(folder))
     if corpus is None:
         raise EvaluationError(f"{folder} holds no prepared corpus (corpus.json); a study prepares its own when it runs")
-    if (corpus.folder / "tokenizer.json").read_text() != (loaded.folder / "tokenizer.json").read_text():
+    own, models = (_tokenizer_of(where / "tokenizer.json") for where in (corpus.folder, loaded.folder))
+    if own != models:
         raise EvaluationError(f"{folder} was tokenised with another tokenizer than the model's")
     return corpus
+
+
+def _tokenizer_of(file: Path) -> str:
+    """What says whether two tokenizers are the same: their digest; of a file that is none, its text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{file} cannot be read ({error}): prepare the corpus again") from error
+    try:
+        return tokenizer_digest(text)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return text
 
 
 def evaluations(

@@ -6,6 +6,7 @@ A model is named as ``STUDY/RUN`` (the finished run's; the beginning of its key 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -54,8 +55,9 @@ def find_model(name: str, store: RunStore) -> Reference:
     Raises:
         ModelFolderError: there is no such run, folder or checkpoint, or the run is not finished.
     """
-    if Path(name).expanduser().is_dir():
-        return Reference(folder=Path(name).expanduser())
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # no such user; a name too long; a null character
+        if Path(name).expanduser().is_dir():
+            return Reference(folder=Path(name).expanduser())
     run, at, step = name.partition("@")
     study, _, run = run.partition("/")
     if not run or "/" in run or study not in store.studies():
@@ -178,8 +180,12 @@ def _tokenizer(store: RunStore, study: str, key: str) -> str:
 
 def own_corpus(store: RunStore, study: str, key: str) -> Path:
     """The folder of the corpus that a run was trained on, as the study prepared it on this machine."""
-    about, identity = store.study(study)["corpus"], store.run(study, key).spec["identity"]
-    return haltscale_home() / "corpora" / f"{about['name']}-{about['fingerprint']}-{identity['context']}"
+    try:
+        about, identity = store.study(study)["corpus"], store.run(study, key).spec["identity"]
+        return haltscale_home() / "corpora" / f"{about['name']}-{about['fingerprint']}-{identity['context']}"
+    except KeyError as error:
+        told = f"{study}/{key}: its documents do not say which corpus it was trained on (no {error})"
+        raise ModelFolderError(f"{told}; name one with --corpus") from error
 
 
 def figures(reference: Reference, store: RunStore) -> Mapping[str, Any]:
@@ -193,5 +199,5 @@ def figures(reference: Reference, store: RunStore) -> Mapping[str, Any]:
     if reference.step is None:
         return view.record
     rows = store.read_lines(store.path(reference.study, reference.key, "evaluations.jsonl"))
-    read = next((row for row in rows if row["step"] == reference.step), {})
+    read = next((row for row in rows if row.get("step") == reference.step), {})
     return {**view.spec, **read, "step": reference.step}

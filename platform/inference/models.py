@@ -105,6 +105,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: 
 
     Raises:
         ModelFolderError: files are missing, damaged, foreign, or do not fit each other.
+        DeviceError: there is no such device here.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -117,8 +118,33 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: 
     with torch.device("meta"):  # no memory, and no initial values that would be thrown away
         model = METHODS[config.method].model(config)
     model.load_state_dict(_weights(folder / "model.safetensors", model), assign=True)
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=usable_device(device), dtype=dtype).eval()
     return LoadedModel(model=model, tokenizer=tokenizer, folder=folder, end_of_text_name=end_of_text)
+
+
+class DeviceError(ValueError):
+    """There is no such device on this machine; the message lists those that there are."""
+
+
+def devices() -> list[str]:
+    """The devices of this machine that a model can be on."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not any(device == torch.device(one) or str(device) == one.split(":")[0] for one in devices()):
+        raise DeviceError(f"no device {name!r} on this machine: must be one of {', '.join(devices())}")
+    return device
 
 
 def _instead(folder: Path) -> str:

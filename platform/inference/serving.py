@@ -440,7 +440,7 @@ def _protocol(patience: Patience) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            body = _refused(msg).body
+            body = bytes(_refused(msg).body)
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
             for event in (
                 h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),

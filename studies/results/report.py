@@ -226,10 +226,7 @@ def _of(law: LawFit | Refusal, name: str) -> Estimate | Refusal:
 
 
 def _worth(method: LawFit | Refusal, control: LawFit | Refusal) -> Estimate | Refusal:
-    for law in (method, control):
-        if isinstance(law, Refusal):
-            return law
-    worth = equivalent(method, control)  # type: ignore[arg-type]
+    worth = equivalent(method, control)
     return worth if isinstance(worth, Refusal) else worth.mean
 
 
