@@ -125,8 +125,8 @@ class AdaptiveOptions(SourceOptions):
     gain_margin: float = 0.0
     """Nats that a step has to gain to be labelled worth it: the price of a step where gates learn from labels."""
     gain_weight: float = 0.1
-    """Weight of the labels' cross-entropy, which is a sum over a token's executed steps. Small, so that its gradient does
-    not use up the norm at which all gradients together are clipped; Adam's steps do not depend on it otherwise."""
+    """Weight of the labels' cross-entropy, which is a sum over a token's executed steps. Small, so that its gradient
+    does not use up the norm at which all gradients together are clipped; Adam's steps do not depend on it otherwise."""
     gate_warmup: float = 0.0
     """Share of the training budget in which all gates count as 1: every position takes all steps, the last state is
     read, nothing presses. Gates that learn from labels do so from the start; others stay at router_bias until then."""
