@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 LITGPT := litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0
 STUDY_ARGS ?=
 GROUPS ?=
+FUZZ_EXAMPLES ?= 20000
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help study dashboard test test-slow bench check typed browser down clean
+.PHONY: help study dashboard test test-slow fuzz bench check typed browser down clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +50,9 @@ test: $(VENV)/.installed-dev browser ## install what is missing and run the test
 
 test-slow: $(VENV)/.installed-dev browser ## run the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+fuzz: $(VENV)/.installed-dev ## search for failures for a night (FUZZ_EXAMPLES=200 for a few minutes)
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --timeout=0
 
 bench: $(VENV)/.installed-dev ## measure everything and write benchmarks/RESULTS.md (GROUPS="models data" for some)
 	@$(PIP_INSTALL) --no-deps $(LITGPT) || echo "litgpt cannot be installed: it will not be measured"

@@ -30,6 +30,10 @@ th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid light
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } .refused { border-left: 4px solid #E69F00; padding-left: 1rem; }
 """
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+)
+"""The page needs no other, whatever the text of the store says."""
 COLUMNS = {
     "label": "run",
     "state": "state",
@@ -65,6 +69,7 @@ def document(store: RunStore, study: str) -> str:
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(study)} · haltscale</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
         f"<script>{get_plotlyjs()}</script></head>\n<body><main>{body}</main></body></html>\n"
     )

@@ -117,23 +117,25 @@ SIZES: dict[str, Shape] = {
 
 
 def named_shape(size: str) -> Shape:
-    """The shape of a size: a step of the ladder, or LAYERSxWIDTH by the ladder's rule, such as 3x96.
+    """The shape of a size: a step of the ladder; LAYERSxWIDTH by the ladder's rule, such as 3x96; or LAYERSxWIDTHxFFN.
 
     Raises:
         KeyError: there is no such size.
     """
     if size in SIZES or not is_size(size):
         return SIZES[size]
-    layers, _, d = size.partition("x")
-    return rung(int(layers), int(d))
+    layers, d, *ffn = map(int, size.split("x"))
+    shape = rung(layers, d)
+    return dataclasses.replace(shape, ffn=ffn[0]) if ffn else shape
 
 
 def is_size(size: object) -> bool:
     """Whether there is a shape of this name."""
     if not isinstance(size, str) or size in SIZES:
         return size in SIZES
-    layers, _, d = size.partition("x")
-    return layers.isdecimal() and d.isdecimal() and int(layers) >= 1 and int(d) >= 32
+    parts = size.split("x")
+    numbers = len(parts) in (2, 3) and all(part.isdecimal() and int(part) >= 1 for part in parts)
+    return numbers and int(parts[1]) >= 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +188,8 @@ def build_options(kind: Any, data: Mapping[str, Any]) -> Any:
 
 def normalised(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for the fields of the dataclass `kind`, so that what computes the same is the same: the text of an enum's
-    member becomes the member (code compares with `is`), a list a tuple, a NumPy scalar a Python number, a whole float
-    in an integer field an integer, and other floats are rounded to 12 digits (0.1 + 0.2 is 0.3)."""
+    member becomes the member (code compares with `is`), a list a tuple, a NumPy scalar a Python number, and a whole
+    float in an integer field an integer."""
     found = dict(values)
     for name, hint in _hints(kind).items():
         if name in found:
@@ -203,11 +205,8 @@ def _normalised(value: Any, kinds: tuple[Any, ...]) -> Any:
     if isinstance(value, str):
         enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)]
         return next((enum(value) for enum in enums if value in list(enum)), value)
-    if isinstance(value, float) and math.isfinite(value):
-        if value.is_integer() and int in kinds and float not in kinds:
-            return int(value)
-        return float(f"{value:.12g}")
-    return value
+    whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
+    return int(value) if whole and int in kinds and float not in kinds else value
 
 
 def set_normalised(instance: Any) -> None:

@@ -262,6 +262,10 @@ class LanguageModel(nn.Module):
         state.position += 1
         return logits_BV, steps_B
 
+    def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
+        """Go on decoding some of a state's sequences alone: the others are finished, and cost nothing any more."""
+        state.keep(rows)
+
     def _check_vocabulary(self, tokens: Tensor) -> None:
         """Refuse tokens that the model does not have, on CPUs; elsewhere that would cost a trip to the device, and the
         kernels assert it."""

@@ -88,3 +88,10 @@ class ShuffledModel(AdaptiveModel):
         hidden_Bd, dealt_B, _ = self.latent_loop.decode(x_Bd, rope, state, forced)
         state.counts += before.executed_only()
         return hidden_Bd, dealt_B
+
+    def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
+        super().keep_sequences(state, rows)
+        if state.extra is not None:
+            scout, meant = state.extra
+            scout.keep(rows)
+            state.extra = (scout, [[steps[b] for b in rows] for steps in meant])

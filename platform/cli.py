@@ -185,12 +185,15 @@ def _run_module(name: str) -> None:
 
 
 def _captured(run: Callable[[], object], target: str) -> Study:
+    from haltscale.platform.config import ConfigError
     from haltscale.platform.sweeps.study_cli import captured
 
     arguments, sys.argv = sys.argv, [target]
     try:
         with captured() as found:
             run()
+    except ConfigError as error:
+        raise UnknownStudyError(str(error)) from error
     except ValueError as error:
         raise UnknownStudyError(f"{target}: {error}") from error
     finally:
@@ -202,7 +205,7 @@ def _captured(run: Callable[[], object], target: str) -> Study:
 
 
 def _is_importable(name: str) -> bool:
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not all(part.isidentifier() and not part.startswith("__") for part in name.split(".")):
         return False
     try:
         return importlib.util.find_spec(name) is not None

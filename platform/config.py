@@ -229,8 +229,8 @@ class RunConfig:
             defaults["size"] = IMPORTED
         options: Any = self.options
         if hasattr(options, "canonical"):
-            defaults["options"] = options.canonical()
-        return replace(self, **defaults)
+            options = options.canonical()
+        return replace(_rounded(self), **{**defaults, "options": _rounded(options)})
 
     def resolved(self, *, on_gpu: bool = False) -> RunConfig:
         """The run with the number format that ``precision=auto`` stands for.
@@ -287,6 +287,12 @@ class RunConfig:
         start = InitialModel.from_identity(identity["init_from"]) if "init_from" in identity else None
         run: RunConfig = build_options(cls, {**values, "method": method, "options": options, "init_from": start})
         return run
+
+
+def _rounded(values: Any) -> Any:
+    """A dataclass with its floats to the 12 digits that count: 0.1 + 0.2 is 0.3."""
+    floats = {f.name: value for f in fields(values) if isinstance(value := getattr(values, f.name), float)}
+    return replace(values, **{name: float(f"{value:.12g}") for name, value in floats.items()})
 
 
 RUN_FIELDS = tuple(f.name for f in fields(RunConfig))

@@ -206,7 +206,7 @@ def isoflop(runs: pd.DataFrame, kind: FlopsKind) -> None:
         return
     method = st.segmented_control(
         "Method", list(dict.fromkeys(runs["method"])), default=runs["method"].iloc[0], required=True, key="iso-method",
-        bind="query-params",
+        bind="query-params", format_func=layout.label,
     )  # fmt: skip
     found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")
     if isinstance(found, Refusal):
@@ -249,6 +249,7 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
         required=True,
         key="reference",
         bind="query-params",
+        format_func=layout.label,
     )
     for x, title in ((f"flops_{kind}", f"Equivalent compute ({kind} FLOPs)"), ("parameters", "Equivalent parameters")):
         st.subheader(title, anchor=False)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,11 @@ class Corpus:
     What is held out, the probe, and what a tokenizer is trained on are of the first documents, up to so many bytes of
     text. None: everything is prepared before anything is trained, and rows are shuffled all together."""
 
+    need: str = ""
+    """Of synthetic text: ``module:function`` that gives the latent steps which each token of a document needs, from its
+    words (see :mod:`haltscale.platform.evaluation.need`). Evaluations then compare steps with need; nothing else
+    changes, so it is not part of the fingerprint."""
+
     @property
     def vocab_size(self) -> int:
         """Ids that the models need; 257 where the tokenizer cannot be loaded, which :meth:`problems` tells."""
@@ -130,13 +136,13 @@ class Corpus:
         for name, source in sorted(self.sources.items()):
             unreadable = source.file_problems()
             found += [f"source {name}: {problem}" for problem in [*source.problems(), *unreadable]]
-            if unreadable:
+            if unreadable or source.type_problems():
                 continue
             if source.kind in (Format.UINT16, Format.UINT32) and isinstance(self.tokenizer, BytePairs):
                 found.append(f"source {name} holds token ids: name their tokenizer, tokenizer=Pretrained(name=...)")
             if source.kind is Format.TEXT and self.validation_documents > 0:
                 found += self._too_few(name, [file.name for file in source.files])
-        return [f"corpus {self.name}: {problem}" for problem in found]
+        return [printable(f"corpus {self.name}: {problem}") for problem in found]
 
     def _too_few(self, source: str, names: list[str]) -> list[str]:
         found = []
@@ -233,7 +239,7 @@ class PreparedCorpus:
             counts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return cls(folder=folder, counts=counts, weights=weights or {}) if isinstance(counts, dict) else None
+        return cls(folder=folder, counts=counts, weights=weights or {}) if counts and isinstance(counts, dict) else None
 
     def is_outdated(self, corpus: Corpus) -> bool:
         """Whether an older version of the readers prepared it, which took what is refused now."""
@@ -335,16 +341,31 @@ class PreparedCorpus:
 
     def probe(self) -> HeldOutDocument:
         """The probe text."""
-        probe = self._read_json("probe.json")
-        return HeldOutDocument(
-            name=probe["document"],
-            bytes=len(probe["text"].encode()),
-            tokens=np.asarray(probe["tokens"], dtype=np.int64),
-            pieces=probe["pieces"],
-        )
+        path = self.folder / "probe.json"
+        probe = read_cached_json(path)
+        try:
+            return HeldOutDocument(
+                name=probe["document"],
+                bytes=len(probe["text"].encode()),
+                tokens=np.asarray(probe["tokens"], dtype=np.int64),
+                pieces=probe["pieces"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise damaged(path, error) from error
 
-    def _read_json(self, name: str) -> Any:
-        return read_cached_json(self.folder / name)
+    def check_parts(self) -> None:
+        """The training rows are there.
+
+        Raises:
+            CorpusError: files are missing or damaged; the message names one.
+        """
+        path = self.folder / "parts.json"
+        names, starts = read_parts(path)
+        if starts[-1] < self.rows:
+            raise damaged(path, ValueError(f"it has {starts[-1]} of {self.rows} rows"))
+        for name in names:
+            if not ends_as_parquet(self.folder / name):
+                raise damaged(self.folder / name, ValueError("it is missing, or cut short"))
 
     def token_counts(self) -> Tokens:
         """``(vocab_size,)``: how often each token occurs in the training documents."""
@@ -389,6 +410,29 @@ def read_cached_json(path: Path) -> Any:
         raise damaged(path, error) from error
 
 
+def read_parts(path: Path) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """``parts.json``: the files in order, and where each begins among the rows, the end included.
+
+    Raises:
+        CorpusError: it is not there, or damaged.
+    """
+    parts = read_cached_json(path)
+    try:
+        return [part["file"] for part in parts], np.cumsum([0, *(part["rows"] for part in parts)])
+    except (KeyError, TypeError) as error:
+        raise damaged(path, error) from error
+
+
+def ends_as_parquet(path: Path) -> bool:
+    """Whether a file is there and has a parquet file's last bytes, which are written last."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return file.read(4) == b"PAR1"
+    except OSError:
+        return False
+
+
 def damaged(path: Path, error: Exception) -> CorpusError:
     """What to say of a damaged file of a prepared corpus."""
     return CorpusError(path.parent.name, [f"{path} is damaged ({error}): remove its folder and prepare it again"])
@@ -413,9 +457,7 @@ class RowReader:
 
     def _look(self) -> None:
         """See which parts there are; a streamed corpus gets more."""
-        parts = read_cached_json(self._folder / "parts.json")
-        self._parts = [part["file"] for part in parts]
-        self._starts = np.cumsum([0, *(part["rows"] for part in parts)])
+        self._parts, self._starts = read_parts(self._folder / "parts.json")
 
     def read(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         """The rows of these sequence ids: ``(len(ids), context + 1)``.

@@ -68,16 +68,15 @@ class CsvScanner:
             CsvError: a row has more or fewer cells than the first, or its quotation marks do not fit.
         """
         while self._peek() != END:
-            first_line, row, ends, is_quoted = self.line, [], False, False
+            row: list[Cell] = []
+            first_line, ends, is_quoted = self.line, False, False
             while not ends:
                 cell, ends, is_quoted = self._cell(row)
                 row.append(cell)
                 if self.width and len(row) > self.width:
                     break
-            content = row[0].content
-            is_single = len(row) == 1 and not is_quoted and content is not None
-            if is_single and not (content if self.width == 1 else content.strip()):
-                continue  # a blank line
+            if len(row) == 1 and not is_quoted and self._is_blank(row[0].content):
+                continue
             if self.width and len(row) != self.width:
                 more = f"at least {len(row)}" if len(row) > self.width else str(len(row))
                 raise CsvError(
@@ -86,6 +85,10 @@ class CsvScanner:
                 )
             self.width = self.width or len(row)
             yield row
+
+    def _is_blank(self, content: bytes | None) -> bool:
+        """Whether a line is no row; white space is one where rows have a single cell."""
+        return content is not None and not (content if self.width == 1 else content.strip())
 
     def _peek(self) -> bytes:
         """The next byte, or END."""

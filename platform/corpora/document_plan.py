@@ -69,7 +69,7 @@ def plan_documents(corpus: Corpus, shards: list[dict[str, Any]], work: Path) -> 
     for shard in shards:
         documents, tokens, size = by_shard.get(shard["index"], (0, 0, 0))
         shard["train_tokens"] = tokens
-        zero = {"train_documents": 0, "train_bytes": 0, "train_tokens": 0, "duplicates": 0}
+        zero: dict[str, Any] = {"train_documents": 0, "train_bytes": 0, "train_tokens": 0, "duplicates": 0}
         zero |= {"skipped": Counter(), "altered": Counter()}
         source = sources.setdefault(shard["source"], zero)
         source["train_documents"] += documents

@@ -247,12 +247,12 @@ def _read_parquet(source: Readable, shard: Shard, counted: Counter[str]) -> Iter
     (file,) = shard.files
     with named_errors(file), source.open(file) as stream:
         table = open_parquet(stream, file)
-        column = _text_column(source, table.schema_arrow, file)
+        _check_text_column(source, table.schema_arrow, file)
         groups = range(shard.first, table.num_row_groups if shard.last is None else shard.last)
         index = sum(table.metadata.row_group(group).num_rows for group in range(shard.first))
         for batch in table.iter_batches(batch_size=64, columns=[source.text_field], row_groups=list(groups)):
             place = batch.schema.get_field_index(source.text_field)
-            yield from _column_texts(source, file, batch.column(place), column, index, counted)
+            yield from _column_texts(source, file, batch.column(place), index, counted)
             index += len(batch)
 
 
@@ -264,35 +264,52 @@ def _read_arrow(source: Readable, shard: Shard, counted: Counter[str]) -> Iterat
         if magic[:4] == b"FEA1":
             raise SourceError(f"{file.url} is Feather of version 1, which is not read: write it as version 2")
         opened = (pa.ipc.open_file if magic == b"ARROW1" else pa.ipc.open_stream)(pa.PythonFile(stream, mode="r"))
-        column = _text_column(source, opened.schema, file)
+        _check_text_column(source, opened.schema, file)
         place, index = opened.schema.get_field_index(source.text_field), 0
         many = opened.num_record_batches if magic == b"ARROW1" else None
         batches = opened if many is None else (opened.get_batch(number) for number in range(many))
         for batch in batches:
-            yield from _column_texts(source, file, batch.column(place), column, index, counted)
+            yield from _column_texts(source, file, batch.column(place), index, counted)
             index += len(batch)
 
 
-def _text_column(source: Readable, schema: pa.Schema, file: File) -> pa.DataType:
-    """The type of the column that holds the texts, a dictionary's values unpacked."""
+BYTES_OF = {
+    **{kind: kind for kind in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null())},
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+"""Arrow's types that hold text (older writers give it no logical type), and those of their bytes."""
+
+
+def _check_text_column(source: Readable, schema: pa.Schema, file: File) -> None:
     kind = schema.field(_only(source, schema.names, file.url)).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    is_text = (
-        *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null),
-        *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),  # written without a logical type
-    )
-    if not any(is_one(kind) for is_one in is_text):
+    if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in BYTES_OF:
         raise SourceError(f"{file.url}: field {source.text_field!r} is {kind}, not text")
-    return kind
 
 
 def _column_texts(
-    source: Readable, file: File, column: pa.Array, kind: pa.DataType, first: int, counted: Counter[str]
+    source: Readable, file: File, column: pa.Array, first: int, counted: Counter[str]
 ) -> Iterator[Document]:
-    for index, content in enumerate(column.cast(kind).cast(pa.large_binary()).to_pylist(), start=first):
+    for index, content in enumerate(_column_bytes(column), start=first):
         place = f"{file.url}#{index}"
         yield f"{file.name}#{index}", content if content is None else source.decode(content, place, 0, counted)
+
+
+def _column_bytes(column: pa.Array) -> list[bytes | None]:
+    """The texts' bytes, which need not be UTF-8. They are checked before: of a damaged file, what Arrow reads may point
+    outside its memory."""
+    if isinstance(column, pa.DictionaryArray):
+        column.indices.validate(full=True)
+        words = _column_bytes(column.dictionary)
+        places = column.indices.to_pylist()
+        if any(place is not None and not 0 <= place < len(words) for place in places):
+            raise pa.ArrowInvalid("an index points outside its dictionary")
+        return [None if place is None else words[place] for place in places]
+    raw = column if column.type == BYTES_OF[column.type] else column.view(BYTES_OF[column.type])
+    raw.validate(full=True)
+    found: list[bytes | None] = raw.to_pylist()
+    return found
 
 
 def _read_hugging_face(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
@@ -417,8 +434,9 @@ def named_errors(file: File) -> Iterator[None]:
     """Errors of reading become ones that name the file."""
     try:
         yield
-    except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error) as error:
-        raise SourceError(f"{file.url} cannot be read, it may be cut short ({error})") from error
+    except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, MemoryError) as error:
+        reason = str(error) or "it says that it holds more than fits into memory"  # as damaged lengths may
+        raise SourceError(f"{file.url} cannot be read, it may be cut short ({reason})") from error
 
 
 def _field(source: Readable, row: Any, where: str) -> str | None:

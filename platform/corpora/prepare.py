@@ -145,9 +145,16 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
 
 
 def _opened(corpus: Corpus, context: int) -> PreparedCorpus | None:
-    """What is in the cache, if today's readers would make the same of its sources."""
+    """What is in the cache, if today's readers would make the same of its sources.
+
+    Raises:
+        CorpusError: it is damaged.
+    """
     prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
-    return None if prepared is None or prepared.is_outdated(corpus) else prepared
+    if prepared is None or prepared.is_outdated(corpus):
+        return None
+    prepared.check_parts()
+    return prepared
 
 
 def _remove_outdated(folder: Path, corpus: Corpus) -> None:

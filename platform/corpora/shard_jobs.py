@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from haltscale.platform.corpora import leakage
+from haltscale.platform.corpora.corpus import ends_as_parquet
 from haltscale.platform.corpora.formats import Shard, SourceError, printable
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Losses, TokenizerError, encode, exact
@@ -117,7 +118,7 @@ def kept_tokens(work: Path, job: TokeniseJob) -> Result | None:
     path = work / f"tokens-{job.index:06d}.json"
 
     def is_whole(result: Result) -> bool:
-        return result["stamp"] == job.source.stamp(job.shard) and _ends_as_parquet(path.with_suffix(".parquet"))
+        return result["stamp"] == job.source.stamp(job.shard) and ends_as_parquet(path.with_suffix(".parquet"))
 
     result = _kept(path, is_whole)
     if result is None and path.exists():
@@ -132,7 +133,7 @@ def kept_rows(work: Path, job: PackJob) -> Result | None:
 
     def is_whole(result: Result) -> bool:
         part = Path(job.ready) / result["file"]
-        has_part = not result["rows"] or _ends_as_parquet(part)
+        has_part = not result["rows"] or ends_as_parquet(part)
         return has_part and len(np.load(path.with_suffix(".npy"))) == job.vocab_size and "leaked" in result
 
     return _kept(path, is_whole)
@@ -150,12 +151,6 @@ def _kept(path: Path, is_whole: Callable[[Result], bool]) -> Result | None:
         reason = f"it is damaged: {error}"
     log.warning("%s is made again (%s)", path, reason)
     return None
-
-
-def _ends_as_parquet(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-4, os.SEEK_END)
-        return file.read(4) == b"PAR1"
 
 
 def name_hash(name: str) -> int:

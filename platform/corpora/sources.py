@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,6 +62,14 @@ PART_NAME = re.compile(r"(?P<stem>.*)-\d+-of-(?P<parts>\d+)\b.*", re.DOTALL)
 """How datasets that are saved in parts call them."""
 MOST_NAMED = 10
 """Files that one message names; the others are counted."""
+CHOICES: dict[str, type[StrEnum]] = {"format": Format, "invalid_utf8": InvalidUtf8, "quoting": Quoting}
+FIELD_TYPES = (
+    *((name, str, False) for name in ("path", "text_field", "keep", "split")),
+    *((name, str, True) for name in ("delimiter", "config", "revision")),
+    *((name, int, False) for name in ("min_characters", "longest_document_bytes")),
+    *((name, int, True) for name in ("documents", "max_characters")),
+)
+"""Name, type, and whether None will do."""
 LATER_FIELDS: dict[str, tuple[Any, ...]] = {"delimiter": (None,), "quoting": (Quoting.AUTO, Quoting.DOUBLE)}
 """Fields that are in a source's identity only where they have another value than these, so that older fingerprints stay
 what they are. (AUTO reads what DOUBLE reads, or refuses.)"""
@@ -105,16 +114,14 @@ class Source:
     def __post_init__(self) -> None:
         if isinstance(self.path, os.PathLike):
             object.__setattr__(self, "path", os.fspath(self.path))
-        for name, kind in (("format", Format), ("invalid_utf8", InvalidUtf8), ("quoting", Quoting)):
-            if (value := getattr(self, name)) in list(kind):
-                object.__setattr__(self, name, kind(value))  # a plain text is as good
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) in list(choices):
+                object.__setattr__(self, name, choices(value))  # a plain text is as good
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     @cached_property
     def _filesystem(self) -> tuple[Any, str]:
-        if not isinstance(self.path, str):
-            raise SourceError(f"path must be a text or a pathlib.Path (got {self.path!r})")
         fs, root = fsspec.core.url_to_fs(self.path)
         return fs, root.rstrip("/")
 
@@ -182,26 +189,37 @@ class Source:
         names = [PurePosixPath(file.name).name for file in self._all_files if file.url not in read]
         return dict(sorted(Counter(PurePosixPath(name).suffix or name for name in names).items()))
 
+    def type_problems(self) -> list[str]:
+        """Fields that hold something of another type than they should."""
+        found = []
+        for name, kind, is_optional in FIELD_TYPES:
+            value = getattr(self, name)
+            if not (isinstance(value, kind) and not isinstance(value, bool)) and not (is_optional and value is None):
+                what = "a text" if kind is str else "a whole number"
+                found.append(f"{name} must be {what}{' or None' if is_optional else ''} (got {value!r})")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in list(choices):
+                found.append(f"{name} must be one of {', '.join(choices)} (got {getattr(self, name)!r})")
+        return found
+
     def problems(self) -> list[str]:
         """What is wrong with the description."""
-        found = []
+        if found := self.type_problems():
+            return found
         for name in ("documents", "max_characters", "longest_document_bytes"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 found.append(f"{name} is {value!r}, needs a whole number above 0")
         if self.weight is not None and not (isinstance(self.weight, int | float) and 0 < self.weight < float("inf")):
             found.append(f"weight is {self.weight!r}, needs a number above 0 (leave the source out to use none of it)")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             found.append(f"max_characters {self.max_characters} is below min_characters {self.min_characters}")
-        for name, kind in (("format", Format), ("invalid_utf8", InvalidUtf8), ("quoting", Quoting)):
-            if getattr(self, name) not in list(kind):
-                found.append(f"{name} must be one of {', '.join(kind)} (got {getattr(self, name)!r})")
-        if self.delimiter is not None and not (
-            isinstance(self.delimiter, str) and len(self.delimiter.encode("utf-8", "replace")) == 1
+        if self.delimiter is not None and (
+            len(self.delimiter) != 1 or self.delimiter in '"\r\n' or self.delimiter > "~"
         ):
-            found.append(f"delimiter must be one ASCII character (got {self.delimiter!r})")
-        elif self.delimiter in ('"', "\n", "\r"):
-            found.append(f"delimiter {self.delimiter!r} is a quotation mark or a line end")
+            found.append(
+                f"delimiter must be one ASCII character, no quotation mark or line end (got {self.delimiter!r})"
+            )
         if self.keep:
             try:
                 if not callable(_predicate(self.keep)):
@@ -219,8 +237,8 @@ class Source:
             except SourceError as error:
                 return [str(error)]
             return []
-        if not isinstance(self.path, str):
-            return [f"path must be a text or a pathlib.Path (got {self.path!r})"]
+        if self.type_problems():
+            return []  # among those of the description
         if self.is_local and not self.path.removeprefix("file://").startswith("/"):
             return [f"path {self.path!r} is not an absolute path"]  # jobs and workers run in folders of their own
         try:
@@ -306,8 +324,10 @@ class Source:
         """What makes up the documents, JSON-able: everything but where they lie, and their weight.
 
         Raises:
-            SourceError: files cannot be read, or a dataset cannot be found.
+            SourceError: files cannot be read, a dataset cannot be found, or a field has another type than it should.
         """
+        if problems := self.type_problems():
+            raise SourceError("; ".join(problems))
         left_out = {"path", "weight", "format", "revision"}
         left_out |= {name for name, defaults in LATER_FIELDS.items() if getattr(self, name) in defaults}
         described = {name: value for name, value in encodable(self).items() if name not in left_out}
@@ -556,7 +576,7 @@ def _literal_part(pattern: str) -> str:
 
 
 def _walk(root: str) -> Iterator[str]:
-    """All files below a local folder, through links to folders, but not in circles.
+    """All files below a local folder, through links to folders, but not in circles, nor into haltscale's own home.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -565,14 +585,16 @@ def _walk(root: str) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    seen = {os.path.realpath(root)}
+    seen, home = {os.path.realpath(root)}, os.path.realpath(haltscale_home())
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         for name in list(folders):
             path = os.path.join(folder, name)
+            target = os.path.realpath(path)
+            above = f"{os.path.realpath(folder)}/"
+            is_circle = os.path.islink(path) and (target in seen or above.startswith(f"{target}/"))
+            if is_circle or target == home:  # what is prepared from documents is none
+                folders.remove(name)
             if os.path.islink(path):
-                target = os.path.realpath(path)
-                if target in seen or f"{os.path.realpath(folder)}/".startswith(f"{target}/"):
-                    folders.remove(name)
                 seen.add(target)
         yield from (os.path.join(folder, name) for name in names)
 

@@ -20,6 +20,7 @@ from haltscale.platform.analysis.paired import document_sums
 from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
 from haltscale.platform.evaluation.halting_summary import summarise_halting
 from haltscale.platform.evaluation.held_out import STATES_READ, Tally, TokenEvents, read_documents, read_events
+from haltscale.platform.evaluation.need import NeedOfCorpus, NeedTally
 from haltscale.platform.evaluation.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
 from haltscale.platform.recorder import RunRecorder
@@ -33,7 +34,7 @@ class SplitResult:
     """What reading the validation split gave."""
 
     row: Mapping[str, Any]
-    """Loss and halting of the split (see ``Tally.row``)."""
+    """Loss and halting of the split (see ``Tally.row``); ``need`` where the text's need is known (``NeedTally``)."""
     summary: Mapping[str, Any]
     """What the telemetry says (see ``summarise_halting``)."""
     flops: Flops
@@ -84,6 +85,8 @@ def _read_and_record(
 ) -> SplitResult:
     kinds = TokenKinds.of_corpus(corpus)
     tally, quantiles = Tally(), Quantiles()
+    need = NeedOfCorpus.of(corpus)
+    needed = NeedTally(need, corpus.stream_validation()) if need else None
     l_max = 0
     documents: list[pd.DataFrame] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -93,6 +96,8 @@ def _read_and_record(
             model, corpus.stream_validation(), context=context, by_step=_by_step(corpus), world=world
         ):
             tally.add(events)
+            if needed:
+                needed.add(events)
             quantiles.add(events.nll)
             writer.add(events)
             documents.append(document_sums(events.document, events.nll))
@@ -103,10 +108,15 @@ def _read_and_record(
         cube = build_cube(file, edges)
         write_cube(cube, edges, file.metadata, Path(folder) / "cube.parquet")
         summary = summarise_halting(file, cube, quarters=quantiles.at([0.25, 0.75]), l_max=l_max)
+        found = {"need": needed.result()} if needed else {}
+        summary |= found
         recorder.telemetry(step, Path(folder), summary)
     probe = corpus.probe()
-    recorder.probe(step, probe_table(read_documents(model, [probe], context=context, by_step=1.0), probe, kinds))
-    row = tally.row(text_bytes=int(corpus.counts["validation_bytes"]))
+    table = probe_table(read_documents(model, [probe], context=context, by_step=1.0), probe, kinds)
+    if need:
+        table["need"] = need(probe)
+    recorder.probe(step, table)
+    row = {**tally.row(text_bytes=int(corpus.counts["validation_bytes"])), **found}
     return SplitResult(row=row, summary=summary, flops=tally.flops, by_document=_by_document(documents))
 
 

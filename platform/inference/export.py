@@ -171,7 +171,7 @@ def _source(module: str) -> str:
 
 def write_tokenizer(tokenizer: Tokenizer, end: int, context: int, folder: Path) -> None:
     """The tokenizer, which puts end-of-text before every text and nothing else, as training did."""
-    name = tokenizer.id_to_token(end)
+    name = str(tokenizer.id_to_token(end))
     document = json.loads(exact(tokenizer.to_str(), name).to_str())
     document["post_processor"] = _prefix(name, end)
     Tokenizer.from_str(json.dumps(document)).save(str(folder / "tokenizer.json"))
@@ -230,8 +230,10 @@ def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:
     halting = (
         "A plain Llama: one pass per token."
         if plain
-        else "The model may think several latent steps before each token. It reads the whole text at every step of"
-        " `generate` (no cache), and takes padding on the right only."
+        else "The model may think several latent steps before each token. `generate` keeps keys and values from token"
+        " to token in the model's own cache (beam search goes without one) and continues texts of one length; a forward"
+        " pass takes padding on the right. `model(ids, labels=ids).loss` is the cross-entropy alone: fine-tuning with"
+        " it puts no price on latent steps."
     )
     return f"""---
 library_name: transformers

@@ -64,7 +64,9 @@ class LoadedModel:
     @property
     def end_of_text(self) -> int:
         """The token that stands before every document."""
-        return int(self.tokenizer.token_to_id(self.end_of_text_name or guessed_end_of_text(self.tokenizer)))
+        found = self.tokenizer.token_to_id(self.end_of_text_name or guessed_end_of_text(self.tokenizer))
+        assert found is not None, "checked when it was loaded"
+        return int(found)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of texts, as training encoded its documents: no text becomes end-of-text.

@@ -36,7 +36,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from haltscale.model.generation import Cost, GenerationError, Sampling
+from haltscale.model.generation import GenerationError, Sampling
 from haltscale.platform.inference.models import LoadedModel
 from haltscale.platform.inference.text_generation import MAX_CACHE_BYTES, WrittenToken, write
 
@@ -151,8 +151,14 @@ class Piece:
     finish: str | None = None
 
 
-def pieces(tokens: Iterator[WrittenToken], request: Completion, end_of_text: int) -> Iterator[Piece]:
-    """Continuations up to their stops, which are left out, piece by piece; the last of each says why it ended."""
+def pieces(
+    tokens: Iterator[WrittenToken], request: Completion, end_of_text: int, ended: set[int] | None = None
+) -> Iterator[Piece]:
+    """Continuations up to their stops, which are left out, piece by piece; the last of each says why it ended.
+
+    Args:
+        ended: filled in with the choices that have ended: whoever writes need not go on with them.
+    """
     waiting = dict.fromkeys(range(len(request.prompts)), "")  # text that may turn out to belong to a stop
     left = dict.fromkeys(waiting, request.new_tokens)
     for token in tokens:
@@ -165,6 +171,8 @@ def pieces(tokens: Iterator[WrittenToken], request: Completion, end_of_text: int
         over = "stop" if met is not None or token.token_id == end_of_text else None if left[index] else "length"
         if over:
             del waiting[index]
+            if ended is not None:
+                ended.add(index)
             yield Piece(index, text if met is None else text[:met], [token.steps], over)
             if not waiting:
                 return
@@ -246,17 +254,17 @@ class Server:
         request = Completion.parse(body)
         if body.get("model") not in (None, self.name):
             raise UnknownModelError(f"no model {str(body['model'])[:80]!r} here; there is: {self.name}")
-        cost = Cost()
+        ended = set[int]()
         tokens = write(
             self.loaded,
             request.prompts,
             new_tokens=request.new_tokens,
             sampling=request.sampling,
             max_cache_bytes=self._max_cache_bytes,
-            cost=cost,
+            unwanted=ended,
         )
         answer = Answer(self.name, self._prompt_tokens(request))
-        return request, pieces(tokens, request, self.loaded.end_of_text), answer
+        return request, pieces(tokens, request, self.loaded.end_of_text, ended), answer
 
     def _prompt_tokens(self, request: Completion) -> int:
         encoded = self.loaded.tokenizer.encode_batch(request.prompts, add_special_tokens=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,12 +47,14 @@ def write(
     stop: Sequence[str] = (),
     max_cache_bytes: int = MAX_CACHE_BYTES,
     cost: Cost | None = None,
+    unwanted: Collection[int] = (),
 ) -> Iterator[WrittenToken]:
     """Continue prompts, each as the beginning of a document; tokens come as they are written.
 
     Args:
         new_tokens: at most so many for each; None: as many as the context has room for beside the longest prompt.
         stop: tokens (their text) that end a continuation, beside end-of-text.
+        unwanted: a set that the caller adds prompts to while it reads: their continuations end.
 
     Raises:
         GenerationError: a prompt is empty, too long or no text, a stop is no single token, or the cache would be too
@@ -74,6 +76,7 @@ def write(
         stop_tokens=stops,
         max_cache_bytes=max_cache_bytes,
         cost=cost,
+        unwanted=unwanted,
     )
     return _decoded(loaded, encoded, emitted)
 

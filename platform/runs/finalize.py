@@ -96,6 +96,7 @@ def finish(
             "flops_overshoot": None if run.flops is None else progress.flops_realised - run.flops,
             "inference_flops_per_token": asdict(per_token),
             "halting": result.summary["difficulty"],
+            **({"need": row["need"]} if "need" in row else {}),
             "events": progress.events,
             "sequence_digest": progress.sequence_digest,
             "wall_seconds": progress.seconds,

@@ -28,6 +28,7 @@ from haltscale.platform.initial_model import InitialModelError
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.runs.branching import branch_point
 from haltscale.platform.runs.finalize import evaluate_run, finish
+from haltscale.platform.runs.ray_process_group import PrivateTorchConfig
 from haltscale.platform.schedule import share
 from haltscale.platform.store import Cause, RunState, RunStore
 from haltscale.platform.training.engine import full_weights, open_process_group, readable, snapshot, start
@@ -86,6 +87,7 @@ def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=spec.to_dict(),
+        torch_config=PrivateTorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=execution.workers,
             use_gpu=bool(execution.gpus_per_worker),

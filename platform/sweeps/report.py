@@ -50,7 +50,8 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
     if keys is not None:
         return table(store.views(study, keys).values())
     found = table(store.runs(study))
-    waiting = pd.DataFrame([row for row in store.study(study).get("waiting", []) if isinstance(row, dict)])
+    document = {} if store.study_problem(study) else store.study(study)
+    waiting = pd.DataFrame([row for row in document.get("waiting") or [] if isinstance(row, dict)])
     return pd.concat([found, waiting.assign(key="", state="waiting")], ignore_index=True) if len(waiting) else found
 
 

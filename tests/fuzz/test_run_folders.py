@@ -4,6 +4,7 @@ the damaged one, and shows every other run as it was."""
 import contextlib
 import io
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -41,8 +42,9 @@ def write(root: Path) -> RunStore:
     for key in ("harmed", "sound", "going"):
         spec = {"label": key, "study": STUDY, "key": key, "identity": IDENTITY, "execution": {}}
         store.write_json(store.path(STUDY, key, "spec.json"), spec)
-        status = {"state": "running", "step": 1, "steps": 3, "heartbeat": 1.0, "error": None, "loss": 3.5}
+        status = {"state": "running", "step": 1, "steps": 3, "error": None, "loss": 3.5}
         store.write_json(store.path(STUDY, key, "status.json"), status)
+        os.utime(store.path(STUDY, key, "status.json"), (1.0, 1.0))
         rows = [{"step": step, "loss": 4.0 - step, "seconds": step, "flops_realised": 1e9 * step} for step in (1, 2)]
         store.append_lines(store.path(STUDY, key, "metrics.jsonl"), rows)
         evaluated = {"step": 2, "split": "validation", "loss": 3.2, "tokens": 90, "steps_histogram": [0.5, 0.5]}

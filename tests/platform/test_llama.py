@@ -318,3 +318,32 @@ def test_a_study_is_told_from_the_command_line(pretrained, study, corpus):
     assert len(told.plan()) == 3
     with pytest.raises(ConfigError, match=r"init_from: .* neither a folder nor a name"):
         plain.overridden(["init_from=/nothing"])
+
+
+def test_the_index_names_the_weights_and_leftovers_are_not_read(pretrained, tmp_path):
+    """An earlier save in more parts has left files behind: what `transformers` loads is what is loaded."""
+    _, old = pretrained(max_shard_size="10KB")
+    leftovers = {path.name: path.read_bytes() for path in old.glob("model-*.safetensors")}
+    for path in old.glob("model*"):
+        path.unlink()
+    torch.manual_seed(1)
+    theirs = LlamaForCausalLM(LlamaConfig.from_pretrained(old))
+    theirs.save_pretrained(old, max_shard_size="30KB")
+    sound = llama(old)
+    for name, content in leftovers.items():
+        if not (old / name).exists():
+            (old / name).write_bytes(content)
+    initial = llama(old)
+    assert initial.sha256 == sound.sha256
+    model = build_model(run_from(old).model_config(VOCABULARY), seed=0)
+    load_into(model, initial)
+    torch.testing.assert_close(model.embedding.weight, theirs.model.embed_tokens.weight)
+    index = old / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values())
+    index.unlink()
+    with pytest.raises(InitialModelError, match="and so does a file before it"):
+        llama(old)
+    index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(InitialModelError, match=r"names files that are not there: gone\.safetensors"):
+        llama(old)
+    assert named

@@ -232,9 +232,51 @@ def test_two_workers_see_the_sequences_of_one(head: cluster.Head, texts: Path, t
     assert one["flops_realised"] == pytest.approx(two["flops_realised"], rel=0.1)
 
 
-def test_everything_listens_on_loopback_only(head: cluster.Head) -> None:
+def listening(head: cluster.Head) -> set[tuple[str, str]]:
+    """The addresses on which the head's processes and all their children listen, with what is on their command line."""
     mine = [p for p in psutil.process_iter() if head.temp_dir in command_line(p) or head.gcs in command_line(p)]
     family = {process.pid: process for parent in mine for process in [parent, *parent.children(recursive=True)]}
-    listening = [c for p in family.values() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert len(listening) >= 3
-    assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} <= {"127.0.0.1", "::1"}
+    return {
+        (c.laddr.ip.removeprefix("::ffff:"), command_line(process)[:60])
+        for process in family.values()
+        for c in connections(process)
+        if c.status == psutil.CONN_LISTEN
+    }
+
+
+def connections(process: psutil.Process) -> list[Any]:
+    try:
+        return list(process.net_connections("inet"))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_everything_listens_on_loopback_only(head: cluster.Head) -> None:
+    found = listening(head)
+    assert len(found) >= 3
+    assert {address for address, _ in found} <= {"127.0.0.1", "::1"}
+
+
+def test_workers_that_train_together_listen_on_loopback_only(head: cluster.Head, tmp_path: Path) -> None:
+    """PyTorch's rendezvous among them, which has no password."""
+    toy = write_study(
+        tmp_path / "pair.py",
+        write_texts(tmp_path / "texts"),
+        name="pair",
+        execution="workers=2, evaluations=1, checkpoints=1, log_every_seconds=0.0",
+    )
+    store = RunStore(tmp_path / "runs")
+    job = submit(head, "python", toy, "--store", store.root)
+    seen: set[tuple[str, str]] = set()
+
+    def trains() -> bool:
+        seen.update(listening(head))
+        keys = store.run_keys("pair") if "pair" in store.studies() else []
+        return any(store.read_lines(store.path("pair", key, "metrics.jsonl")) for key in keys)
+
+    wait_for(trains, job)
+    seen.update(listening(head))
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+    assert any("RayTrainWorker" in command for _, command in seen)
+    assert {address for address, _ in seen} <= {"127.0.0.1", "::1"}

@@ -169,6 +169,35 @@ def test_a_wrong_task_file(tmp_path, text, said):
         task_file(tmp_path / "t.jsonl")
 
 
+def test_a_task_file_is_read_as_a_corpus_is(tmp_path):
+    """Compressed, with a byte order mark, with U+2028 in a text, by any name that is a path."""
+    items = [{"query": f"a\u2028{n}", "choices": ["b", "c"], "gold": 1} for n in range(3)]
+    lines = "\n\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+    plain, packed, other = tmp_path / "t.jsonl", tmp_path / "t.jsonl.gz", tmp_path / "mine.txt"
+    plain.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    packed.write_bytes(gzip.compress(lines.encode()))
+    other.write_text(lines)
+    tasks = find_tasks([plain, str(packed), str(other)], [0])
+    assert [task.name for task in tasks] == ["t", "t", "mine"]
+    for task in tasks:
+        assert [item.contexts[0] for item in task.items] == [item["query"] for item in items]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"query": "half \\ud83d", "choices": ["b"], "gold": 0}', "line 2: .* half a surrogate pair at character 5"),
+        ('{"query": "a", "choices": ["b"], "gold": 0, "gold": 1}', "line 2: .*'gold' more than once"),
+        ("[1, 2]", "line 2: needs an object"),
+        ("7", "line 2: needs an object"),
+    ],
+)
+def test_one_wrong_line_of_a_task_is_named(tmp_path, line, said):
+    (tmp_path / "t.jsonl").write_text('{"query": "a", "choices": ["b"], "gold": 0}\n' + line)
+    with pytest.raises(TaskError, match=said):
+        task_file(tmp_path / "t.jsonl")
+
+
 def test_a_missing_task_file(tmp_path):
     with pytest.raises(TaskError, match="cannot be read"):
         find_tasks([str(tmp_path / "nothing.jsonl")], [0])

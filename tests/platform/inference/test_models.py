@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from haltscale.model import METHODS, AdaptiveOptions, Method, ModelConfig, Shape, build_model
+from haltscale.platform.corpora.tokenization import TokenizerError
 from haltscale.platform.inference.models import ModelFolderError, load_model
 
 
@@ -133,3 +134,69 @@ def test_a_folder_that_is_none(tmp_path, folder):
         load_model(tmp_path / "nothing")
     with pytest.raises(ModelFolderError, match=r"did you mean .*model"):
         load_model(folder.parent)
+
+
+# ---- the tokenizer and its end-of-text ------------------------------------------------------------------------------
+
+
+def with_tokenizer(folder: Path, made: Tokenizer, **settings) -> Path:
+    made.save(str(folder / "tokenizer.json"))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("eos_token", ["[STOP]", {"content": "[STOP]", "lstrip": False}])
+def test_end_of_text_is_what_the_folder_says(folder, eos_token):
+    """Also where the tokenizer has a token of one of the usual names."""
+    made = tokenizer(40)
+    made.add_special_tokens(["[STOP]"])
+    words = {"<|endoftext|>": 0, "[STOP]": 1, **{str(n): n + 2 for n in range(30)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="0"))
+    loaded = load_model(with_tokenizer(folder, made, eos_token=eos_token))
+    assert loaded.end_of_text == 1
+    assert loaded.tokenizer.id_to_token(loaded.end_of_text) == "[STOP]"
+    (folder / "tokenizer_config.json").unlink()
+    assert load_model(folder).end_of_text == 0, "of a folder of an older version it is guessed"
+
+
+def test_end_of_text_that_the_tokenizer_does_not_have_is_refused(folder):
+    with pytest.raises(ModelFolderError, match=r"tokenizer_config\.json says eos_token '\[STOP\]', which"):
+        load_model(with_tokenizer(folder, tokenizer(40), eos_token="[STOP]"))
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ModelFolderError, match=r"tokenizer_config\.json is damaged"):
+        load_model(folder)
+    with_tokenizer(folder, tokenizer(40, end="[STOP]"), pad_token="0")
+    with pytest.raises(ModelFolderError, match="no end-of-text token"):
+        load_model(folder)
+
+
+def test_a_finished_run_says_its_end_of_text(tmp_path):
+    """As training leaves it behind, and as a checkpoint's folder is written."""
+    from haltscale.platform.corpora.corpus import PreparedCorpus
+    from haltscale.platform.recorder import RunRecorder
+    from haltscale.platform.runs.finalize import export
+    from haltscale.platform.store import RunStore
+
+    corpus = PreparedCorpus(folder=tmp_path / "corpus", counts={"end_of_text": "[STOP]"})
+    corpus.folder.mkdir()
+    tokenizer(40, end="[STOP]").save(str(corpus.folder / "tokenizer.json"))
+    store = RunStore(tmp_path / "runs")
+    model = model_of()
+    export(model, model.state_dict(), corpus, RunRecorder(store, "study", "key", steps=1))
+    loaded = load_model(store.local_path("study", "key", "model"))
+    assert loaded.tokenizer.id_to_token(loaded.end_of_text) == "[STOP]"
+    older = PreparedCorpus(folder=corpus.folder, counts={"prepared": {"tokenizer": {"end_of_text": "</s>"}}})
+    assert older.end_of_text == "</s>"
+    assert PreparedCorpus(folder=corpus.folder, counts={}).end_of_text == "<|endoftext|>"
+
+
+def test_prompts_are_encoded_as_training_encoded_documents(folder):
+    made = tokenizer(40)
+    made.enable_truncation(2)
+    made.enable_padding(length=9)
+    loaded = load_model(with_tokenizer(folder, made))
+    assert loaded.tokenizer.encode("1 2 3 4").ids == [2, 3, 4, 5]
+    assert loaded.encode(["1 2 3 4", "5"]) == [[2, 3, 4, 5], [6]]
+    with pytest.raises(TokenizerError, match="character 2 is half a surrogate pair"):
+        loaded.encode(["1 \ud83d"])

@@ -1,0 +1,16 @@
+"""How long the property tests search: `make fuzz` for a night, a few seconds in the usual run.
+
+A test here takes its settings from the profile: ``@settings.get_profile("fuzz")`` above ``@given``.
+"""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "fuzz",
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "15")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
