@@ -22,10 +22,10 @@ class UsageError(ValueError):
 
 
 EXAMPLES = {
-    "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
-    "generate": 'haltscale generate quickstart/adaptive-0.6m "The state of the union"',
-    "serve": "haltscale serve quickstart/adaptive-0.6m --port 8300",
-    "export": "haltscale export quickstart/adaptive-0.6m ./exported",
+    "evaluate": "haltscale evaluate state-of-the-union/adaptive-0.6m --tasks lambada,piqa --controls --dial",
+    "generate": 'haltscale generate state-of-the-union/adaptive-0.6m "The state of the union"',
+    "serve": "haltscale serve state-of-the-union/adaptive-0.6m --port 8300",
+    "export": "haltscale export state-of-the-union/adaptive-0.6m ./exported",
 }
 MODEL_HELP = (
     "STUDY/RUN in the store (the beginning of a run's key will do); STUDY/RUN@STEP or STUDY/RUN@latest for a training"

@@ -1,8 +1,8 @@
 """Quickstart: a small model that takes latent steps where they are needed, and what that is worth.
 
-One seed of `known_need.py`: text in which some answers need one or two steps of computation by construction, and nothing
-else needs any. The plain model learns what takes a single look-up; the adaptive one learns the rest, and its router
-puts the steps there; with the same number of steps in other places it is lost. Minutes on two CPU cores.
+One seed of `known_need.py`: text in which some answers need one or two steps of computation by construction, and
+nothing else needs any. The plain model learns what takes a single look-up; the adaptive one learns the rest, and its
+router puts the steps there; with the same number of steps in other places it is lost. Minutes on two CPU cores.
 """
 
 from dataclasses import replace
@@ -19,8 +19,8 @@ def study() -> Study:
         question="Does a small model learn where latent steps are needed, and what is that worth?",
         note=(
             "needy: tokens that need one or two latent steps by construction; rank corr.: Spearman's, between the steps"
-            " that tokens need and those that they get. The controls take as many steps as the router did, elsewhere. One"
-            " seed shows the machinery; known_need has three, and the twin without need. For a study on English:"
+            " that tokens need and those that they get. The controls take as many steps as the router did, elsewhere."
+            " One seed shows the machinery; known_need has three, and the twin without need. For a study on English:"
             " haltscale submit state_of_the_union"
         ),
     )
