@@ -1,4 +1,4 @@
-"""Quickstart: a small model that takes latent steps where they are needed, and what that is worth.
+"""Quickstart: does a small model learn where latent steps are needed, and what is that worth?
 
 One seed of `known_need.py`: text in which some answers need one or two steps of computation by construction, and
 nothing else needs any. The plain model learns what takes a single look-up; the adaptive one learns the rest, and its
