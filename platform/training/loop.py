@@ -106,11 +106,13 @@ def train(
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         engine.module.begin_step(step_seed(run.seed, progress.step))
-        tokens = torch.as_tensor(np.ascontiguousarray(batch.tokens), device=device)
-        scored_everywhere = sum_over_ranks(int((tokens[:, 1:] != IGNORE_INDEX).sum()), world)
+        rows = torch.as_tensor(np.ascontiguousarray(batch.tokens))
+        lengths_B = (rows[:, 1:] != IGNORE_INDEX).sum(1)  # counted here: on a GPU, each piece would wait for its count
+        tokens = rows.to(device)
+        scored_everywhere = sum_over_ranks(int(lengths_B.sum()), world)
         counts, outputs = PassCounts(), []
-        for piece in tokens.chunk(micro_batches):
-            output, scored = _forward(engine, piece)
+        for piece, lengths_b in zip(tokens.chunk(micro_batches), lengths_B.chunk(micro_batches), strict=True):
+            output, scored = _forward(engine, piece, lengths_b)
             # DeepSpeed averages over pieces and ranks; with this weight that is the mean over all scored tokens.
             engine.backward(output.loss * (scored * micro_batches * world / max(scored_everywhere, 1)))
             engine.step()  # takes the optimizer's step at the last piece, and only then
@@ -152,14 +154,17 @@ def train(
     return progress
 
 
-def _forward(engine: Engine, tokens_BT: torch.Tensor) -> tuple[Any, int]:
-    """The model's output on rows of context + 1 tokens, and how many tokens it scored."""
+def _forward(engine: Engine, tokens_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[Any, int]:
+    """The model's output on rows of context + 1 tokens, and how many tokens it scored.
+
+    Args:
+        lengths_B: scored tokens of each row, on the CPU.
+    """
     targets_BT = tokens_BT[:, 1:]
-    scored_B = (targets_BT != IGNORE_INDEX).sum(1)
-    scored = int(scored_B.sum())
+    scored = int(lengths_B.sum())
     if scored == targets_BT.numel():
         return engine(tokens_BT[:, :-1], targets_BT), scored
-    return engine(tokens_BT[:, :-1].clamp(min=0), targets_BT, lengths_B=scored_B), scored
+    return engine(tokens_BT[:, :-1].clamp(min=0), targets_BT, lengths_B=lengths_B.to(tokens_BT.device)), scored
 
 
 def _gradient_norm(engine: Engine, run: RunConfig) -> float | None:
