@@ -5,12 +5,10 @@ What was read is kept for the whole server, not per reader. The store is only ev
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,10 @@ import pandas as pd
 import streamlit as st
 
 from haltscale.dashboard import data
-from haltscale.platform.store import RunStore, RunView, StoreError, default_root, run_state
+from haltscale.platform.documents import NOTHING, StoreError, parse_lines
+from haltscale.platform.store import RunStore, default_root
 
 MOST_DOCUMENTS = 20_000
-_NOTHING: dict[str, Any] = {}
-"""One absent document for all: a row that was made of it is known again."""
 MOST_LINES = 2_000
 """Metrics and evaluations kept; the longest unused go first."""
 
@@ -74,7 +71,7 @@ class Shelf(RunStore):
     def read_json(self, path: str) -> dict[str, Any]:
         stamp = self.stamp(path)
         if not stamp:
-            return _NOTHING
+            return NOTHING
         with self._kept.lock:
             known = self._kept.documents.get(path)
         if known is None or known[0] != stamp:
@@ -88,20 +85,15 @@ class Shelf(RunStore):
             raise known[1]
         return known[1]
 
-    def views(self, study: str, keys: Iterable[str], *, now: float | None = None) -> dict[str, RunView]:
+    def _read_documents(self, paths: Mapping[Any, str]) -> dict[Any, Mapping[str, Any] | StoreError]:
         if not self._local:  # an object store answers many requests at once: that is faster than asking what changed
-            return super().views(study, keys, now=now)
-        found = {}
-        for key in dict.fromkeys(keys):
-            documents: dict[str, dict[str, Any]] = {}
-            problem = ""
-            for name in ("spec", "status", "record"):
-                try:
-                    documents[name] = self.read_json(self.path(study, key, f"{name}.json"))
-                except (StoreError, OSError) as error:
-                    documents[name], problem = _NOTHING, str(error)
-            state = run_state(documents["status"], documents["record"], now or time.time())
-            found[key] = RunView(study=study, key=key, state=state, problem=problem, **documents)
+            return super()._read_documents(paths)
+        found: dict[Any, Mapping[str, Any] | StoreError] = {}
+        for name, path in paths.items():
+            try:
+                found[name] = self.read_json(path)
+            except StoreError as error:
+                found[name] = error
         return found
 
     def read_lines(self, path: str) -> list[dict[str, Any]]:
@@ -121,7 +113,7 @@ class Shelf(RunStore):
                 rows, (read, new) = [], _tail(path, 0)
             known = (stamp, read, [*rows, *new])
         else:
-            known = (stamp, 0, [row for row in super().read_lines(path) if isinstance(row, dict)])
+            known = (stamp, 0, super().read_lines(path))
         with self._kept.lock:
             _keep(self._kept.lines, path, known, MOST_LINES)
         return known[2]
@@ -144,21 +136,15 @@ def _keep(kept: OrderedDict[str, Any], path: str, value: Any, most: int) -> None
 
 def _tail(path: str, start: int) -> tuple[int, list[dict[str, Any]]]:
     """The whole lines of a file from a byte on, and the byte after the last of them."""
+    if os.path.isdir(path):
+        return 0, []
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size < start:
             return 0, []
         file.seek(start)
         content = file.read()
     end = content.rfind(b"\n") + 1
-    rows = []
-    for line in content[:end].split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return start + end, rows
+    return start + end, parse_lines(content[:end])
 
 
 def store() -> Shelf:

@@ -7,19 +7,20 @@ One damaged run must never take a page down, so every value read from a document
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from numbers import Real
 from typing import Any
 
 import pandas as pd
 
 from haltscale.dashboard import style
+from haltscale.platform import run_table
+from haltscale.platform.analysis.runs import parameters_named
+from haltscale.platform.arms import arm
+from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
-from haltscale.platform.sweeps.report import RECURRENT
 
 DEMO_TOKENS = 20e6
 """Runs shorter than this show the machinery and the halting, not what the method gains."""
@@ -64,7 +65,8 @@ class StudyView:
     """Seconds since 1970."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
     runs: pd.DataFrame
-    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS` and ``steps_histogram``."""
+    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``steps_histogram``, and the
+    fields of the runs' identities."""
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -89,7 +91,7 @@ SHARED = (
 NUMBERS = (
     *OPTIONS,
     *SHARED,
-    *("seed", "tokens", "tokens_done", "parameters", "parameters_once", "parameters_recurrent", "passes"),
+    *("seed", "budget", "tokens", "tokens_done", "parameters", "parameters_once", "parameters_recurrent", "passes"),
     *("wall_seconds", "inference_flops_realised", "inference_flops_executed", "inference_flops_paper", "heartbeat"),
     *(
         "tokens_per_second",
@@ -111,23 +113,6 @@ FACETS = ("method", "size", "lam", "beta", "l_max", "seed")
 # ---- one value at a time -------------------------------------------------------------------------
 
 
-def number(value: object) -> float:
-    """A finite number, or NaN for anything else (null, text, a list, infinity)."""
-    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Reals too
-        return math.nan
-    return float(value) if math.isfinite(value) else math.nan
-
-
-def mapping(value: object) -> Mapping[str, Any]:
-    """A mapping, or an empty one for anything else."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def words(value: object) -> str:
-    """Text, or an empty string for a missing value."""
-    return "" if value is None else str(value)
-
-
 def fractions(value: object) -> list[float]:
     """A histogram of fractions; an empty list when any entry is not a number."""
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -138,8 +123,7 @@ def fractions(value: object) -> list[float]:
 
 def size_order(size: str) -> float:
     """The number behind a size's name (``1.8m`` -> 1.8e6), to sort by; unknown names come last."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt])", size.strip().lower())
-    return float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]] if match else math.inf
+    return parameters_named(size)
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -226,6 +210,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
     """One run as one row. Numbers come from its record, else from its last evaluation with a finite loss."""
     identity = mapping(view.spec.get("identity")) or mapping(view.record.get("identity"))
     options, record, status = mapping(identity.get("options")), view.record, view.status
+    common = run_table.row(view)
     last: Mapping[Any, Any] = {}
     if "loss" in evaluated:
         finite = evaluated[evaluated["loss"].notna()]
@@ -237,8 +222,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         row[name] = number(record.get(name)) if record else number(last.get(name))
     if math.isnan(row["perplexity"]) and row["loss"] < 700:
         row["perplexity"] = math.exp(row["loss"])
-    halting, groups = mapping(record.get("halting")), mapping(record.get("parameters"))
-    recurrent = sum(number(groups.get(name)) for name in RECURRENT) if groups else math.nan
+    halting = mapping(record.get("halting"))
     inference = mapping(record.get("inference_flops_per_token"))
     row |= {f"inference_flops_{kind}": number(inference.get(kind)) for kind in FlopsKind}
     recent = {
@@ -249,7 +233,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "key": view.key,
         "label": words(view.spec.get("label")) or words(record.get("label")) or view.key,
         "state": view.state.value,
-        "method": words(identity.get("method")) or "unknown",
+        "method": words(arm(identity)) or "unknown",
         "size": words(identity.get("size")) or "?",
         "series": "",
         "note": "",
@@ -258,9 +242,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "seed": number(identity.get("seed")),
         "tokens": number(identity.get("tokens")),
         "tokens_done": number(record.get("tokens") if record else last.get("tokens")),
-        "parameters": number(record.get("parameters_total")),
-        "parameters_once": number(record.get("parameters_total")) - recurrent,
-        "parameters_recurrent": recurrent,
+        **{name: number(common[name]) for name in ("parameters", "parameters_once", "parameters_recurrent", "budget")},
         "passes": number(record.get("passes_per_token")),
         "wall_seconds": number(record.get("wall_seconds")),
         "tokens_per_second": number(record.get("tokens_per_second")) if record else recent["tokens_per_second"],
@@ -270,7 +252,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
         "rank": 0.0,
         "shade": 0.0,
-        "heartbeat": number(status.get("heartbeat")),
+        "heartbeat": math.nan if view.silent_seconds is None else time.time() - view.silent_seconds,
         "finished_at": number(record.get("finished_at")),
         "well_steps": number(halting.get("well_predicted_mean_steps")),
         "badly_steps": number(halting.get("badly_predicted_mean_steps")),
@@ -279,50 +261,33 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
     if math.isnan(row["passes"]):
         row["passes"] = 1 + row["mean_steps"]
 
-    if view.problem:
-        row["state"], row["note"] = "damaged", view.problem
-    elif record and math.isnan(row["loss"]):
+    # Whatever else makes the run what it is, so that an analysis can ask for it; no column of the above is covered.
+    asked = {"configuration": common["configuration"], **run_table.rest_of(identity)}
+    asked |= {name: run_table.scalar(value) for name, value in options.items()}
+    row |= {name: value for name, value in asked.items() if name not in row}
+
+    if record and math.isnan(row["loss"]):
         row["state"], row["note"] = "diverged", "its final loss is not a number; it is left out of the figures"
-    elif view.state is RunState.FAILED:
+    elif view.problem:
+        row["state"], row["note"] = "damaged", view.problem
+    elif view.state in (RunState.FAILED, RunState.DIVERGED, RunState.CAPPED):
         row["note"] = words(status.get("error")) or "failed without saying why"
     elif view.state is RunState.STALLED:
-        row["note"] = f"silent for {silence(status, time.time())}; submit the study again to go on from its checkpoint"
+        row["note"] = f"silent for {silence(view.silent_seconds)}; submit the study again to resume it"
     elif "loss" in trained and len(trained) and pd.isna(trained["loss"].iloc[-1]):
         row["note"] = f"its training loss is not a number at step {int(trained['step'].iloc[-1])}"
     return row
 
 
-def silence(status: Mapping[str, Any], now: float) -> str:
-    """How long ago a run last wrote its heartbeat, in words."""
-    heartbeat = number(status.get("heartbeat"))
-    if math.isnan(heartbeat):
+def silence(seconds: float | None) -> str:
+    """How long ago a run gave its last sign of life, in words."""
+    if seconds is None:
         return "an unknown time"
-    minutes = (now - heartbeat) / 60
+    minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
 # ---- one study -----------------------------------------------------------------------------------
-
-
-def _views(store: RunStore, study: str, planned: Iterable[str]) -> list[RunView]:
-    """The study's runs, then those of its earlier versions; one that cannot be asked for costs no other."""
-    keys = list(dict.fromkeys(planned))
-    named, problems = [], {}
-    for key in keys:
-        try:
-            store.path(study, key)
-            named.append(key)
-        except UNREADABLE as error:
-            problems[key] = f"{key}: {error or type(error).__name__}"
-    others = sorted(set(store.present(study)) - set(keys))
-    found = store.views(study, [*named, *others])
-    earlier = [key for key in others if found[key].spec or found[key].problem]
-    return [
-        RunView(study=study, key=key, state=RunState.PLANNED, spec={}, status={}, record={}, problem=problems[key])
-        if key in problems
-        else found[key]
-        for key in [*keys, *earlier]
-    ]
 
 
 def empty_runs() -> pd.DataFrame:
@@ -341,11 +306,16 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
     Args:
         memo: rows of finished runs are taken from here while their documents stay the same, and put here.
     """
+    problems, document = [], {}
     try:
-        document = store.study(name)
-        planned = document.get("runs")
-        views = _views(store, name, [str(key) for key in planned] if isinstance(planned, list) else [])
-    except UNREADABLE as error:
+        document, problem = store.study(name), store.study_problem(name)
+    except StoreError as error:
+        problem = str(error)
+    if problem:
+        problems.append(Problem(where=name, what=problem))
+    try:
+        views = list(store.runs(name))
+    except OSError as error:
         return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
     rows = [_row(store, view, {} if memo is None else memo) for view in views]
     frame = pd.DataFrame(rows) if rows else empty_runs()
@@ -356,7 +326,7 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
     frame["shade"] = frame.groupby("method")["rank"].transform(
         lambda ranks: (ranks.rank(method="dense") - 1) / max(ranks.nunique() - 1, 1)
     )
-    problems = tuple(Problem(where=view.key, what=view.problem) for view in views if view.problem)
+    problems += [Problem(where=view.key, what=view.problem) for view in views if view.problem]
     return StudyView(
         name=name,
         question=words(document.get("question")),
@@ -364,7 +334,7 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
         planned_at=number(document.get("planned_at")),
         corpus=mapping(document.get("corpus")),
         runs=frame,
-        problems=problems,
+        problems=tuple(problems),
     )
 
 

@@ -10,18 +10,17 @@ from haltscale.platform.analysis import HeldOut, IsoFlop, LawFit, RecurrenceFit,
 
 BOOTSTRAPS = 200
 """On the pages; ``haltscale.platform.analysis`` defaults to 1,000."""
-COLUMNS = (
-    *("key", "state", "role", "method", "size", "seed", "loss", "mean_steps", "tokens"),
-    *("parameters", "parameters_once", "parameters_recurrent", "passes_per_token"),
-    *("flops_realised", "flops_executed", "flops_paper", "lam", "beta", "l_max", "tau"),
+LIVE = (
+    *("label", "series", "rank", "shade", "note", "heartbeat", "seconds_left", "step", "steps", "straggling"),
+    *("steps_histogram", "finished_at", "git_commit"),
 )
-"""What the analysis reads: other columns must not make it fit again."""
+"""What changes while other runs train, or is only drawn: it must not make an analysis fit again."""
 
 
 def settled(runs: pd.DataFrame) -> pd.DataFrame:
     """The part of the runs that a fit depends on: a live study fits again when a run ends, not at each step."""
     ended = runs["state"].isin(["finished", "diverged"])
-    kept = runs.loc[ended, [name for name in COLUMNS if name in runs]]
+    kept = runs.loc[ended, [name for name in runs if name not in LIVE]]
     return kept.reset_index(drop=True)
 
 

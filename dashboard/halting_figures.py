@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from haltscale.dashboard import style
 from haltscale.dashboard.data import number, size_order
 from haltscale.dashboard.figures import MANY_RUNS, MOST_LEGEND, MUTED, layout, log_axis
+from haltscale.platform import arms
 
 DIMENSIONS = {
     "by_surprisal": "surprisal (deciles of the token's NLL; 0 is predicted best)",
@@ -19,7 +20,6 @@ DIMENSIONS = {
     "by_position": "place in the context window, from",
     "by_token_class": "what the token looks like",
 }
-CONTROLS = ("adaptive", "shuffled", "fixed")
 
 
 def steps_by(rows: pd.DataFrame, dimension: str) -> go.Figure:
@@ -147,7 +147,7 @@ def controls(runs: pd.DataFrame) -> go.Figure:
             x=part["mean_steps"],
             y=part["loss"],
             mode="lines+markers",
-            name=html.escape(str(method)),
+            name=html.escape(arms.shown(str(method))),
             legendgroup=str(method),
             showlegend=method not in named,
             line={

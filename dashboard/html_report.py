@@ -30,6 +30,10 @@ th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid light
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } .refused { border-left: 4px solid #E69F00; padding-left: 1rem; }
 """
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+)
+"""The page needs no other, whatever the text of the store says."""
 COLUMNS = {
     "label": "run",
     "state": "state",
@@ -59,12 +63,13 @@ def document(store: RunStore, study: str) -> str:
         raise StoreError(f"no study {study!r} in {store.root}; there are: {known}")
     view = data.load_study(store, study)
     for problem in view.problems:
-        if problem.where == study:
+        if problem.where == study and view.runs.empty:
             raise StoreError(problem.what)
     parts = [*_head(view), *_scaling(view), *_sweep(view), *_halting(view), *_runs(view), *_meaning(view)]
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(study)} · haltscale</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
         f"<script>{get_plotlyjs()}</script></head>\n<body><main>{body}</main></body></html>\n"
     )
@@ -238,12 +243,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         page = document(RunStore(options.store), options.study)
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     target = options.out or Path(f"{options.study}.html")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        sys.stderr.write(f"error: {target} cannot be written ({error}): name another file with --out\n")
+        return 1
     sys.stdout.write(f"{target}\n")
     return 0
 

@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--port", type=int, default=None, help=f"port on {ADDRESS} (default: {PORT}, else any free one)"
     )
     options = parser.parse_args(argv)
+    if options.port is not None and not 0 < options.port < 1 << 16:
+        parser.error(f"port {options.port}: must be a number from 1 to 65535")
     if options.port is not None and not is_free(options.port):
         parser.error(f"port {options.port} is taken; choose another or leave --port out")
     try:

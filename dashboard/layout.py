@@ -57,17 +57,18 @@ def sidebar() -> bool:
             view = _load()
             st.session_state["just-read"] = view  # the page is drawn in the same run: it need not read it all again
             options = data.facets(view.runs)
-            for name, label in FILTERS.items():
+            for name, title in FILTERS.items():
                 if len(options[name]) > MOST_PILLS:
-                    st.multiselect(label, options[name], key=name, bind="query-params", placeholder="All")
+                    st.multiselect(title, options[name], key=name, bind="query-params", placeholder="All")
                 elif len(options[name]) > 1:
                     st.pills(
-                        label,
+                        title,
                         options[name],
                         selection_mode="multi",
                         key=name,
                         bind="query-params",
                         help="Choose none to see all.",
+                        format_func=label,
                     )
         st.caption("Run store, read only")
         st.code(short(shelf.root), language=None, wrap_lines=True)
@@ -101,8 +102,11 @@ def live(body: Callable[[StudyView], None]) -> None:
             st.rerun()
         for problem in view.problems:
             if problem.where == view.name:
-                st.error(f"**This study cannot be read.** {plain(problem.what)}", icon=":material/broken_image:")
-                return
+                st.error(
+                    f"**This study cannot be read in full.** {plain(problem.what)}", icon=":material/broken_image:"
+                )
+                if view.runs.empty:
+                    return
         if view.runs.empty:
             st.info("This study has planned no runs.", icon=":material/hourglass_empty:")
             return
@@ -157,7 +161,14 @@ def short(root: str) -> str:
 
 def plain(text: object) -> str:
     """Text from the store as markdown that shows it literally."""
-    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:<>&])", r"\\\1", str(text))
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:<>&=^])", r"\\\1", str(text))
+
+
+def label(text: object) -> str:
+    """Text from the store as the label of a widget's option, which is markdown too. Plain words stay as they are, since
+    the label is also what the address says."""
+    words = str(text)
+    return words if re.fullmatch(r"[\w ]+([.,@/-][\w ]+)?", words) and "www." not in words else plain(words)
 
 
 def heading(view: StudyView, title: str) -> None:
@@ -198,10 +209,10 @@ def honest(view: StudyView) -> None:
         )
 
 
-def download(label: str, content: str | Callable[[], bytes], name: str, mime: str) -> None:
+def download(title: str, content: str | Callable[[], bytes], name: str, mime: str) -> None:
     """A download: small text at once, or a function that builds a large file on the click."""
     st.download_button(
-        label, data=content, file_name=name, mime=mime, on_click="ignore", icon=":material/download:", key=f"get-{name}"
+        title, data=content, file_name=name, mime=mime, on_click="ignore", icon=":material/download:", key=f"get-{name}"
     )
 
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from haltscale.dashboard import style
-from haltscale.dashboard.data import size_order, sound
+from haltscale.dashboard.data import NUMBERS, TEXT, size_order, sound
 from haltscale.dashboard.figures import MUTED, layout
 
 MOST_LINES = 200
@@ -27,6 +27,19 @@ TARGETS = {"perplexity": "perplexity", "mean_steps": "mean latent steps"}
 def varying(runs: pd.DataFrame) -> list[str]:
     """The options with at least two values among runs of one method."""
     return [name for name in OPTION_NAMES if runs[name].nunique() > 1]
+
+
+def judged(runs: pd.DataFrame) -> list[str]:
+    """Everything that runs of one method were asked for and that differs among them: options, size and seed first, then
+    any other field of their identities."""
+    own = (*TEXT, *NUMBERS, "steps_histogram", "configuration")
+    asked = [str(name) for name in runs if name not in own]
+    return [*varying(runs), *(name for name in asked if runs[name].astype(str).nunique() > 1)]
+
+
+def option_name(name: str) -> str:
+    """A column as a reader knows it."""
+    return OPTION_NAMES.get(name, name.replace("_", " "))
 
 
 def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figure:
@@ -169,7 +182,7 @@ def importance(tables: dict[str, pd.DataFrame]) -> go.Figure:
     patterns = {"loss": ("#0072B2", ""), "mean_steps": ("#E69F00", "/")}
     for target, table in tables.items():
         color, pattern = patterns[target]
-        names = [OPTION_NAMES.get(name, name) for name in table["parameter"]]
+        names = [html.escape(option_name(name)) for name in table["parameter"]]
         figure.add_bar(
             x=100 * table["share"],
             y=names,

@@ -9,19 +9,21 @@ halting.py         from gates to exit masses; HaltingTrace
 ledger.py          counted passes, and FLOPs of three kinds
 decoding.py        keys and values from token to token
 probing.py         what each step was worth, and the same weights under other halting
+posthoc.py         halting by thresholds that need no training
 generation.py      several prompts continued together
+step_source.py     how many latent steps a token takes: by the router, or replayed from a recorded schedule
 latent_loop.py     the latent chain, and repeated.py, plain repeated passes: what the methods are made of
 vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, adaponder, mor   the methods, one file each
 """
 
 from haltscale.model.adaponder import AdaponderOptions
-from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
+from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, GateTarget, Mixture, PenaltyProbability, WarmupLoss
 from haltscale.model.config import SIZES, Method, MethodOptions, ModelConfig, Shape
 from haltscale.model.decoding import DecodingState
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, Output
-from haltscale.model.latent_loop import RouterKind
+from haltscale.model.latent_loop import HaltingRule, RouterInput, RouterKind
 from haltscale.model.ledger import Flops, PassCounts, paper_inference_flops, paper_passes, paper_training_flops
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.mor import MorOptions, Routing
@@ -31,6 +33,7 @@ from haltscale.model.ponder2 import Ponder2Options
 from haltscale.model.ponder3 import Ponder3Options
 from haltscale.model.registry import METHODS, MethodEntry, build_model, config_from_dict, config_problems
 from haltscale.model.shuffled import ShuffledOptions
+from haltscale.model.step_source import SourceOptions, StepsFrom
 from haltscale.model.vanilla import VanillaModel, VanillaOptions
 
 __all__ = [
@@ -43,6 +46,8 @@ __all__ = [
     "DecodingState",
     "FixedOptions",
     "Flops",
+    "GateTarget",
+    "HaltingRule",
     "HaltingTrace",
     "LanguageModel",
     "LoopedOptions",
@@ -59,12 +64,16 @@ __all__ = [
     "Ponder2Options",
     "Ponder3Options",
     "PonderOptions",
+    "RouterInput",
     "RouterKind",
     "Routing",
     "Shape",
     "ShuffledOptions",
+    "SourceOptions",
+    "StepsFrom",
     "VanillaModel",
     "VanillaOptions",
+    "WarmupLoss",
     "build_model",
     "config_from_dict",
     "config_problems",

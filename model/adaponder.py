@@ -24,7 +24,7 @@ What cannot be done here is choosing by rank while decoding, and nothing needs i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,10 +38,11 @@ from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.latent_loop import Router
 from haltscale.model.ledger import PassCounts
+from haltscale.model.step_source import Replay, SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaponderOptions:
+class AdaponderOptions(SourceOptions):
     """Options of AdaPonderLM."""
 
     lam: float = 0.1
@@ -63,7 +64,12 @@ class AdaponderOptions:
             *in_range("l_max", self.l_max, 0, 32, integer=True),
             *in_range("tau", self.tau, 0.0, 1.0),
             *in_range("router_bias", self.router_bias, -100.0, 100.0),
+            *self.source_problems(self.l_max),
         ]
+
+    def canonical(self) -> "AdaponderOptions":
+        """These options with those that have no say at their defaults."""
+        return replace(self, **self.idle_source())
 
 
 Guess = Callable[[Tensor], Tensor]  # [N, d] states -> [N, d] expected embeddings of their guesses
@@ -95,8 +101,9 @@ class GatedLoop(nn.Module):
         """The next input of rows that go on."""
         return x_Nd + (gate_N[:, None] * guess_Nd).to(x_Nd.dtype)
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor, guess: Guess) -> LoopOutput:
-        """x_Nd: the embedded tokens, [B*T, d]."""
+    def forward(self, x_Nd: Tensor, valid_BT: Tensor, guess: Guess, forced_BT: Tensor | None = None) -> LoopOutput:
+        """x_Nd: the embedded tokens, [B*T, d]. forced_BT: iterations by order; gates then only scale what they let
+        through."""
         config, options = self.config, self.options
         B, T = valid_BT.shape
         cos_T, sin_T = rope_table(T, config.shape, config.rope_theta, x_Nd)
@@ -113,7 +120,8 @@ class GatedLoop(nn.Module):
             gate_N = self.gate(z_Nd, k)
             low_N = self._lowest(gate_N.detach(), row_N, inside_BT)
             pressed_N = pressed_N.index_add(0, row_N, gate_N * low_N)
-            on_N = ((gate_N > options.tau) & inside_BT.flatten()[row_N]).nonzero().squeeze(1)
+            is_open_N = gate_N > options.tau if forced_BT is None else forced_BT.flatten()[row_N] > k
+            on_N = (is_open_N & inside_BT.flatten()[row_N]).nonzero().squeeze(1)
             row_N, gate_N = row_N[on_N], gate_N.index_select(0, on_N)
             x_Nd = self.fed_back(x_Nd.index_select(0, on_N), gate_N, guess(z_Nd.index_select(0, on_N)))
             inside_BT = torch.zeros_like(inside_BT).flatten().index_fill(0, row_N, True).view(B, T)
@@ -143,7 +151,9 @@ class GatedLoop(nn.Module):
         low_BT = (order_BT.argsort(dim=1) < pressed_B[:, None]) & inside_BT
         return low_BT.flatten()[row_N]
 
-    def decode(self, x_Bd: Tensor, state: DecodingState, rope: Rope, guess: Guess) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, x_Bd: Tensor, state: DecodingState, rope: Rope, guess: Guess, forced: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One token of each sequence. Cache region k holds every token's newest state up to pass k."""
         l_max, rows = self.options.l_max, state.everyone
         row_N = torch.arange(state.batch, device=x_Bd.device)
@@ -158,7 +168,10 @@ class GatedLoop(nn.Module):
             if k == l_max:
                 break
             gate_N = self.gate(z_Nd, k)
-            going = [i for i, on in enumerate((gate_N > self.options.tau).tolist()) if on]
+            if forced is None:
+                going = [i for i, on in enumerate((gate_N > self.options.tau).tolist()) if on]
+            else:
+                going = [i for i, b in enumerate(rows) if forced[b] > k]
             if not going:
                 break
             on_N = torch.tensor(going, device=x_Bd.device)
@@ -176,6 +189,7 @@ class AdaponderModel(LanguageModel):
         assert isinstance(config.options, AdaponderOptions)
         self.options = config.options
         self.latent_loop = GatedLoop(config, config.options)
+        self.replay = Replay.of(config.options)
 
     def guess(self, z_Nd: Tensor) -> Tensor:
         """The expected embedding of the next token, as these states foretell it."""
@@ -183,14 +197,17 @@ class AdaponderModel(LanguageModel):
         return guess_NV @ self.embedding.weight * self.embedding_factor
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
-        loop_output: LoopOutput = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT, self.guess)
+        forced_BT = self.replay.steps(tokens_BT, self.budget_share) if self.replay else None
+        x_Nd = self.embed(tokens_BT).flatten(0, 1)
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, self.guess, forced_BT)
         return loop_output
 
     def cache_widths(self) -> list[int]:
         return [1] * (self.options.l_max + 1)
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position), self.guess)
+        forced = self.replay.decode(tokens_B, state, self.budget_share) if self.replay else None
+        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position), self.guess, forced)
 
     def extra_flops(self, counts: PassCounts) -> tuple[float, float]:
         """Gates after every pass but the last; a guess, through head and embedding, before every pass but the first."""

@@ -124,15 +124,20 @@ class CausalPlan:
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
-        out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
+        if fused_cpu_attention(q_NHE) and q_BTHE.shape[2] == k_BTGE.shape[2]:
+            heads_first = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
+            out_BTHE = ChunkedAttentionFunction.apply(*heads_first, [(0, T, T, None)]).transpose(1, 2)
+        else:
+            out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
         kept = ((k_NGE.flatten(1), v_NGE.flatten(1)),) if self.keep else ()
         return out_BTHE.reshape(B * T, -1), kept
 
     def record(self, counts: PassCounts, valid_BT: Tensor) -> None:
         """Add this pass to the counts: real position t of a sequence needs t + 1 keys."""
+        rows, keys = torch.stack((valid_BT.sum(), (valid_BT.cumsum(1) * valid_BT).sum())).tolist()  # one trip
         counts.record(
-            rows=int(valid_BT.sum()),
-            keys=int((valid_BT.cumsum(1) * valid_BT).sum()),
+            rows=rows,
+            keys=keys,
             executed_rows=self.batch * self.length,
             executed_keys=self.batch * self.length * self.length,
         )
@@ -146,7 +151,7 @@ class LatentPlan:
     at position t may see is a *prefix* of the keys, and the whole mask follows from one count per query. Queries are
     cut into a few chunks, each handed only the prefix that its last query needs, which removes most masked work.
 
-    Building a plan reads a few integers back from the device (sizes of this pass), once per pass, not per layer.
+    Building a plan reads a few integers back from the device (sizes of this pass), in one trip per pass, not per layer.
     """
 
     QUERIES_PER_CHUNK = 64
@@ -174,8 +179,16 @@ class LatentPlan:
         sequence_N = row_N // T
         visible_N = end_BT.flatten()[row_N]
         active_B = torch.zeros(B, dtype=torch.long, device=device).index_add_(0, sequence_N, torch.ones_like(row_N))
-        sizes = torch.stack((end_BT[:, -1].max(), end_BT[:, -1].sum(), visible_N.sum(), active_B.max()))
-        slots, states, self.keys_needed, M = (int(n) for n in sizes.tolist())  # one trip to the device
+        offset_B = active_B.cumsum(0) - active_B
+        place_N = torch.arange(len(row_N), device=device) - offset_B[sequence_N]  # among its sequence's rows
+        per_chunk, most = queries_per_chunk or self.QUERIES_PER_CHUNK, self.MAX_CHUNKS
+        chunks_0 = (active_B.max() // per_chunk).clamp(min=1, max=most)
+        edge_C = active_B.max() * torch.arange(1, most + 1, device=device) // chunks_0
+        chunk_N = torch.searchsorted(edge_C, place_N, right=True)
+        # A query slot that holds no row sees one key, which keeps its softmax finite; nobody reads what it gives.
+        widest_C = torch.ones(most, dtype=torch.long, device=device).scatter_reduce(0, chunk_N, visible_N, "amax")
+        sizes = torch.stack((end_BT[:, -1].max(), end_BT[:, -1].sum(), visible_N.sum(), active_B.max(), chunks_0))
+        slots, states, self.keys_needed, M, chunks, *widest = torch.cat((sizes, widest_C)).tolist()  # the one trip
         self.slots = slots
         self.full = states == B * slots
 
@@ -187,17 +200,13 @@ class LatentPlan:
 
         self.queries = M
         self.dense = len(row_N) == B * M
-        offset_B = active_B.cumsum(0) - active_B
-        self.query_slot_N = sequence_N * M + torch.arange(len(row_N), device=device) - offset_B[sequence_N]
-        # A query slot that holds no row sees one key, which keeps its softmax finite; nobody reads what it gives.
+        self.query_slot_N = sequence_N * M + place_N
         visible_BM = torch.ones(B * M, dtype=torch.long, device=device).index_copy(0, self.query_slot_N, visible_N)
         visible_BM = visible_BM.view(B, M)
-        chunks = max(1, min(self.MAX_CHUNKS, M // (queries_per_chunk or self.QUERIES_PER_CHUNK)))
         edges = [M * c // chunks for c in range(chunks + 1)]
-        widest = [int(w) for w in torch.stack([visible_BM[:, a:b].max() for a, b in pairwise(edges)])]
         slot_S = torch.arange(slots, device=device)
         self.chunks: list[Chunk] = []
-        for (a, b), width in zip(pairwise(edges), widest, strict=True):
+        for (a, b), width in zip(pairwise(edges), widest, strict=False):
             unseen_BMS = slot_S[:width] >= visible_BM[:, a:b, None]
             mask_BMS = torch.zeros(unseen_BMS.shape, dtype=dtype, device=device).masked_fill_(unseen_BMS, -torch.inf)
             self.chunks.append((a, b, width, mask_BMS[:, None]))

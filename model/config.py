@@ -7,7 +7,8 @@ once, each naming its field and what is allowed; `to_dict` and `registry.config_
 
 import dataclasses
 import difflib
-import types
+import functools
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,6 +116,30 @@ SIZES: dict[str, Shape] = {
 }
 
 
+def named_shape(size: str) -> Shape:
+    """The shape of a size: a step of the ladder; LAYERSxWIDTH by the ladder's rule, such as 3x96; or LAYERSxWIDTHxFFN.
+
+    Raises:
+        KeyError: there is no such size.
+    """
+    if size in SIZES or not is_size(size):
+        return SIZES[size]
+    layers, d, *ffn = map(int, size.split("x"))
+    shape = rung(layers, d)
+    return dataclasses.replace(shape, ffn=ffn[0]) if ffn else shape
+
+
+def is_size(size: object) -> bool:
+    """Whether there is a shape of this name."""
+    if not isinstance(size, str):
+        return False
+    if size in SIZES:
+        return True
+    parts = size.split("x")
+    numbers = len(parts) in (2, 3) and all(part.isdecimal() and int(part) >= 1 for part in parts)
+    return numbers and int(parts[1]) >= 32
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One model, complete: same config and seed, same initial weights and same results."""
@@ -140,6 +165,10 @@ class ModelConfig:
     so that a token and a fed-back hidden state have the same size (PonderLM-2). The authors' vanilla model goes
     without; here every arm has it, so that a comparison is about thinking and not about scale."""
 
+    def __post_init__(self) -> None:
+        set_normalised(self)
+        object.__setattr__(self, "options", normalised_options(self.options))
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""
         return dataclasses.asdict(self) | {"method": str(self.method)}
@@ -155,21 +184,59 @@ def key_problems(kind: Any, data: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 def build_options(kind: Any, data: Mapping[str, Any]) -> Any:
-    """The dataclass `kind` from plain data; a string for a StrEnum field becomes its member where it is one."""
-    hints = typing.get_type_hints(kind)
-    values = dict(data)
-    for name, value in values.items():
-        hint = hints[name]
-        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        for choice in choices:
-            if isinstance(choice, type) and issubclass(choice, StrEnum) and value in list(choice):
-                values[name] = choice(value)
-    return kind(**values)
+    """The dataclass `kind` from data that may have been typed, or read from JSON; see `normalised`."""
+    return kind(**normalised(kind, data))
 
 
-def did_you_mean(word: Any, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def normalised(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for the fields of the dataclass `kind`, so that what computes the same is the same: the text of an enum's
+    member becomes the member (code compares with `is`), a list a tuple, a NumPy scalar a Python number, and a whole
+    float in an integer field an integer."""
+    found = dict(values)
+    for name, hint in _hints(kind).items():
+        if name in found:
+            found[name] = _normalised(found[name], (hint, *typing.get_args(hint)))
+    return found
+
+
+def _normalised(value: Any, kinds: tuple[Any, ...]) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_normalised(item, kinds) for item in value)
+    if hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if isinstance(value, str):
+        enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrEnum)]
+        return next((enum(value) for enum in enums if value in list(enum)), value)
+    whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
+    return int(value) if whole and int in kinds and float not in kinds else value
+
+
+def set_normalised(instance: Any) -> None:
+    """For `__post_init__` of a frozen dataclass: `normalised`, in place."""
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    for name, value in normalised(type(instance), values).items():
+        if value is not values[name]:
+            object.__setattr__(instance, name, value)
+
+
+def normalised_options(options: Any) -> Any:
+    """A method's options with `normalised` values; anything else as it is."""
+    if not dataclasses.is_dataclass(options) or isinstance(options, type):
+        return options
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return build_options(type(options), values)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def did_you_mean(word: object, known: typing.Iterable[object]) -> str:
+    """The end of an error about an unknown name: the known one that is closest, or all of them."""
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(word), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f": must be one of {', '.join(names)}"
 
 
 def is_int(value: object) -> bool:

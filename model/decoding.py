@@ -70,6 +70,15 @@ class KeyValueCache:
             self.memories = [((moved(keys), moved(values)),) for ((keys, values),) in self.memories]
             self.capacity = new
 
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these sequences alone, in this order."""
+        device = self.memories[0][0][0].device
+        row_N = torch.tensor(rows, device=device)
+        for layer, ((keys, values),) in enumerate(self.memories):  # one by one: never two caches at a time
+            self.memories[layer] = ((keys.index_select(0, row_N), values.index_select(0, row_N)),)
+        self.held = [[held[b] for b in rows] for held in self.held]
+        self.batch = len(rows)
+
     def plan(
         self, rows: list[int], *, read: int, write: Sequence[int], new: int = 1, replace: bool = False
     ) -> "DecodingPlan":
@@ -157,6 +166,8 @@ class DecodingState:
     """Tokens read so far, the same for all sequences."""
     counts: PassCounts = field(default_factory=PassCounts)
     """What decoding has cost so far."""
+    text: Tensor | None = None
+    """[batch, 1] hash of the text read so far, for methods whose number of steps is replayed (step_source.py)."""
     extra: Any = None
     """Whatever else the method carries."""
 
@@ -164,6 +175,11 @@ class DecodingState:
     def everyone(self) -> list[int]:
         """The indices of all sequences."""
         return list(range(self.batch))
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these sequences alone, in this order; see :meth:`LanguageModel.keep_sequences`."""
+        self.cache.keep(rows)
+        self.batch = len(rows)
 
     def count(self, k: int, rows: int, plan: DecodingPlan) -> None:
         """Add one pass as pass k of this token."""

@@ -25,7 +25,7 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 0.0
-    """0 takes the most likely token; otherwise logits are divided by it."""
+    """0 takes the most likely token; otherwise logits are divided by it: from 1e-6, below which it is 0 to a float."""
     top_k: int = 0
     """Draw among the k most likely tokens only; 0: among all."""
     top_p: float = 1.0
@@ -36,7 +36,7 @@ class Sampling:
     def problems(self) -> list[str]:
         """All errors."""
         return [
-            *in_range("temperature", self.temperature, 0.0, 100.0),
+            *([] if self.temperature == 0 else in_range("temperature", self.temperature, 1e-6, 100.0)),
             *in_range("top_k", self.top_k, 0, integer=True),
             *in_range("top_p", self.top_p, 0.0, 1.0, above=True),
             *in_range("seed", self.seed, 0, 2**31 - 1, integer=True),
@@ -83,14 +83,17 @@ def generate(
     stop_tokens: Collection[int] = (),
     max_cache_bytes: int | None = None,
     cost: Cost | None = None,
+    unwanted: Collection[int] = (),
 ) -> Iterator[Emitted]:
-    """Continue prompts; tokens come as they are written, those of one sequence in order.
+    """Continue prompts; tokens come as they are written, those of one sequence in order. One that has ended costs
+    nothing from then on.
 
     Args:
         new_tokens: at most so many for each prompt.
         stop_tokens: a sequence ends after writing one of them.
         max_cache_bytes: refuse rather than set aside more.
         cost: filled in on the way.
+        unwanted: a set that the caller adds sequences to while it reads: they end.
 
     Raises:
         GenerationError: before anything is set aside: no prompt or an empty one, unknown tokens, no room in the
@@ -100,7 +103,7 @@ def generate(
     _check(model, prompts, new_tokens, sampling, max_cache_bytes)
     cost = cost if cost is not None else Cost()
     cost.cache_bytes = cache_bytes(model, len(prompts), longest + new_tokens)
-    return _run(model, prompts, longest, new_tokens, sampling, frozenset(stop_tokens), cost)
+    return _run(model, prompts, longest, new_tokens, sampling, frozenset(stop_tokens), cost, unwanted)
 
 
 def _check(
@@ -146,37 +149,41 @@ def _run(
     sampling: Sampling,
     stop_tokens: frozenset[int],
     cost: Cost,
+    unwanted: Collection[int],
 ) -> Iterator[Emitted]:
     model.eval()
     device = model.embedding.weight.device
     state = model.start_decoding(len(prompts), capacity=longest + new_tokens)
     texts = [list(prompt) for prompt in prompts]
-    writing = dict.fromkeys(range(len(prompts)), new_tokens)  # sequences that are not finished: tokens left to write
+    left = dict.fromkeys(range(len(prompts)), new_tokens)  # sequences that are not finished: tokens left to write
     streams = [torch.Generator().manual_seed((sampling.seed << 20) + index) for index in range(len(prompts))]
-    while writing:
+    going = list(left)  # the sequence of each row
+    while going:
         place = state.position
-        # A finished sequence reads its last token again and again; nobody looks at what follows.
-        due = [text[min(place, len(text) - 1)] for text in texts]
-        logits_BV, steps_B = model.decode_step(torch.tensor(due, device=device), state)
+        due = torch.tensor([texts[index][place] for index in going], device=device)
+        logits_BV, steps_B = model.decode_step(due, state)
         cost.tokens, cost.flops_realised = state.counts.tokens, model.flops(state.counts).realised
-        written = [index for index in writing if place == len(texts[index]) - 1]
-        if not written:
-            continue
-        log_p_NV = at_least_float32(logits_BV[written]).log_softmax(1).cpu()
-        for index, log_p_V in zip(written, log_p_NV, strict=True):
+        writing = [row for row, index in enumerate(going) if place == len(texts[index]) - 1]
+        log_p_NV = at_least_float32(logits_BV[writing]).log_softmax(1).cpu() if writing else logits_BV[:0]
+        for row, log_p_V in zip(writing, log_p_NV, strict=True):
+            index = going[row]
             token = choose(log_p_V, sampling, streams[index])
             texts[index].append(token)
-            writing[index] -= 1
-            if token in stop_tokens or not writing[index]:
-                del writing[index]
-            yield Emitted(index, token, int(steps_B[index]), -float(log_p_V[token]))
+            left[index] -= 1
+            if token in stop_tokens or not left[index]:
+                del left[index]
+            yield Emitted(index, token, int(steps_B[row]), -float(log_p_V[token]))
+        rows = [row for row, index in enumerate(going) if index in left and index not in unwanted]
+        if 0 < len(rows) < len(going):
+            model.keep_sequences(state, rows)
+        going = [going[row] for row in rows]
 
 
 def choose(log_p_V: Tensor, sampling: Sampling, stream: torch.Generator) -> int:
     """The next token, from log-probabilities."""
     if sampling.temperature == 0:
         return int(log_p_V.argmax())
-    p_V = torch.softmax(log_p_V.double() / sampling.temperature, 0)
+    p_V = torch.softmax((log_p_V.double() - log_p_V.max()) / sampling.temperature, 0)
     ordered_V, token_V = p_V.sort(descending=True, stable=True)
     kept = len(ordered_V) if sampling.top_k == 0 else min(sampling.top_k, len(ordered_V))
     before_V = ordered_V.cumsum(0) - ordered_V  # what more likely tokens hold

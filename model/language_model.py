@@ -33,7 +33,8 @@ class Output:
     """One forward pass."""
 
     loss: Tensor
-    """Scalar, differentiable: cross_entropy + penalty. NaN if no targets were given."""
+    """Scalar, differentiable: what training minimises. cross_entropy + penalty for most methods; some train on another
+    objective than the cross-entropy that they report (`LanguageModel.objective`). NaN if no targets were given."""
     cross_entropy: Tensor
     """Scalar, detached: mean over scored tokens, nats. NaN if no targets were given."""
     penalty: Tensor
@@ -72,6 +73,8 @@ class LatentState(NamedTuple):
     """Mass that reached these states, differentiable."""
     exit_N: Tensor
     """Mass that leaves with these states, differentiable."""
+    gate_N: Tensor | None = None
+    """Probability of going on after these states, differentiable; None after the last possible one."""
 
 
 class LanguageModel(nn.Module):
@@ -83,8 +86,24 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.shape.d)
         self.random_start: dict[str, float] = {}  # see `initialise`
         self.head = None if config.tie_embeddings else nn.Linear(config.shape.d, config.vocab_size, bias=False)
+        self.budget_share = 1.0
+
+    def set_budget_share(self, share: float) -> None:
+        """Say which share of the training budget is spent, 0 to 1; the training loop does, before every step.
+
+        Methods with a schedule of their own (a warm-up of the gates, replayed steps) follow it. A model that is not
+        being trained stands at the end, 1.
+        """
+        self.budget_share = share
 
     # What a method defines -------------------------------------------------------------------------------------------
+
+    def begin_step(self, seed: int) -> None:
+        """Draw whatever the method draws for one optimizer step; the training loop calls it before the step's first
+        forward pass, with the same seed on all ranks and after a resumption.
+
+        Drawing in `forward` would make a step's result depend on how its batch is cut into pieces and shared by ranks.
+        """
 
     @classmethod
     def shape_problems(cls, shape: Shape) -> list[str]:
@@ -106,6 +125,10 @@ class LanguageModel(nn.Module):
             return nll_BT.new_zeros(())
         scored_BT = targets_BT != IGNORE_INDEX
         return (loop_output.auxiliary_BT * scored_BT).sum() / scored_BT.sum().clamp(min=1)
+
+    def objective(self, loop_output: LoopOutput, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
+        """What training minimises beside the penalty: the mean of nll_BT over scored tokens, for most methods."""
+        return nll_BT.sum() / (targets_BT != IGNORE_INDEX).sum().clamp(min=1)
 
     def cache_widths(self) -> list[int]:
         """Regions of the decoding cache and the most states that one token leaves in each (decoding.py)."""
@@ -193,11 +216,11 @@ class LanguageModel(nn.Module):
         nll_BT = cast(
             Tensor, CrossEntropyFunction.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), IGNORE_INDEX)
         ).view(B, T)
-        cross_entropy = nll_BT.sum() / scored
+        objective = self.objective(loop_output, targets_BT, nll_BT)
         penalty = self.penalty(loop_output, targets_BT, nll_BT.detach())
         return Output(
-            loss=cross_entropy + penalty,
-            cross_entropy=cross_entropy.detach(),
+            loss=objective + penalty,
+            cross_entropy=(nll_BT.detach().sum() / scored),
             penalty=penalty.detach(),
             nll_BT=nll_BT.detach().float(),
             trace=loop_output.trace,
@@ -238,6 +261,10 @@ class LanguageModel(nn.Module):
         logits_BV = self.decode_logits(hidden_Bd, state)
         state.position += 1
         return logits_BV, steps_B
+
+    def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
+        """Go on decoding some of a state's sequences alone: the others are finished, and cost nothing any more."""
+        state.keep(rows)
 
     def _check_vocabulary(self, tokens: Tensor) -> None:
         """Refuse tokens that the model does not have, on CPUs; elsewhere that would cost a trip to the device, and the

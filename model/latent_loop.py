@@ -5,10 +5,13 @@ each pass a router says with what probability to go on, and a position stops for
 the next state (halting.py). States see all executed states at their own position or before (backbone.ThoughtPlan). A
 position that has stopped is computed no further: every pass runs on the packed rows that are still active.
 
-The controls use the same loop with the number of steps dictated from outside.
+The number of steps comes from the router, or is given from outside (step_source.py): then the gates decide nothing, and
+weigh the readout as they always do, the last executed state taking the mass that is left. What is read (the mixture of
+the states, or the last one) and what the gates learn from are options beside it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -48,6 +51,25 @@ class RouterKind(StrEnum):
     """g = sigmoid(b) with b fixed: nothing is learned and all positions think alike [R]."""
 
 
+class HaltingRule(StrEnum):
+    """What has to be above tau for a position to go on."""
+
+    REACH = "reach"
+    """The mass that would reach the next state, a product of gates: the paper's rule."""
+    GATE = "gate"
+    """The gate of this step alone: right where each gate answers a question of its own, as it does when it is taught by
+    labels."""
+
+
+class RouterInput(StrEnum):
+    """What the router reads."""
+
+    STATE = "state"
+    """z_k."""
+    CHANGE = "change"
+    """z_k and z_k - z_(k-1), side by side: is the state still moving? Before z_0 stands the embedded token."""
+
+
 class Router(nn.Module):
     """The probability of going on, in at least float32 whatever the model's precision.
 
@@ -55,20 +77,27 @@ class Router(nn.Module):
     its gradient does not depend on it.
     """
 
-    def __init__(self, d: int, bias: float, *, hidden: bool = False, outputs: int = 1):
+    def __init__(self, d: int, bias: float, *, hidden: bool = False, outputs: int = 1, rate: float = 1.0):
+        """
+        d: numbers that it reads. rate: multiple of the learning rate at which the last layer is trained. The layer's
+        output is multiplied by it (and its bias divided): an optimizer whose steps do not depend on the gradient's
+        scale, as Adam's and Muon's do not, then changes the score so much faster.
+        """
         super().__init__()
         self.hidden = nn.Linear(d, d, bias=False) if hidden else None
         self.random_start = {"hidden.weight": math.sqrt(2.0 / (5.0 * d))} if hidden else {}
         self.score = nn.Linear(d, outputs)
+        self.rate = rate
         nn.init.zeros_(self.score.weight)
-        nn.init.constant_(self.score.bias, bias)
+        nn.init.constant_(self.score.bias, bias / rate)
 
     def forward(self, z_Nd: Tensor) -> Tensor:
         with torch.autocast(z_Nd.device.type, enabled=False):
             z_Nd = at_least_float32(z_Nd)
             if self.hidden is not None:
                 z_Nd = F.silu(F.linear(z_Nd, at_least_float32(self.hidden.weight)))
-            return torch.sigmoid(F.linear(z_Nd, at_least_float32(self.score.weight), at_least_float32(self.score.bias)))
+            score_NO = F.linear(z_Nd, at_least_float32(self.score.weight), at_least_float32(self.score.bias))
+            return torch.sigmoid(score_NO if self.rate == 1 else score_NO * self.rate)
 
     def flops(self) -> float:
         """Per row."""
@@ -83,6 +112,8 @@ class LoopRules:
     """Latent steps on top of the ordinary pass."""
     tau: float
     """A position goes on only while more than this much mass would reach the next state."""
+    halting_rule: HaltingRule = HaltingRule.REACH
+    """What has to be above tau."""
     router: RouterKind
     """Kind of router."""
     router_bias: float
@@ -91,6 +122,16 @@ class LoopRules:
     """One router per step instead of one for all."""
     truncate_gradient: bool = False
     """Cut the gradient where a state is fed back; it still flows through keys, values and the mixture."""
+    router_input: RouterInput = RouterInput.STATE
+    """What the router reads."""
+    router_detached: bool = False
+    """The router reads, and does not shape, the states: no gradient flows through its input."""
+    router_rate: float = 1.0
+    """Multiple of the learning rate for the router's last layer."""
+    gates_apart: bool = False
+    """The masses take the gates as given: what is read teaches them nothing."""
+    read_last: bool = False
+    """The head reads the last executed state alone, whatever its mass."""
     fading_keys: bool = False
     """Add the logarithm of a state's reach to the scores that its key gets (PonderLM-3)."""
     keep_states: bool = False
@@ -113,21 +154,27 @@ class LatentLoop(nn.Module):
         learned = 0 if rules.router is RouterKind.NONE else (rules.l_max if rules.router_per_step else 1)
         self.routers = nn.ModuleList(
             Router(
-                config.shape.d,
+                config.shape.d * (2 if rules.router_input is RouterInput.CHANGE else 1),
                 rules.router_bias,
                 hidden=rules.router is RouterKind.MLP,
                 outputs=rules.l_max if rules.router is RouterKind.AHEAD else 1,
+                rate=rules.router_rate,
             )
             for _ in range(min(learned, rules.l_max))
         )
 
-    def gate(self, z_Nd: Tensor, k: int, ahead_NL: Tensor | None) -> Tensor:
-        """Probability of going on after state k; ahead_NL: the gates of these rows, if they were all set at step 0."""
+    def gate(self, z_Nd: Tensor, before_Nd: Tensor, k: int, ahead_NL: Tensor | None) -> Tensor:
+        """Probability of going on after state k, which was computed from before_Nd; ahead_NL: the gates of these rows,
+        if they were all set at step 0."""
         if ahead_NL is not None:
             return ahead_NL[:, k]
         if not self.routers:
             constant = torch.sigmoid(torch.tensor(self.rules.router_bias, dtype=torch.float64))
             return at_least_float32(z_Nd).new_full((len(z_Nd),), float(constant))
+        if self.rules.router_detached:
+            z_Nd, before_Nd = z_Nd.detach(), before_Nd.detach()
+        if self.rules.router_input is RouterInput.CHANGE:
+            z_Nd = torch.cat((z_Nd, z_Nd - before_Nd), dim=1)
         gate_N1: Tensor = self.routers[k if self.rules.router_per_step else 0](z_Nd)
         return gate_N1.squeeze(1)
 
@@ -145,28 +192,59 @@ class LatentLoop(nn.Module):
 
     def _decide(
         self,
-        z_Nd: Tensor,
+        gate_N: Tensor | None,
         reach_N: Tensor,
         k: int,
         may_go_on_N: Tensor | bool,
         forced_N: Tensor | None,
-        ahead_NL: Tensor | None,
+        at_least_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(goes on, exit mass, next reach) after state k; with forced_N, the steps that each row takes, by order."""
-        if k == self.rules.l_max:
+        """(goes on, exit mass, next reach) after state k.
+
+        gate_N: None after the last state. forced_N: the steps that each row takes, by order. at_least_N: the steps that
+        it takes even where the rule would stop it.
+        """
+        if gate_N is None:
             return torch.zeros_like(reach_N, dtype=torch.bool), reach_N, reach_N
-        gate_N = self.gate(z_Nd, k, ahead_NL)
-        if forced_N is None:
+        gate_N = gate_N.detach() if self.rules.gates_apart else gate_N
+        by_gate = self.rules.halting_rule is HaltingRule.GATE
+        if forced_N is None and at_least_N is None and not by_gate:
             return halting_step(reach_N, gate_N, tau=self.rules.tau, may_go_on=may_go_on_N)
         onward_N = reach_N * gate_N
-        goes_on_N = (forced_N > k) & may_go_on_N
+        if forced_N is not None:
+            goes_on_N = (forced_N > k) & may_go_on_N
+        else:
+            goes_on_N = ((gate_N if by_gate else onward_N) > self.rules.tau) & may_go_on_N
+            if at_least_N is not None:
+                goes_on_N = goes_on_N | ((at_least_N > k) & may_go_on_N)
         return goes_on_N, torch.where(goes_on_N, reach_N - onward_N, reach_N), onward_N
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor, forced_BT: Tensor | None = None) -> LoopOutput:
-        """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order."""
+    def _read(self, exit_N: Tensor, goes_on_N: Tensor, exists_N: Tensor | bool) -> Tensor:
+        """What each state weighs in what the head reads."""
+        if not self.rules.read_last:
+            return exit_N
+        return (~goes_on_N & exists_N).to(exit_N.dtype)
+
+    def forward(
+        self,
+        x_Nd: Tensor,
+        valid_BT: Tensor,
+        forced_BT: Tensor | None = None,
+        *,
+        at_least_BT: Tensor | None = None,
+        open_gates: bool = False,
+        most_steps: int | None = None,
+        goes_on: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    ) -> LoopOutput:
+        """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order.
+        at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
+        that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
+        the depth still grows. goes_on: instead of the router's rule, asked after state k with the states of the active
+        rows and what they were computed from (posthoc.py)."""
         rules, config = self.rules, self.config
         B, T = valid_BT.shape
         K = rules.l_max + 1
+        deepest = rules.l_max if most_steps is None else min(most_steps, rules.l_max)
         device = x_Nd.device
         cos_T, sin_T = rope_table(T, config.shape, config.rope_theta, x_Nd)
 
@@ -187,18 +265,25 @@ class LatentLoop(nn.Module):
         reach_N = valid_BT.flatten().to(mass_dtype)
         may_go_on_N: Tensor | bool = valid_BT.flatten()
         forced_N = None if forced_BT is None else forced_BT.flatten()
+        at_least_N = None if at_least_BT is None else at_least_BT.flatten()
+        exists_N: Tensor | bool = valid_BT.flatten()
         mixture_Nd = torch.zeros(B * T, config.shape.d, dtype=mass_dtype, device=device)
         reach_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
         exit_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
         states: list[LatentState] = []
 
         for k in range(K):
-            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, may_go_on_N, forced_N, ahead_NL)
+            gate_N = self.gate(z_Nd, x_Nd, k, ahead_NL) if k < deepest else None
+            counted_N = torch.ones_like(gate_N) if open_gates and gate_N is not None else gate_N
+            if goes_on is not None and counted_N is not None:
+                forced_N = goes_on(k, z_Nd, x_Nd) * (k + 1)
+            goes_on_N, exit_N, onward_N = self._decide(counted_N, reach_N, k, may_go_on_N, forced_N, at_least_N)
+            read_N = self._read(exit_N, goes_on_N, exists_N)
             reach_NK = reach_NK.index_put((row_N, row_N.new_full((), k)), reach_N)
-            exit_NK[row_N, k] = exit_N.detach()
+            exit_NK[row_N, k] = read_N.detach()
             if rules.keep_states:
-                states.append(LatentState(row_N, z_Nd, reach_N, exit_N))
-            share_Nd = exit_N[:, None] * z_Nd
+                states.append(LatentState(row_N, z_Nd, reach_N, exit_N, gate_N))
+            share_Nd = read_N[:, None] * z_Nd
             mixture_Nd = share_Nd + mixture_Nd if len(row_N) == B * T else mixture_Nd.index_add(0, row_N, share_Nd)
             on_N = goes_on_N.nonzero().squeeze(1)
             if len(on_N) == 0:
@@ -209,9 +294,10 @@ class LatentLoop(nn.Module):
                 row_N, position_N = row_N[on_N], position_N[on_N]
                 z_Nd, onward_N = z_Nd.index_select(0, on_N), onward_N.index_select(0, on_N)
                 forced_N = None if forced_N is None else forced_N[on_N]
+                at_least_N = None if at_least_N is None else at_least_N[on_N]
                 ahead_NL = None if ahead_NL is None else ahead_NL[on_N]
             reach_N = onward_N
-            may_go_on_N = True
+            may_go_on_N = exists_N = True
             rows.append(row_N)
             states_BT = states_BT.flatten().index_add(0, row_N, torch.ones_like(row_N)).view(B, T)
             plan = LatentPlan(states_BT, rows, compute_dtype(z_Nd))
@@ -257,10 +343,11 @@ class LatentLoop(nn.Module):
             z_Nd, _ = self.stack(x_Nd, rope, self._faded(plan, reach_N), cache.memories)
             state.count(k, len(rows), plan)
             ahead_NL = self.upfront_gates(z_Nd) if k == 0 else ahead_NL
-            goes_on_N, exit_N, onward_N = self._decide(z_Nd, reach_N, k, True, forced_N, ahead_NL)
+            gate_N = self.gate(z_Nd, x_Nd, k, ahead_NL) if k < l_max else None
+            goes_on_N, exit_N, onward_N = self._decide(gate_N, reach_N, k, True, forced_N)
             if rules.keep_states:
-                states.append(LatentState(row_N, z_Nd, reach_N, exit_N))
-            share_Nd = exit_N[:, None] * z_Nd
+                states.append(LatentState(row_N, z_Nd, reach_N, exit_N, gate_N))
+            share_Nd = self._read(exit_N, goes_on_N, True)[:, None] * z_Nd
             if mixture_Bd is None:
                 mixture_Bd = share_Nd
             else:

@@ -14,9 +14,13 @@ Token choice: after the first block a router commits each token to a depth, by a
 the router's probability and added to what went in. A balancing loss keeps the depths from collapsing into one.
 
 Both auxiliary losses are averaged over scored tokens, like the cross-entropy [R].
+
+Where the numbers of recursions are replayed (step_source.py), both routers go on weighing what they weighed, and pick
+nothing; there is no pick to foretell, so the auxiliary router rests. In evaluation expert choice spends what its
+auxiliary router says, not its capacity: a replay of it follows the subject there by the schedule's row at share 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -24,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haltscale.model.backbone import CausalPlan, LatentPlan, Stack, compute_dtype, rope_table
-from haltscale.model.config import ModelConfig, Shape, in_range, require
+from haltscale.model.config import ModelConfig, Shape, in_range, is_int, require
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
+from haltscale.model.step_source import Replay, SourceOptions
 
 
 class Routing(StrEnum):
@@ -42,7 +47,7 @@ class Routing(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MorOptions:
+class MorOptions(SourceOptions):
     """Options of Mixture-of-Recursions."""
 
     recursions: int = 3
@@ -64,7 +69,12 @@ class MorOptions:
             *in_range("alpha", self.alpha, 0.0),
             *in_range("auxiliary_weight", self.auxiliary_weight, 0.0),
             *in_range("balance_weight", self.balance_weight, 0.0),
+            *self.source_problems(self.recursions - 1 if is_int(self.recursions) else None),
         ]
+
+    def canonical(self) -> "MorOptions":
+        """These options with those that have no say at their defaults."""
+        return replace(self, **self.idle_source())
 
 
 class LinearRouter(nn.Module):
@@ -114,16 +124,16 @@ class RecursionLoop(nn.Module):
         last_N1 = depth_N[:, None] == i
         return torch.where(last_N1, (chosen_N1 * out_Nd).to(h_Nd.dtype) + first_Nd, out_Nd)
 
-    def choose_depth(self, first_Nd: Tensor) -> tuple[Tensor, Tensor]:
-        """Token choice: (index of the last recursion, probabilities [N, recursions])."""
+    def choose_depth(self, first_Nd: Tensor, forced_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Token choice: (index of the last recursion, probabilities [N, recursions]). forced_N: the index by order."""
         if self.expert:
             nothing = first_Nd.new_zeros(len(first_Nd), 1)
             return torch.zeros(len(first_Nd), dtype=torch.long, device=first_Nd.device), nothing
         p_NR = torch.softmax(self.routers[0](first_Nd), dim=1)
-        return p_NR.argmax(1), p_NR
+        return p_NR.argmax(1) if forced_N is None else forced_N, p_NR
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor) -> LoopOutput:
-        """x_Nd: the embedded tokens, [B*T, d]."""
+    def forward(self, x_Nd: Tensor, valid_BT: Tensor, forced_BT: Tensor | None = None) -> LoopOutput:
+        """x_Nd: the embedded tokens, [B*T, d]. forced_BT: further recursions by order."""
         config, R = self.config, self.options.recursions
         B, T = valid_BT.shape
         device = x_Nd.device
@@ -135,14 +145,16 @@ class RecursionLoop(nn.Module):
         causal.record(counts, valid_BT)  # first block, first recursion and last block: together one whole pass
 
         first_Nd, _ = self.stack(x_Nd, everywhere, causal, blocks=slice(0, 1), final_norm=False)
-        depth_N, p_NR = self.choose_depth(first_Nd)
+        depth_N, p_NR = self.choose_depth(first_Nd, None if forced_BT is None else forced_BT.flatten())
         out_Nd, _ = self.stack(first_Nd, everywhere, causal, blocks=slice(1, -1), final_norm=False)
         h_Nd = self.combine(first_Nd, out_Nd, first_Nd, 0, depth_N, p_NR)
         inside_BT = valid_BT
         passes_BT = valid_BT.long()
         auxiliary_BT = at_least_float32(h_Nd).new_zeros(B, T)
         for i in range(1, R):
-            if self.expert:
+            if self.expert and forced_BT is not None:
+                picked_BT = inside_BT & (forced_BT >= i)
+            elif self.expert:
                 foretold_BT = self.foretold(h_Nd, i).view(B, T)
                 score_BT = self.routers[i](h_Nd).detach().view(B, T)
                 picked_BT = self._best(score_BT, inside_BT, valid_BT, i) if self.training else foretold_BT > 0
@@ -200,7 +212,9 @@ class RecursionLoop(nn.Module):
             counts=counts,
         )
 
-    def decode(self, x_Bd: Tensor, state: DecodingState, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, x_Bd: Tensor, state: DecodingState, rope: tuple[Tensor, Tensor], forced: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One token of each sequence; recursion i keeps its states in cache region i."""
         cache = state.cache
 
@@ -212,12 +226,16 @@ class RecursionLoop(nn.Module):
         whole = cache.plan(state.everyone, read=0, write=[0])
         state.count(0, state.batch, whole)
         first_Bd = blocks(x_Bd, whole, slice(0, 1))
-        depth_B, p_BR = self.choose_depth(first_Bd)
+        forced_B = None if forced is None else torch.tensor(forced, device=x_Bd.device)
+        depth_B, p_BR = self.choose_depth(first_Bd, forced_B)
         h_Bd = self.combine(first_Bd, blocks(first_Bd, whole, slice(1, -1)), first_Bd, 0, depth_B, p_BR)
         steps_B = torch.zeros(state.batch, dtype=torch.long, device=x_Bd.device)
         inside_B = torch.ones(state.batch, dtype=torch.bool, device=x_Bd.device)
         for i in range(1, self.options.recursions):
-            inside_B = inside_B & (self.foretold(h_Bd, i) > 0 if self.expert else depth_B >= i)
+            if forced_B is not None:
+                inside_B = inside_B & (forced_B >= i)
+            else:
+                inside_B = inside_B & (self.foretold(h_Bd, i) > 0 if self.expert else depth_B >= i)
             rows = [b for b, on in enumerate(inside_B.tolist()) if on]
             if not rows:
                 break
@@ -238,20 +256,23 @@ class MorModel(LanguageModel):
         assert isinstance(config.options, MorOptions)
         self.options = config.options
         self.latent_loop = RecursionLoop(config, config.options)
+        self.replay = Replay.of(config.options)
 
     @classmethod
     def shape_problems(cls, shape: Shape) -> list[str]:
         return require(shape.layers >= 3, "shape.layers", shape.layers, "at least 3 for mor (first, shared, last)")
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
-        loop_output: LoopOutput = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT)
+        forced_BT = self.replay.steps(tokens_BT, self.budget_share) if self.replay else None
+        loop_output: LoopOutput = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT, forced_BT)
         return loop_output
 
     def cache_widths(self) -> list[int]:
         return [1] * self.options.recursions
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position))
+        forced = self.replay.decode(tokens_B, state, self.budget_share) if self.replay else None
+        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position), forced)
 
     def layers_per_pass(self, passes: int) -> list[int]:
         layers = self.config.shape.layers
@@ -261,5 +282,5 @@ class MorModel(LanguageModel):
         """Routers. Under expert choice the later ones score every row, picked or not."""
         per_score = 2.0 * self.config.shape.d
         R = self.options.recursions
-        scores = R if not self.latent_loop.expert else 1 + 3 * (R - 1)
+        scores = R if not self.latent_loop.expert else 1 + (1 if self.replay else 3) * (R - 1)
         return per_score * scores * sum(counts.rows[:1]), per_score * scores * sum(counts.executed_rows[:1])

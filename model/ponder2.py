@@ -4,7 +4,8 @@ The sequence [x1 z1 x2 z2 ..] holds, after each token, a latent thought: the las
 z_1 .. z_{t-1}, so an exact pass would be sequential. Training iterates instead: one pass over the tokens alone guesses
 all z at once; J Jacobi passes over the interleaved sequence (2T long, token and thought sharing a position, ordinary
 causal mask) refresh z from the token slots; a last pass gives the logits at the thought slots. J is drawn from {2, 3}
-in training and is 3 in evaluation; gradients flow through everything. Cost: 2J + 3 passes of length T, 8 on average.
+for each optimizer step and is 3 in evaluation; gradients flow through everything. Cost: 2J + 3 passes of length T, 8
+on average.
 
 Decoding is exact and sequential: two passes per token over one cache. It is the fixed point that J passes approach, and
 equals `forward` once J reaches the number of tokens; with J = 3 the two differ a little. That gap is the method's own.
@@ -28,7 +29,8 @@ class Ponder2Options:
     """Options of PonderLM-2."""
 
     jacobi_low: int = 2
-    """Fewest Jacobi passes in training; drawn uniformly (from torch's global CPU stream) up to jacobi_high."""
+    """Fewest Jacobi passes in training; drawn uniformly up to jacobi_high, once per optimizer step (`begin_step`), so
+    that a step's result does not depend on how its batch is cut into pieces and shared by ranks."""
     jacobi_high: int = 3
     """Most Jacobi passes in training, and their number in evaluation."""
 
@@ -46,10 +48,11 @@ class Ponder2Model(LanguageModel):
         assert isinstance(config.options, Ponder2Options)
         self.options = config.options
         self.latent_loop = RepeatedPasses(config)
+        self._drawn = config.options.jacobi_high
 
-    def _jacobi_passes(self) -> int:
-        low, high = self.options.jacobi_low, self.options.jacobi_high
-        return int(torch.randint(low, high + 1, ())) if self.training and low < high else high
+    def begin_step(self, seed: int) -> None:
+        stream = torch.Generator().manual_seed(seed)
+        self._drawn = int(torch.randint(self.options.jacobi_low, self.options.jacobi_high + 1, (), generator=stream))
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
@@ -59,7 +62,7 @@ class Ponder2Model(LanguageModel):
         def passes(x_Nd: Tensor) -> Tensor:
             z_Nd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)
             rope, valid_BU = loop.rope(B, T, x_Nd, repeat=2), valid_BT.repeat_interleave(2, dim=1)
-            for _ in range(self._jacobi_passes()):
+            for _ in range(self._drawn if self.training else self.options.jacobi_high):
                 z_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[0::2]
             return loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[1::2]
 

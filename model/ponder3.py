@@ -9,17 +9,18 @@ state which is about to be pruned has faded from view already, and the gradient 
 mixture of the states by their probabilities; the pressure to stop is lam times the expected number of steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions
 from haltscale.model.config import ModelConfig, in_range
 from haltscale.model.language_model import LanguageModel
 from haltscale.model.latent_loop import LatentLoop, LoopRules, RouterKind
 from haltscale.model.ledger import PassCounts
+from haltscale.model.step_source import Replay, SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ponder3Options:
+class Ponder3Options(SourceOptions):
     """Options of PonderLM-3."""
 
     lam: float = 0.1
@@ -38,7 +39,12 @@ class Ponder3Options:
             *in_range("l_max", self.l_max, 1, 32, integer=True),
             *in_range("tau", self.tau, 0.0, 1.0),
             *in_range("router_bias", self.router_bias, -100.0, 100.0),
+            *self.source_problems(self.l_max),
         ]
+
+    def canonical(self) -> "Ponder3Options":
+        """These options with those that have no say at their defaults."""
+        return replace(self, **self.idle_source())
 
 
 class Ponder3Model(AdaptiveModel):
@@ -49,7 +55,9 @@ class Ponder3Model(AdaptiveModel):
         options = config.options
         assert isinstance(options, Ponder3Options)
         # The rest of adaptive is taken as it is: beta 0 makes its penalty the plain expected number of steps.
-        self.options = AdaptiveOptions(lam=options.lam, beta=0.0, l_max=options.l_max, tau=options.tau)
+        source = {field.name: getattr(options, field.name) for field in fields(SourceOptions)}
+        self.options = AdaptiveOptions(lam=options.lam, beta=0.0, l_max=options.l_max, tau=options.tau, **source)
+        self.replay = Replay.of(options)
         rules = LoopRules(
             l_max=options.l_max,
             tau=options.tau,

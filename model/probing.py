@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haltscale.model.adaptive import AdaptiveModel, Mixture
+from haltscale.model.adaptive import AdaptiveModel
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32, cache_sized_rows
 from haltscale.model.language_model import LanguageModel, LatentState, LoopOutput
 from haltscale.model.latent_loop import LatentLoop
+from haltscale.model.posthoc import GoesOn
 from haltscale.model.shuffled import ShuffledModel
 
 
@@ -53,7 +54,7 @@ def latent_loop_of(model: LanguageModel) -> LatentLoop | None:
 
 def has_router(model: LanguageModel) -> bool:
     """Whether a router chooses each token's own number of latent steps."""
-    return isinstance(model, AdaptiveModel) and not isinstance(model, ShuffledModel)
+    return isinstance(model, AdaptiveModel) and not isinstance(model, ShuffledModel) and model.replay is None
 
 
 @torch.no_grad()
@@ -65,6 +66,7 @@ def read(
     lengths_B: Tensor,
     sampled_S: Tensor | None = None,
     steps_BT: Tensor | None = None,
+    goes_on: GoesOn | None = None,
 ) -> Reading:
     """Read a batch.
 
@@ -75,6 +77,7 @@ def read(
             k" means what the halting rule means by it: state k takes all the mass that is left. All other positions,
             and the keys that this one sees, stay as they were. It costs a head row for every step but the last.
         steps_BT: latent steps by order, in place of the router's; needs a latent chain.
+        goes_on: a halting rule in place of the router's (posthoc.Threshold); needs a latent chain.
     """
     loop = latent_loop_of(model)
     observed: dict[str, Any] = {}
@@ -88,14 +91,14 @@ def read(
 
     def by_order(tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         assert loop is not None, "only a latent chain can be told how many steps to take"
-        loop_output: LoopOutput = loop(model.embed(tokens_BT).flatten(0, 1), valid_BT, steps_BT)
+        x_Nd = model.embed(tokens_BT).flatten(0, 1)
+        loop_output: LoopOutput = loop(x_Nd, valid_BT, steps_BT, goes_on=goes_on)
         return loop_output
 
     keep = {"keep_states": True} if loop is not None and sampled_S is not None else {}
     with rules_changed(model, **keep):
-        output = model(
-            tokens_BT, lengths_B=lengths_B, hidden_states=by_order if steps_BT is not None else None, observe=observe
-        )
+        dictated = steps_BT is not None or goes_on is not None
+        output = model(tokens_BT, lengths_B=lengths_B, hidden_states=by_order if dictated else None, observe=observe)
     nll_BT, entropy_BT, confidence_BT, correct_BT = observed["whole"]
     K = output.trace.exit_BTK.shape[2]
     none_SK = nll_BT.new_empty(0, K)
@@ -128,7 +131,13 @@ def surprise(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _mixes_probabilities(model: LanguageModel) -> bool:
-    return isinstance(model, AdaptiveModel) and model.options.mixture is Mixture.PROBABILITY
+    return isinstance(model, AdaptiveModel) and model.options.mixture.heads_every_state
+
+
+def loop_reads_last(model: LanguageModel) -> bool:
+    """Whether the head reads the last executed state alone."""
+    loop = latent_loop_of(model)
+    return loop is not None and loop.rules.read_last
 
 
 def _stopped_hidden(model: LanguageModel, state: LatentState, at: Tensor) -> Tensor:
@@ -168,7 +177,9 @@ def _by_step(
             mixture = content.new_zeros(len(sampled_S), content.shape[1])
         stopped = mixture[going_S] + state.reach_N[at, None] * content
         mixture[going_S] += state.exit_N[at, None] * content
-        if _mixes_probabilities(model):
+        if loop_reads_last(model):
+            logits = model.lm_head(content.to(state.z_Nd.dtype))
+        elif _mixes_probabilities(model):
             logits = stopped.clamp(min=torch.finfo(stopped.dtype).tiny).log()
         else:
             logits = model.lm_head(stopped.to(state.z_Nd.dtype))

@@ -41,6 +41,9 @@ class MethodEntry:
     """Most passes of the stack per token, from the method's options: an upper bound to plan with."""
     summary: str
     """One line for tables and help texts."""
+    semantics: int = 1
+    """Raised by hand when a change of the code changes what this method computes from given options and weights: runs
+    of the method become stale, and no others."""
 
 
 def _l_max_more(options: Any) -> float:
@@ -70,6 +73,7 @@ METHODS: dict[str, MethodEntry] = {
         Ponder2Model,
         lambda o: 2 * o.jacobi_high + 3,
         "PonderLM-2: one latent thought per token, by Jacobi",
+        semantics=2,  # 1 drew its number of passes in every forward piece
     ),
     Method.MOR: MethodEntry(
         MorOptions, MorModel, lambda o: o.recursions, "Mixture-of-Recursions: a middle repeated where a router picks"
@@ -142,7 +146,7 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
     found = key_problems(ModelConfig, data, "")
     method = data.get("method")
     if "method" in data and method not in METHODS:
-        found.append(f"method = {method!r}: must be one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
+        found.append(f"method = {method!r}{did_you_mean(method, METHODS)}")
     parts: dict[str, type] = {"shape": Shape}
     if method in METHODS:
         parts["options"] = METHODS[Method(method)].options

@@ -19,6 +19,7 @@ from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState
 from haltscale.model.language_model import LoopOutput
 from haltscale.model.ledger import PassCounts
+from haltscale.model.step_source import StepsFrom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,12 @@ class ShuffledOptions(AdaptiveOptions):
                 "penalty_probability",
                 str(self.penalty_probability),
                 "mixture for the shuffled control",
+            ),
+            *require(
+                self.steps_from is StepsFrom.ROUTER and not self.gate_warmup and not self.explore,
+                "steps_from",
+                str(self.steps_from),
+                "router for the shuffled control, without gate_warmup and explore",
             ),
         ]
 
@@ -81,3 +88,10 @@ class ShuffledModel(AdaptiveModel):
         hidden_Bd, dealt_B, _ = self.latent_loop.decode(x_Bd, rope, state, forced)
         state.counts += before.executed_only()
         return hidden_Bd, dealt_B
+
+    def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
+        super().keep_sequences(state, rows)
+        if state.extra is not None:
+            scout, meant = state.extra
+            scout.keep(rows)
+            state.extra = (scout, [[steps[b] for b in rows] for steps in meant])

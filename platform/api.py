@@ -4,6 +4,7 @@ from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method
 from haltscale.platform.config import ConfigError, Precision, RunConfig, Schedule
 from haltscale.platform.corpora.corpus import Corpus, sotu
 from haltscale.platform.corpora.formats import Format, InvalidUtf8
+from haltscale.platform.corpora.known_need import ChainedLookups, known_need
 from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
@@ -35,6 +36,7 @@ __all__ = [
     "AdaptiveOptions",
     "Budget",
     "BytePairs",
+    "ChainedLookups",
     "ConfigError",
     "ControlKind",
     "Corpus",
@@ -63,6 +65,7 @@ __all__ = [
     "hugging_face",
     "integers",
     "isoflop",
+    "known_need",
     "ladder",
     "llama",
     "log_uniform",

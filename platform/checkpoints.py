@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -41,6 +42,7 @@ CHECKPOINT_SCHEMA = 1
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 _MANIFEST = re.compile(r"shard-(\d{5})-of-(\d{5})\.json")
 _STEP = re.compile(r"step-(\d{8})")
+_ENTRY = re.compile(r"\w+:\d+:.")
 
 
 class CheckpointError(RuntimeError):
@@ -67,25 +69,42 @@ def tensor_name(kind: str, parameter: str, start: int) -> str:
 
 
 class Saved:
-    """A complete checkpoint, verified when opened.
+    """A complete checkpoint; its manifests are verified when it is opened, its tensors by :meth:`verify`.
 
     Raises:
-        DamagedError: a file is missing, cut short or changed.
+        DamagedError: a manifest is missing, cut short, changed or implausible.
         CheckpointError: it was written by another version or for another run.
     """
 
-    def __init__(self, folder: Path, world: int, key: str, holding: object = None) -> None:
+    def __init__(self, folder: Path, step: int, world: int, key: str, holding: object = None) -> None:
         self._holding = holding  # a temporary folder lives as long as the files in it are mapped
         names = [f"shard-{rank:05d}-of-{world:05d}" for rank in range(world)]
-        self.manifests = [_read_manifest(folder / f"{name}.json", key) for name in names]
+        self.manifests = [_read_manifest(folder / f"{name}.json", step, key) for name in names]
         self._files = [folder / f"{name}.safetensors" for name in names]
-        for file, manifest in zip(self._files, self.manifests, strict=True):
-            if not file.exists():
-                raise DamagedError(f"{file.name} is missing")
-            if _sha256(file) != manifest["sha256"]:
-                raise DamagedError(f"{file.name} is not what was written: its hash differs")
         if len({manifest["attempt"] for manifest in self.manifests}) > 1:
             raise DamagedError("its shards were written by different attempts")
+
+    def verify(self, *, rank: int = 0, world: int = 1) -> None:
+        """Read the shards that fall to a rank, each to one, and look whether they hold what was written.
+
+        Raises:
+            DamagedError: a file is missing, cut short or changed, or holds numbers that no training leaves behind.
+        """
+        for file, manifest in list(zip(self._files, self.manifests, strict=True))[rank::world]:
+            try:
+                if _sha256(file) != manifest["sha256"]:
+                    raise DamagedError(f"{file.name} is not what was written: its hash differs")
+                with safe_open(file, framework="pt") as tensors:
+                    for entry in tensors.keys():  # noqa: SIM118 (no mapping)
+                        tensor = tensors.get_tensor(entry)
+                        if not _ENTRY.match(entry) or tensor.dtype is not torch.float32 or tensor.ndim != 1:
+                            raise DamagedError(f"{file.name} holds {entry!r}, which no checkpoint has")
+                        if not torch.isfinite(tensor).all():
+                            raise DamagedError(f"{file.name} holds numbers that are not finite in {entry}")
+            except FileNotFoundError:
+                raise DamagedError(f"{file.name} is missing") from None
+            except (OSError, SafetensorError) as error:
+                raise DamagedError(f"{file.name} cannot be read: {error}") from None
 
     @property
     def progress(self) -> Mapping[str, Any]:
@@ -222,35 +241,29 @@ class Checkpoints:
     def newest(self) -> tuple[Saved | None, list[str]]:
         """The newest intact checkpoint, the same on all ranks, and what was found wrong with newer ones.
 
+        Each rank verifies its part of the shards, and all hear what the others found.
+
         Raises:
             CheckpointError: there are checkpoints but none is intact, or they are of another version or another run.
         """
-        found: tuple[Saved | None, list[str]] = (None, [])
-        refusal: CheckpointError | None = None
-        if self._rank == 0:
-            try:
-                found = self._newest()
-            except CheckpointError as error:
-                refusal = error
-        if self._world == 1:
-            if refusal:
-                raise refusal
-            return found
-        saved, damage = found
-        answer: list[Any] = [saved and saved.progress["step"], damage, str(refusal) if refusal else None]
-        dist.broadcast_object_list(answer, src=0)
-        step, damage, refused = answer
-        if refused:
-            raise CheckpointError(refused)
-        return (saved or self.open(step) if step is not None else None), damage
-
-    def _newest(self) -> tuple[Saved | None, list[str]]:
+        steps: list[int] = self._agreed(sorted(self.complete(), reverse=True))[0]
         damage: list[str] = []
-        for step in sorted(self.complete(), reverse=True):
+        for step in steps:
+            saved: Saved | None = None
+            verdict: tuple[str, bool] | None = None
             try:
-                return self.open(step), damage
-            except DamagedError as error:
-                damage.append(f"the checkpoint of step {step} is damaged ({error})")
+                saved = self.open(step, verify=False)
+                saved.verify(rank=self._rank, world=self._world)
+            except CheckpointError as error:
+                verdict = str(error), isinstance(error, DamagedError)
+            found = next((each for each in self._agreed(verdict) if each), None)
+            if found is None:
+                return saved, damage
+            what, damaged = found
+            if not damaged:
+                raise CheckpointError(what)
+            damage.append(f"the checkpoint of step {step} is damaged ({what})")
+            if self._rank == 0:
                 log.warning("%s: %s; looking for an earlier one", self._key, damage[-1])
         if damage:
             raise CheckpointError(
@@ -258,17 +271,32 @@ class Checkpoints:
             )
         return None, damage
 
-    def open(self, step: int) -> Saved:
-        """A complete checkpoint, verified; see :class:`Saved`."""
+    def _agreed(self, mine: Any) -> list[Any]:
+        """What every rank has to say, by rank."""
+        every = [mine] * self._world
+        if self._world > 1:
+            dist.all_gather_object(every, mine)
+        return every
+
+    def open(self, step: int, *, verify: bool = True) -> Saved:
+        """A complete checkpoint; see :class:`Saved`.
+
+        Args:
+            verify: read all of it first; False where that was done.
+        """
         folder, world = self._step_folder(step), self._world_of(step)
         if world is None:
             raise DamagedError(f"{folder} is not complete")
         if self._local:
-            return Saved(Path(folder), world, self._key)
-        fetched = tempfile.TemporaryDirectory(prefix="checkpoint-")
-        for path in self._fs.ls(folder, detail=False):
-            self._fs.get_file(path, str(Path(fetched.name) / path.rsplit("/", 1)[-1]))
-        return Saved(Path(fetched.name), world, self._key, holding=fetched)
+            saved = Saved(Path(folder), step, world, self._key)
+        else:
+            fetched = tempfile.TemporaryDirectory(prefix="checkpoint-")
+            for path in self._fs.ls(folder, detail=False):
+                self._fs.get_file(path, str(Path(fetched.name) / path.rsplit("/", 1)[-1]))
+            saved = Saved(Path(fetched.name), step, world, self._key, holding=fetched)
+        if verify:
+            saved.verify()
+        return saved
 
     def _step_folder(self, step: int) -> str:
         return f"{self._folder}/step-{step:08d}"
@@ -291,22 +319,44 @@ class Checkpoints:
         return next((world for world, ranks in sorted(shards.items()) if ranks == set(range(world))), None)
 
 
-def _read_manifest(path: Path, key: str) -> dict[str, Any]:
+def _read_manifest(path: Path, step: int, key: str) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text())
         digest = document.pop("digest")
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError):
+        intact = digest == _digest(document)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DamagedError(f"{path.name} cannot be read") from None
-    if digest != _digest(document):
+    if not intact:
         raise DamagedError(f"{path.name} is not what was written: its digest differs")
-    if document["schema"] != CHECKPOINT_SCHEMA:
+    if document.get("schema") != CHECKPOINT_SCHEMA:
         raise CheckpointError(
-            f"{path} has checkpoint schema {document['schema']}, this haltscale reads {CHECKPOINT_SCHEMA}:"
+            f"{path} has checkpoint schema {document.get('schema')}, this haltscale reads {CHECKPOINT_SCHEMA}:"
             " finish the run with the haltscale that began it, or remove its checkpoints"
         )
-    if document["key"] != key:
-        raise CheckpointError(f"{path} belongs to run {document['key']}, not to {key}")
+    if document.get("key") != key:
+        raise CheckpointError(f"{path} belongs to run {document.get('key')}, not to {key}")
+    if problem := _implausible(document, step):
+        raise DamagedError(f"{path.name} says {problem}")
     return document
+
+
+def _implausible(document: Mapping[str, Any], step: int) -> str:
+    """What a manifest says that no training wrote; empty if all of it may be true."""
+    for name, kind in (("attempt", str), ("sha256", str), ("counters", dict), ("progress", dict)):
+        if not isinstance(document.get(name), kind):
+            return f"{name} {document.get(name)!r}"
+    told = document["progress"].get("step")
+    if type(told) is not int or told != step:
+        return f"step {told!r} in the folder of step {step}"
+    for part in ("progress", "counters"):
+        for name, value in document[part].items():
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                return f"{name} {value!r}"
+    if type(document["counters"].get("optimizer_step")) is not int:
+        return f"optimizer_step {document['counters'].get('optimizer_step')!r}"
+    if not isinstance(document["counters"].get("loss_scaler"), dict):
+        return f"loss_scaler {document['counters'].get('loss_scaler')!r}"
+    return ""
 
 
 def _digest(document: Mapping[str, Any]) -> str:

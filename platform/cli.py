@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import io
 import json
 import logging
 import os
 import pkgutil
+import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haltscale.platform import cli_models, cluster
 from haltscale.platform.store import RunStore, StoreError
 
 if TYPE_CHECKING:
+    from haltscale.platform.lease import Holder
     from haltscale.platform.sweeps.study import Study
 
 EXAMPLES = {
@@ -52,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb("down", "stop the head that `haltscale up` started; jobs on it end")
     for name, text in (("run", "run a study in this process"), ("submit", "run a study as a Ray job, and follow it")):
         command = verb(name, text)
-        command.add_argument("study", help="a module of haltscale.studies, such as quickstart")
+        command.add_argument(
+            "study", help="one that ships (quickstart), a file (my_sweep.py) or an importable module (package.module)"
+        )
         command.add_argument("arguments", nargs="*", help="for the study; after `--`")
         if name == "submit":
             command.add_argument("--no-follow", action="store_true", help="submit and return at once")
@@ -68,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     logs = verb("logs", "the output of a study's last job")
     logs.add_argument("study", help="the study's name")
-    logs.add_argument("--follow", action="store_true", help="go on until the job ends, and exit as it does")
-    verb("cancel", "stop the job that runs a study; submit it again to go on").add_argument(
+    logs.add_argument("--follow", action="store_true", help="follow the job until it ends, and exit as it does")
+    verb("cancel", "stop the job that runs a study; submit it again to resume it").add_argument(
         "study", help="the study's name"
     )
     cli_models.add_verbs(verb)
@@ -80,11 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if rest and options.verb not in ("dashboard", "report"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no Greek letters shows the rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         _dispatch(options)
     except (cluster.ClusterError, StoreError, UnknownStudyError) as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read the output has enough of it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(141)
+    except OSError as error:  # a file or folder of the user's that cannot be read or written
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -96,9 +113,9 @@ def _dispatch(options: argparse.Namespace) -> None:
             print(f"Ray head at {head.dashboard} (token authentication on; `haltscale down` stops it)")
             print(f"for plain `ray job submit`: export RAY_API_SERVER_ADDRESS={head.dashboard} RAY_AUTH_MODE=token")
         case "down":
-            print("stopped" if cluster.down() else "no head of haltscale's was running")
+            print("stopped" if cluster.down() else "no local Ray head is running")
         case "run":
-            load_study(options.study).main(options.arguments)
+            load_study(options.study).study.main(options.arguments)
         case "submit":
             follow = not (options.no_follow or options.json)
             sys.exit(submit(options.study, options.arguments, follow=follow, as_json=options.json))
@@ -124,29 +141,98 @@ def _model_verb(options: argparse.Namespace) -> None:
     try:
         cli_models.dispatch(options)
     except ValueError as error:
+        if not type(error).__module__.startswith("haltscale."):  # a library's: nobody has made a sentence of it
+            raise
         sys.exit(f"error: {error}")
 
 
 class UnknownStudyError(ValueError):
-    """No study of that name ships, and the message lists those that do; or it lacks what it is made of."""
+    """There is no such study, or it lacks what it is made of; the message says which there are."""
 
 
-def load_study(name: str) -> Study:
-    """The study of a module of ``haltscale.studies``.
+@dataclass(frozen=True, kw_only=True)
+class LoadedStudy:
+    """A study, and how a job runs it again."""
+
+    study: Study
+    entrypoint: tuple[str, ...]
+    """The command, without its arguments."""
+    files: tuple[Path, ...] = ()
+    """What the command needs beside haltscale: a script and the modules beside it, or a package."""
+
+
+def load_study(target: str) -> LoadedStudy:
+    """The study of a file (``my_sweep.py``), of an importable module (``my_package.sweeps``), or that ships.
+
+    A script is run up to where its ``main()`` would begin.
 
     Raises:
-        UnknownStudyError: there is no such module, or its study cannot be made (a text that cannot be fetched).
+        UnknownStudyError: there is no such file or module, or its study cannot be made (a text that cannot be fetched).
     """
     studies = importlib.import_module("haltscale.studies")  # by name: the platform knows no study
     known = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
-    if name not in known:
-        raise UnknownStudyError(f"no study {name!r}; there are: {', '.join(known)}")
-    module = importlib.import_module(f"haltscale.studies.{name}")
+    name, file = target, Path(target)
+    if target in known:
+        name = f"haltscale.studies.{target}"
+    elif target.endswith(".py") or os.sep in target:
+        if not file.is_file():
+            raise UnknownStudyError(f"no study {target!r}: there is no such file; shipped: {', '.join(known)}")
+        study = _captured(lambda: runpy.run_path(str(file), run_name="__main__"), target)
+        beside = tuple(sorted(file.resolve().parent.glob("*.py")))
+        return LoadedStudy(study=study, entrypoint=("python", file.name), files=beside)
+    elif not _is_importable(target):
+        raise UnknownStudyError(
+            f"no study {target!r}: give a file (my_sweep.py), an importable module, or one of {', '.join(known)}"
+        )
+    study = _captured(lambda: _run_module(name), target)
+    return LoadedStudy(study=study, entrypoint=("python", "-m", name), files=_package_of(name))
+
+
+def _run_module(name: str) -> None:
+    module = importlib.import_module(name)
+    if hasattr(module, "study"):
+        module.study().main()
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _captured(run: Callable[[], object], target: str) -> Study:
+    from haltscale.platform.config import ConfigError
+    from haltscale.platform.sweeps.study_cli import captured
+
+    arguments, sys.argv = sys.argv, [target]
     try:
-        study: Study = module.study()
-    except ValueError as error:
+        with captured() as found:
+            run()
+    except ConfigError as error:
         raise UnknownStudyError(str(error)) from error
-    return study
+    except ValueError as error:
+        raise UnknownStudyError(f"{target}: {error}") from error
+    finally:
+        sys.argv = arguments
+    if not found:
+        raise UnknownStudyError(f"{target} defines no study: it must call Study(...).main() when it is run")
+    study: Study = found[0]
+    return replace(study, source=study.source or (Path(target).name if target.endswith(".py") else target))
+
+
+def _is_importable(name: str) -> bool:
+    if not all(part.isidentifier() and not part.startswith("__") for part in name.split(".")):
+        return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _package_of(name: str) -> tuple[Path, ...]:
+    """What makes a module importable elsewhere: its top-level package or file, unless haltscale's own or installed."""
+    top = name.partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    if top == "haltscale" or spec is None or spec.origin is None or "site-packages" in spec.origin:
+        return ()
+    origin = Path(spec.origin)
+    return (origin.parent if origin.name == "__init__.py" else origin,)
 
 
 def _connected() -> tuple[cluster.Head, cluster.JobSubmissionClient]:
@@ -164,8 +250,11 @@ def _connected() -> tuple[cluster.Head, cluster.JobSubmissionClient]:
     return head, cluster.client(head)
 
 
-def submit(name: str, arguments: Sequence[str], *, follow: bool, as_json: bool = False) -> int:
+def submit(target: str, arguments: Sequence[str], *, follow: bool, as_json: bool = False) -> int:
     """Submit a study as a Ray job; where it is running already, follow that job instead of starting a second one.
+
+    Args:
+        target: as for :func:`load_study`.
 
     Returns:
         The exit code: 0 where the job succeeded or was only submitted.
@@ -174,29 +263,44 @@ def submit(name: str, arguments: Sequence[str], *, follow: bool, as_json: bool =
         ClusterError: no head is running, or the study is running and other arguments are asked for.
         UnknownStudyError: there is no such study.
     """
-    study = load_study(name)
+    loaded = load_study(target)
+    name = loaded.study.name
     head, client = _connected()
-    job = cluster.running_job(client, study.name)
+    job = cluster.running_job(client, name, _owning_job(name))
     if job and arguments:
         raise cluster.ClusterError(
-            f"{study.name} is running as {job}, with other arguments perhaps: wait, or `haltscale cancel {study.name}`"
+            f"{name} is running as {job}, with other arguments perhaps: wait, or `haltscale cancel {name}`"
         )
     running = job is not None
-    job = job or cluster.submit_study(client, name, study.name, arguments)
+    job = job or cluster.submit_study(client, [*loaded.entrypoint, *arguments], name, loaded.files)
     if as_json:
-        print(json.dumps({"study": study.name, "job": job, "address": head.dashboard, "was_running": running}))
+        print(json.dumps({"study": name, "job": job, "address": head.dashboard, "was_running": running}))
     elif running:
-        print(f"{study.name} is running already as {job}; following it")
+        print(f"{name} is running already as {job}; following it")
     else:
-        print(f"submitted {study.name} as {job} to {head.dashboard}")
+        print(f"submitted {name} as {job} to {head.dashboard}")
     if not follow:
         return 0
     try:
         return cluster.follow(client, job)
     except KeyboardInterrupt:
-        print(f"\n{job} goes on without this terminal. Follow it: haltscale logs {study.name} --follow")
-        print(f"Stop it: haltscale cancel {study.name}")
+        print(f"\n{job} continues without this terminal. Follow it: haltscale logs {name} --follow")
+        print(f"Stop it: haltscale cancel {name}")
         return 130
+
+
+def _owner(study: str) -> Holder | None:
+    """The process that owns a study in the store, or its last one."""
+    try:
+        return RunStore().holder(study)
+    except StoreError:
+        return None
+
+
+def _owning_job(study: str) -> str:
+    """The Ray job that owns a study in the store, or did: plain ``ray job submit`` may have started it."""
+    owner = _owner(study)
+    return owner.job if owner else ""
 
 
 def logs(study: str, *, follow: bool) -> int:
@@ -209,9 +313,9 @@ def logs(study: str, *, follow: bool) -> int:
         ClusterError: no head is running, or it knows of no such job.
     """
     head, client = _connected()
-    job = cluster.latest_job(client, study)
+    job = cluster.latest_job(client, study, _owning_job(study))
     if job is None:
-        raise cluster.ClusterError(f"{head.dashboard} has had no job of study {study!r}")
+        raise cluster.ClusterError(f"{head.dashboard} has had no job of study {study!r}{_run_elsewhere(study)}")
     if follow:
         return cluster.follow(client, job)
     sys.stdout.write(client.get_job_logs(job))
@@ -225,15 +329,22 @@ def cancel(study: str) -> None:
         ClusterError: no head is running, or no job of this study is.
     """
     head, client = _connected()
-    job = cluster.running_job(client, study)
+    job = cluster.running_job(client, study, _owning_job(study))
     if job is None:
-        raise cluster.ClusterError(f"no job at {head.dashboard} is running study {study!r}")
+        raise cluster.ClusterError(f"no job at {head.dashboard} is running study {study!r}{_run_elsewhere(study)}")
     cluster.cancel(client, job)
-    print(f"stopped {job}; `haltscale submit` goes on where it was")
+    print(f"stopped {job}; `haltscale submit` resumes it")
+
+
+def _run_elsewhere(study: str) -> str:
+    owner = _owner(study)
+    if owner is None or owner.is_dead():
+        return ""
+    return f"; it is run by {owner.description}: stop it there, with Ctrl-C or that cluster's `haltscale cancel`"
 
 
 def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
-    from haltscale.platform.sweeps import progress
+    from haltscale.platform.sweeps import progress, report
 
     names = [study] if study else store.studies()
     if study and study not in store.studies():
@@ -244,14 +355,25 @@ def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
             for name in names
             for run in store.runs(name)
         ]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps({"schema": report.JSON_SCHEMA, "runs": rows}, indent=1))
+        _told_of_damage(store, study)
         return
     if not names:
         print(f"no studies in {store.root}; start one: haltscale submit quickstart")
     for name in names:
-        print(name)
+        owner = store.holder(name)
+        print(f"{name} (run by {owner.description})" if owner and not owner.is_dead() else name)
         for run in store.runs(name):
             print(f"  {run.state:<9} {progress.describe(run)}")
+        if study is None and (problem := store.study_problem(name)):
+            print(f"  {problem}")
+    _told_of_damage(store, study)
+
+
+def _told_of_damage(store: RunStore, study: str | None) -> None:
+    """End with a sentence where the study that was asked for cannot be read in full; its runs have been shown."""
+    if study and (problem := store.study_problem(study)):
+        raise StoreError(problem)
 
 
 def _results(store: RunStore, study: str, *, as_json: bool) -> None:
@@ -261,9 +383,11 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
         raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
     frame = report.results(store, study)
     if as_json:
-        print(frame.to_json(orient="records", indent=1))
-        return
-    report.show_results(frame, title=study, note=str(store.study(study).get("note", "")))
+        report.print_json(frame)
+    else:
+        note = "" if store.study_problem(study) else str(store.study(study).get("note", ""))
+        report.show_results(frame, title=study, note=note)
+    _told_of_damage(store, study)
 
 
 def _export_results(store: RunStore, study: str, folder: str) -> None:

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from haltscale.platform.inference.model_ref import Reference
     from haltscale.platform.inference.models import LoadedModel
 
+
+class UsageError(ValueError):
+    """An argument cannot be; the message says what it must be."""
+
+
 EXAMPLES = {
-    "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
-    "generate": 'haltscale generate quickstart/adaptive-0.6m "The state of the union"',
-    "serve": "haltscale serve quickstart/adaptive-0.6m --port 8300",
-    "export": "haltscale export quickstart/adaptive-0.6m ./exported",
+    "evaluate": "haltscale evaluate state-of-the-union/adaptive-0.6m --tasks lambada,piqa --controls --dial",
+    "generate": 'haltscale generate state-of-the-union/adaptive-0.6m "The state of the union"',
+    "serve": "haltscale serve state-of-the-union/adaptive-0.6m --port 8300",
+    "export": "haltscale export state-of-the-union/adaptive-0.6m ./exported",
 }
 MODEL_HELP = (
     "STUDY/RUN in the store (the beginning of a run's key will do); STUDY/RUN@STEP or STUDY/RUN@latest for a training"
@@ -36,7 +41,7 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--shots", default="0,5", help="examples before each question (default: 0,5)")
     evaluate.add_argument("--limit", type=int, help="only so many items of each task")
     evaluate.add_argument("--corpus", action="append", help="folder of a prepared corpus (default: the run's own)")
-    evaluate.add_argument("--controls", action="store_true", help="learned halting against shuffled, fixed and full")
+    evaluate.add_argument("--controls", action="store_true", help="learned halting against other sources of steps")
     evaluate.add_argument("--dial", action="store_true", help="loss against inference FLOPs: tau, and maximum depth")
     evaluate.add_argument("--tokens", type=int, help="held-out tokens for controls and dial (default: all)")
     evaluate.add_argument("--ray", action="store_true", help="models, corpora and tasks side by side, on Ray")
@@ -152,6 +157,7 @@ COLUMNS = {
     "flops_realised": "FLOPs/token",
     "seconds": "s/token",
     "own": "trained with",
+    "minus_learned": "minus learned",
 }
 """What the terminal shows of controls and dial; the rest is in the JSON."""
 
@@ -160,23 +166,31 @@ def _show(name: str, result: dict[str, Any]) -> None:
     """One result for the eye."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     rows = result.get("arms") or result.get("points")
     if rows:
         columns = [key for key in COLUMNS if key in rows[0]]
-        table = Table(*(COLUMNS[key] for key in columns), title=name, title_justify="left")
+        table = Table(*(COLUMNS[key] for key in columns), title=Text(name), title_justify="left")
         for row in rows:
-            table.add_row(*(_number(row[key]) for key in columns))
+            shown = (_gap(row[key]) if key == "minus_learned" else _number(row[key]) for key in columns)
+            table.add_row(*map(Text, shown))
     else:
-        table = Table("", "value", title=name, title_justify="left", show_header=False)
+        table = Table("", "value", title=Text(name), title_justify="left", show_header=False)
         for key, value in result.items():
             if isinstance(value, int | float | str):
-                table.add_row(key.replace("_", " "), _number(value))
+                table.add_row(Text(key.replace("_", " ")), Text(_number(value)))
     Console().print(table)
-    for row in result.get("arms", ()):
-        if gap := row["minus_learned"]:
-            low, high = gap["low"], gap["high"]
-            print(f"{row['name']} minus learned: {gap['mean']:+.4f} nats, 95 % from {low:+.4f} to {high:+.4f}")
+    if documents := result.get("tokens_by_document"):
+        print(f"intervals: 95 %, by a bootstrap over {len(documents)} documents")
+
+
+def _gap(gap: dict[str, Any] | None) -> str:
+    """A paired difference with its interval, where there is one."""
+    if gap is None:
+        return ""
+    ends = "" if gap["low"] is None else f" [{gap['low']:+.4f}, {gap['high']:+.4f}]"
+    return f"{gap['mean']:+.4f}{ends}"
 
 
 def _number(value: Any) -> str:
@@ -223,13 +237,15 @@ def _generate(options: argparse.Namespace, loaded: LoadedModel) -> None:
 def _serve(options: argparse.Namespace, reference: Reference, loaded: LoadedModel) -> None:
     from haltscale.platform.inference import serving
 
+    if not 0 <= options.port < 1 << 16:
+        raise UsageError(f"--port {options.port}: must be a number from 0 (any free port) to 65535")
     server = serving.Server(loaded, reference.name, max_cache_bytes=options.max_cache_mib << 20)
     try:
         with serving.listening(server, options.port) as (address, runner, place):
             print(f"{reference.name} answers at {address}/v1/completions; Ctrl-C ends it", flush=True)
             runner.run(sockets=[place])
     except OSError as error:
-        raise ValueError(f"port {options.port} cannot be used ({error}): name another one with --port") from error
+        raise UsageError(f"port {options.port} cannot be used ({error}): name another one with --port") from error
 
 
 def _export(options: argparse.Namespace, store: RunStore, reference: Reference, loaded: LoadedModel) -> None:

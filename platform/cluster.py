@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haltscale.platform import provenance
+from haltscale.platform.durable import write_durably
 from haltscale.platform.store import haltscale_home
 
 if TYPE_CHECKING:
@@ -183,10 +184,16 @@ def up(*, cpus: int | None = None, temp_dir: str | None = None) -> Head:
     # fmt: on
     arguments += [f"--num-cpus={cpus}"] if cpus is not None else []
     arguments += [f"--temp-dir={temp_dir}"] if temp_dir else []
-    _ray(*arguments)
     head = Head(dashboard=f"http://{LOOPBACK}:{dashboard}", gcs=f"{LOOPBACK}:{gcs}", temp_dir=temp_dir or "/tmp/ray")
     _state_file().parent.mkdir(parents=True, exist_ok=True)
-    _state_file().write_text(json.dumps(asdict(head)))  # before the check, so that `down` can stop a wedged one
+    # Before it is made: an interrupted start, or one that hangs, leaves a head that `down` can stop.
+    write_durably(_state_file(), json.dumps(asdict(head)).encode())
+    try:
+        _ray(*arguments)
+    except BaseException:
+        _stop_processes(head)
+        _state_file().unlink(missing_ok=True)
+        raise
     if not is_alive(head):
         raise ClusterError(f"Ray started but its job server does not answer at {head.dashboard}; see {head.temp_dir}")
     return head
@@ -260,15 +267,20 @@ def client(head: Head) -> JobSubmissionClient:
     return jobs
 
 
-def submit_study(client: JobSubmissionClient, module: str, study: str, arguments: Sequence[str] = ()) -> str:
-    """Submit a study of ``haltscale.studies``, with the code as it stands here: the nodes need Ray and haltscale's
-    requirements, not this version of haltscale.
+def submit_study(client: JobSubmissionClient, entrypoint: Sequence[str], study: str, files: Sequence[Path] = ()) -> str:
+    """Submit a study, with haltscale's code as it stands here: the nodes need Ray and haltscale's requirements, not
+    this version of haltscale.
+
+    Args:
+        entrypoint: the command.
+        study: the study's name.
+        files: scripts and packages that the command needs in its working directory.
 
     Returns:
         The submission id.
     """
     # fmt: off
-    environment = {
+    variables = {
         name: value for name, value in {
             "HALTSCALE_HOME": os.environ.get("HALTSCALE_HOME") or (_is_local(client) and str(haltscale_home())),
             "HALTSCALE_STORE": os.environ.get("HALTSCALE_STORE"),
@@ -276,12 +288,21 @@ def submit_study(client: JobSubmissionClient, module: str, study: str, arguments
         }.items() if value
     }
     # fmt: on
-    with staged_code() as code:
+    with staged_code() as code, tempfile.TemporaryDirectory() as folder:
+        environment: dict[str, Any] = {"env_vars": variables, "py_modules": [str(code)]}
+        for file in files:
+            if file.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", ".*")
+                shutil.copytree(file, Path(folder) / file.name, ignore=ignored)
+            else:
+                shutil.copy(file, folder)
+        if files:
+            environment["working_dir"] = folder
         return str(
             client.submit_job(
-                entrypoint=shlex.join(["python", "-m", f"haltscale.studies.{module}", *arguments]),
+                entrypoint=shlex.join(entrypoint),
                 submission_id=f"{study}-{time.strftime('%Y%m%d-%H%M%S')}",
-                runtime_env={"env_vars": environment, "py_modules": [str(code)]},
+                runtime_env=environment,
                 metadata={"haltscale_study": study},
             )
         )
@@ -307,19 +328,36 @@ def staged_code() -> Iterator[Path]:
         yield code
 
 
-def running_job(client: JobSubmissionClient, study: str) -> str | None:
-    """The submission id of the job that runs this study now, if one does."""
-    return next((job for job, status in _jobs(client, study) if not status.is_terminal()), None)
+def submission_id() -> str:
+    """Of the Ray job that this process drives, however it was submitted; empty for other processes."""
+    try:
+        config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
+        return str(config["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
-def latest_job(client: JobSubmissionClient, study: str) -> str | None:
+def running_job(client: JobSubmissionClient, study: str, owner: str = "") -> str | None:
+    """The submission id of the job that runs this study now, if one does.
+
+    Args:
+        owner: the job that owns the study in the store, which plain ``ray job submit`` may have started.
+    """
+    return next((job for job, status in _jobs(client, study, owner) if not status.is_terminal()), None)
+
+
+def latest_job(client: JobSubmissionClient, study: str, owner: str = "") -> str | None:
     """The submission id of the study's last job, running or not; None where this head knows of none."""
-    return next((job for job, _ in _jobs(client, study)), None)
+    return next((job for job, _ in _jobs(client, study, owner)), None)
 
 
-def _jobs(client: JobSubmissionClient, study: str) -> list[tuple[str, Any]]:
+def _jobs(client: JobSubmissionClient, study: str, owner: str) -> list[tuple[str, Any]]:
     """Submission ids and statuses of a study's jobs, the latest first."""
-    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("haltscale_study") == study]
+    jobs = [
+        job
+        for job in client.list_jobs()
+        if (job.metadata or {}).get("haltscale_study") == study or (owner and job.submission_id == owner)
+    ]
     jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
     return [(str(job.submission_id), job.status) for job in jobs if job.submission_id]
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from haltscale.model import (
     METHODS,
@@ -21,19 +18,22 @@ from haltscale.model import (
     VanillaOptions,
     config_problems,
 )
-from haltscale.platform.identity import SEMANTICS_VERSION, encodable, run_key
+from haltscale.model.config import (
+    build_options,
+    did_you_mean,
+    in_range,
+    is_number,
+    is_size,
+    named_shape,
+    normalised,
+    normalised_options,
+    require,
+    set_normalised,
+)
+from haltscale.platform.arms import arm
+from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
-
-
-class Precision(StrEnum):
-    """Number format of weights and activations; optimizer state and master weights are always float32."""
-
-    AUTO = "auto"
-    """bf16 where the machine multiplies matrices faster in it (GPUs; CPUs with AVX512-BF16 or AMX), else fp32."""
-    BF16 = "bf16"
-    FP16 = "fp16"
-    """With dynamic loss scaling: a step whose gradient overflows is counted, and leaves the weights as they are."""
-    FP32 = "fp32"
+from haltscale.platform.precision import Precision, fast_precision
 
 
 class Schedule(StrEnum):
@@ -106,10 +106,14 @@ class RunConfig:
     """A Llama whose weights the run starts from (``llama("/models/smol")``, or ``--set init_from=/models/smol``): its
     training is continued, with any method. None starts from random weights."""
 
+    def __post_init__(self) -> None:
+        set_normalised(self)
+        object.__setattr__(self, "options", normalised_options(self.options))
+
     @property
     def shape(self) -> Shape:
         """Size of the stack."""
-        return self.init_from.shape if self.init_from else SIZES[self.size]
+        return self.init_from.shape if self.init_from else named_shape(self.size)
 
     @property
     def batch_sequences(self) -> int:
@@ -124,7 +128,8 @@ class RunConfig:
     def label(self) -> str:
         """What tables and figures call the run."""
         defaults = type(self.options)()
-        shown = [str(self.method), self.size]
+        shown = [arm({"method": self.method, "options": {"steps_from": getattr(self.options, "steps_from", None)}})]
+        shown.append(self.size)
         for name, symbol in LABELLED_OPTIONS.items():
             value = getattr(self.options, name, None)
             if value is not None and (name == "lam" or value != getattr(defaults, name)):
@@ -156,52 +161,42 @@ class RunConfig:
         """Everything wrong with this run, each naming its field and the allowed values."""
         found = []
         sized = self
-        if self.size not in SIZES and not (self.init_from and self.size == IMPORTED):
+        if not is_size(self.size) and not (self.init_from and self.size == IMPORTED):
             found.append(f"size {self.size!r} is not on the ladder{did_you_mean(self.size, SIZES)}")
             sized = replace(self, size=next(iter(SIZES)))
         elif self.init_from:
             found += self._start_problems(self.init_from, vocab_size)
         found += config_problems(sized.model_config(vocab_size))
-        for name in ("tokens", "context", "batch_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                found.append(f"{name} is {value!r}, needs a whole number above 0")
-        if not found or all(isinstance(getattr(self, n), int) for n in ("tokens", "context", "batch_tokens")):
-            if self.context > 0 and self.batch_tokens % self.context:
+        whole = {name: getattr(self, name) for name in ("tokens", "context", "batch_tokens")}
+        wrong = [problem for name, value in whole.items() for problem in in_range(name, value, 1, integer=True)]
+        found += wrong
+        if not wrong:
+            if self.batch_tokens % self.context:
                 found.append(f"batch_tokens {self.batch_tokens} is not a multiple of context {self.context}")
-            if 0 < self.tokens < self.batch_tokens:
+            if self.tokens < self.batch_tokens:
                 found.append(f"tokens {self.tokens} is less than one batch of {self.batch_tokens}")
-        ranges = {
-            "learning_rate": (0.0, 10.0),
-            "warmup_fraction": (-1e-12, 1.0),
-            "decay_fraction": (-1e-12, 1.0),
-            "final_learning_rate_fraction": (-1e-12, 1.0),
-            "weight_decay": (-1e-12, 10.0),
-            "adam_beta1": (0.0, 0.99999),
-            "adam_beta2": (0.0, 0.99999),
-            "clip": (0.0, 1e9),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not low < value <= high:
-                found.append(f"{name} is {value!r}, needs a number above {max(low, 0):g} and up to {high:g}")
+        found += in_range("learning_rate", self.learning_rate, 0, 10, above=True)
+        for name in ("warmup_fraction", "decay_fraction", "final_learning_rate_fraction"):
+            found += in_range(name, getattr(self, name), 0, 1)
+        found += in_range("weight_decay", self.weight_decay, 0, 10)
+        for name in ("adam_beta1", "adam_beta2"):
+            found += in_range(name, getattr(self, name), 0, 0.99999)
+        found += in_range("clip", self.clip, 0, 1e9, above=True)
         for name, members in (("precision", Precision), ("schedule", Schedule)):
-            if getattr(self, name) not in list(members):
-                found.append(f"{name} {getattr(self, name)!r} is none of {', '.join(members)}")
-        if self.flops is not None and not (is_number(self.flops) and 0 < self.flops < math.inf):
-            found.append(f"flops is {self.flops!r}, needs a number above 0, or None for a budget in tokens")
-        if self.warmup_tokens is not None and not (isinstance(self.warmup_tokens, int) and self.warmup_tokens >= 0):
-            found.append(f"warmup_tokens is {self.warmup_tokens!r}, needs a whole number from 0 on, or None")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            found.append(f"seed is {self.seed!r}, needs a whole number from 0 on")
-        return found
+            value = getattr(self, name)
+            found += require(value in list(members), name, value, f"one of {', '.join(members)}")
+        if self.flops is not None:
+            found += in_range("flops", self.flops, 0, above=True)
+        if self.warmup_tokens is not None:
+            found += in_range("warmup_tokens", self.warmup_tokens, 0, integer=True)
+        return found + in_range("seed", self.seed, 0, integer=True)
 
     def _start_problems(self, start: InitialModel, vocab_size: int) -> list[str]:
         """What keeps the run from starting from that model."""
         found = []
-        if self.size != IMPORTED and SIZES[self.size] != start.shape:
+        if self.size != IMPORTED and named_shape(self.size) != start.shape:
             found.append(
-                f"size {self.size!r} is {SIZES[self.size]}, init_from has {start.shape}: give size {IMPORTED!r}"
+                f"size {self.size!r} is {named_shape(self.size)}, init_from has {start.shape}: give size {IMPORTED!r}"
             )
         if vocab_size > start.vocab_size:
             found.append(
@@ -211,19 +206,64 @@ class RunConfig:
             found.append(f"context {self.context} is longer than that of init_from, {start.context}")
         return found
 
-    def identity(self, corpus_name: str, corpus_fingerprint: str) -> dict[str, Any]:
-        """What makes the run's key, JSON-able: every field, the corpus, and the version of what the code computes.
+    def canonical(self) -> RunConfig:
+        """The run with every field that changes nothing at its default: runs that compute the same are equal.
 
-        A run that starts from random weights has no ``init_from`` there.
+        Tokens are those of whole steps; tokens under a budget in FLOPs, the shape of a decay that the schedule does not
+        have, a share of warm-up where it is given in tokens, and options that another option makes idle (a method's
+        ``canonical``) have no say.
         """
-        own = encodable(self if self.flops is None else replace(self, tokens=0), "run")
+        idle: set[str] = set()
+        if self.flops is not None:
+            idle.add("tokens")
+        if self.schedule is not Schedule.WSD:
+            idle.add("decay_fraction")
+        if self.schedule is Schedule.CONSTANT:
+            idle.add("final_learning_rate_fraction")
+        if self.warmup_tokens is not None:
+            idle.add("warmup_fraction")
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in idle}
+        if self.flops is None and self.steps:
+            defaults["tokens"] = self.steps * self.batch_tokens
+        if self.init_from is not None:
+            defaults["size"] = IMPORTED
+        options: Any = self.options
+        if hasattr(options, "canonical"):
+            options = options.canonical()
+        return replace(_rounded(self), **{**defaults, "options": _rounded(options)})
+
+    def resolved(self, *, on_gpu: bool = False) -> RunConfig:
+        """The run with the number format that ``precision=auto`` stands for.
+
+        Args:
+            on_gpu: whether it will train on GPUs, which this machine may lack.
+        """
+        if self.precision is not Precision.AUTO:
+            return self
+        return replace(self, precision=fast_precision(on_gpu=on_gpu))
+
+    def identity(self, corpus_name: str, corpus_fingerprint: str) -> dict[str, Any]:
+        """What the run computes, JSON-able: every field of :meth:`canonical`, the shape behind the size's name, the
+        corpus, and the versions of the code. A run that starts from random weights has no ``init_from`` there.
+
+        Raises:
+            ValueError: the precision is not resolved yet (:meth:`resolved`).
+        """
+        if self.precision is Precision.AUTO:
+            raise ValueError("precision auto identifies no run: resolve it first (RunConfig.resolved)")
+        canonical = self.canonical()
+        own = encodable(canonical, "run")
         if self.init_from is None:
             del own["init_from"]
+        if self.flops is not None:
+            del own["tokens"]  # whatever the FLOPs buy
         return {
+            "schema": KEY_SCHEMA,
             **own,
+            "shape": encodable(self.shape, "shape"),
             "corpus": corpus_name,
             "corpus_fingerprint": corpus_fingerprint,
-            "semantics": SEMANTICS_VERSION,
+            "semantics": {**SEMANTICS, "method": METHODS[self.method].semantics},
         }
 
     def key(self, corpus_name: str, corpus_fingerprint: str) -> str:
@@ -232,18 +272,82 @@ class RunConfig:
 
     @classmethod
     def from_identity(cls, identity: Mapping[str, Any]) -> RunConfig:
-        """The inverse of :meth:`identity`, for a run read back from the store."""
+        """The inverse of :meth:`identity`, for a run read back from the store, of this schema or an earlier one.
+
+        A field that the identity lacks was added since: it has the value that means what the code did before.
+        """
         method = Method(identity["method"])
-        unread = {"method", "options", "init_from"} | ({"tokens"} if identity["flops"] is not None else set())
-        values = {f.name: identity[f.name] for f in fields(cls) if f.name not in unread}
-        options = typed(METHODS[method].options, identity["options"])
+        unread = {"method", "options", "init_from"}
+        if identity.get("flops") is not None:
+            unread.add("tokens")
+        values = {f.name: identity[f.name] for f in fields(cls) if f.name in identity and f.name not in unread}
+        values = {**{name: value for name, value in KEY_DEFAULTS.items() if name in RUN_FIELDS}, **values}
+        former = {n.partition(".")[2]: value for n, value in KEY_DEFAULTS.items() if n.startswith(f"{method}.")}
+        options = build_options(METHODS[method].options, {**former, **identity["options"]})
         start = InitialModel.from_identity(identity["init_from"]) if "init_from" in identity else None
-        run: RunConfig = typed(cls, {**values, "method": method, "options": options, "init_from": start})
+        run: RunConfig = build_options(cls, {**values, "method": method, "options": options, "init_from": start})
         return run
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _rounded(values: Any) -> Any:
+    """A dataclass with its floats to the 12 digits that count: 0.1 + 0.2 is 0.3."""
+    floats = {f.name: value for f in fields(values) if isinstance(value := getattr(values, f.name), float)}
+    return replace(values, **{name: float(f"{value:.12g}") for name, value in floats.items()})
+
+
+RUN_FIELDS = tuple(f.name for f in fields(RunConfig))
+KEY_DEFAULTS: dict[str, Any] = {}
+"""Where a default of :class:`RunConfig` or of a method's options (``"adaptive.tau"``) has changed since key schema 2:
+the value that it had. What equals it stays out of the key, so that changing a default re-keys nothing."""
+
+
+def run_key(identity: Mapping[str, Any]) -> str:
+    """The run's folder name: method and size for the eye, a digest of what is computed for the machine.
+
+    Only what differs from the defaults enters (:data:`KEY_DEFAULTS`, else the field's own), so that a new field with a
+    default keeps every key. Names alone, of the size and of the corpus, do not enter: the shape and the fingerprint do.
+    """
+    if "schema" not in identity:  # schema 1: all fields, as they were given
+        return f"{identity['method']}-{identity['size']}-{digest(identity)}"
+    method = identity["method"]
+    own = {f.name: f.default for f in fields(RunConfig)} | KEY_DEFAULTS
+    options: Any = METHODS[method].options() if method in METHODS else None
+    usual = {f.name: getattr(options, f.name) for f in fields(options)} if options is not None else {}
+    usual |= {name.partition(".")[2]: value for name, value in KEY_DEFAULTS.items() if name.startswith(f"{method}.")}
+    fixed = {"schema", "method", "size", "options", "corpus", "semantics", "precision"}
+    short = {
+        "schema": identity["schema"],
+        "method": method,
+        "precision": identity["precision"],
+        **{name: value for name, value in identity.items() if name not in fixed and _differs(value, own, name)},
+        "options": {name: value for name, value in identity["options"].items() if _differs(value, usual, name)},
+        "semantics": {part: version for part, version in identity["semantics"].items() if version != 1},
+    }
+    return f"{method}-{identity['size']}-{digest(short)}"
+
+
+def _differs(value: Any, defaults: Mapping[str, Any], name: str) -> bool:
+    return name not in defaults or encodable(defaults[name]) != encodable(value)
+
+
+def current_identity(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a ``record.json`` or ``spec.json``, in the present schema, whichever it was written in.
+
+    Schema 1 had the precision as it was asked for; its records say which one it was. Empty where the document has no
+    identity, or lacks what the present schema needs: an unfinished run of schema 1 whose precision nobody wrote down.
+    """
+    identity = document.get("identity") or {}
+    if not identity or "schema" in identity:
+        return dict(identity)
+    precision = document.get("precision") if identity.get("precision") == Precision.AUTO else identity.get("precision")
+    if precision not in list(Precision) or precision == Precision.AUTO or identity.get("semantics") != 1:
+        return {}
+    try:
+        run = replace(RunConfig.from_identity(identity), precision=Precision(precision))
+        known = run.identity(identity["corpus"], identity["corpus_fingerprint"])
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return {**known, "semantics": dict.fromkeys(known["semantics"], 1)}
 
 
 def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str] = ()) -> tuple[RunConfig, list[str]]:
@@ -255,7 +359,7 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
     found: list[str] = []
     method = point.get("method", base.method)
     if method not in METHODS:
-        return base, [f"method {method!r} is none of {', '.join(METHODS)}{did_you_mean(method, METHODS)}"]
+        return base, [f"method = {method!r}{did_you_mean(method, METHODS)}"]
     method = Method(method)
     option_type: Any = METHODS[method].options
     option_names = [f.name for f in fields(option_type)]
@@ -267,7 +371,9 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
     for name, value in point.items():
         if name == "method":
             continue
-        if name == "init_from" and isinstance(value, str):
+        if name == "init_from" and not isinstance(value, str | InitialModel | None):
+            found.append(f"init_from = {value!r}: must be a folder, a name on the Hub, or llama(...)")
+        elif name == "init_from" and isinstance(value, str):
             from haltscale.platform.llama import llama  # reads tokenizers and weights, which few runs need
 
             try:
@@ -283,43 +389,9 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
             owners = [str(m) for m, entry in METHODS.items() if name in _names(entry.options)]
             hint = f"; {', '.join(owners)} has it" if owners else did_you_mean(name, known)
             found.append(f"{method} has no {name!r}{hint}")
-    run = replace(base, method=method, options=typed(option_type, options), **as_members(type(base), values))
+    run = replace(base, method=method, options=build_options(option_type, options), **normalised(type(base), values))
     return run, found
-
-
-def typed(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass from values that may have been read from JSON; see :func:`as_members`."""
-    return kind(**as_members(kind, values))
-
-
-def as_members(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with every string that names a member of its field's enum as that member: code compares with ``is``.
-
-    A list becomes a tuple, so that a frozen dataclass stays hashable.
-    """
-    members = dict(values)
-    for name, hint in _hints(kind).items():
-        enum = next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and issubclass(t, StrEnum)), None)
-        if name not in members:
-            continue
-        value = members[name]
-        if isinstance(value, list | tuple):
-            members[name] = tuple(enum(v) if enum and v in list(enum) else v for v in value)
-        elif enum and value in list(enum):
-            members[name] = enum(value)
-    return members
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _names(kind: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)]
-
-
-def did_you_mean(word: object, known: Any) -> str:
-    """The end of an error about an unknown name: the known one that is closest, or all of them."""
-    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(map(str, known))}"

@@ -9,7 +9,8 @@ from enum import StrEnum
 from importlib.util import find_spec
 from typing import Any
 
-from haltscale.platform.config import Precision, RunConfig, is_number, typed
+from haltscale.model.config import build_options, in_range, is_int, is_number, require, set_normalised
+from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.schedule import stable_steps
 
 
@@ -91,11 +92,13 @@ class ExecutionConfig:
     """Begin a WSD run in the stable phase of a run of the study that differs in its budget alone, where there is one,
     and train such runs one after the other, the shortest first; needs ``warmup_tokens``."""
     log_every_seconds: float = 2.0
-    """How often a run writes metrics and its heartbeat."""
+    """How often a run writes metrics and its status."""
     sinks: tuple[Sink, ...] = ()
     """Where metrics go beside the store; W&B needs its extra (``pip install haltscale[wandb]``)."""
     max_failures: int = 1
     """How often a failed run is started again (from its last checkpoint) before it is recorded as failed."""
+    max_hours: float | None = None
+    """Training time after which a run ends as ``capped``, with what it has; None: as long as its budget takes."""
     on_divergence: OnTrouble = OnTrouble.STOP
     """What to do about a loss that explodes. One that is not finite always stops the run: nothing is left to train."""
     on_collapse: OnTrouble = OnTrouble.CONTINUE
@@ -103,20 +106,21 @@ class ExecutionConfig:
     collapse_steps: int = 500
     """Optimizer steps in a row after which a router counts as collapsed."""
 
+    def __post_init__(self) -> None:
+        set_normalised(self)
+
     def problems(self, runs: list[RunConfig], cluster: Mapping[str, float] | None = None) -> list[str]:
         """Everything wrong, given the runs and what the cluster has: ``CPU``, ``GPU`` and, where known,
         the ``node_cpus`` of its largest node."""
         found = []
         counts = ("workers", "cpus_per_worker", "micro_batch_sequences", "evaluations", "checkpoints", "keep_last")
         for name in (*counts, "collapse_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)!r}, needs a whole number from 1 on")
+            found += in_range(name, getattr(self, name), 1, integer=True)
         for name, low in (("gpus_per_worker", 0), ("log_every_seconds", 0), ("max_failures", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < low:
-                found.append(f"{name} is {value!r}, needs a number from {low} on")
-        if self.zero_stage not in (0, 1, 2, 3):
-            found.append(f"zero_stage is {self.zero_stage!r}, needs 0, 1, 2 or 3")
+            found += in_range(name, getattr(self, name), low)
+        if self.max_hours is not None:
+            found += in_range("max_hours", self.max_hours, 0, above=True)
+        found += require(is_int(self.zero_stage) and 0 <= self.zero_stage <= 3, "zero_stage", self.zero_stage, "0 to 3")
         found += self._choice_problems()
         if found:
             return found
@@ -148,16 +152,24 @@ class ExecutionConfig:
     def _choice_problems(self) -> list[str]:
         found = []
         for name, members in EXECUTION_CHOICES.items():
-            if getattr(self, name) not in list(members):
-                found.append(f"{name} {getattr(self, name)!r} is none of {', '.join(members)}")
+            value = getattr(self, name)
+            found += require(value in list(members), name, value, f"one of {', '.join(members)}")
+        for name in ("sinks", "milestones"):
+            value = getattr(self, name)
+            found += require(isinstance(value, tuple), name, value, "a list")
+        if found:
+            return found
+        for name in ("activation_checkpointing", "compile", "deterministic", "keep_best", "branch"):
+            value = getattr(self, name)
+            found += require(isinstance(value, bool), name, value, "true or false")
         for sink in self.sinks:
             if sink not in list(Sink):
-                found.append(f"sinks names {sink!r}, which is none of {', '.join(Sink)}")
+                found.append(f"sinks = {sink!r}: must be one of {', '.join(Sink)}")
             elif find_spec(SINK_PACKAGES[sink]) is None:
                 found.append(f"sink {sink} needs a package that is not here: pip install {SINK_PACKAGES[sink]}")
         for share in self.milestones:
             if not is_number(share) or not 0 < share <= 1:
-                found.append(f"milestones has {share!r}, needs shares of the budget above 0 and up to 1")
+                found.append(f"milestones = {share!r}: must be shares of the budget above 0 and up to 1")
         if found or self.zero_stage not in (0, 1, 2, 3):
             return found
         if self.compile and self.zero_stage == 3:
@@ -173,7 +185,7 @@ class ExecutionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExecutionConfig:
         """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
-        execution: ExecutionConfig = typed(cls, values)
+        execution: ExecutionConfig = build_options(cls, values)
         return execution
 
     def accumulation(self, batch_sequences: int) -> tuple[int, int]:

@@ -14,12 +14,21 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-SEMANTICS_VERSION = 1
-"""Raised by hand when a change of the code changes what a given identity computes."""
+import numpy as np
+
+KEY_SCHEMA = 2
+"""Of the identities that are written now. Schema 1 had the precision as it was asked for, and one version of the code;
+`config.current_identity` reads both."""
+
+SEMANTICS = {"loop": 1, "order": 1, "evaluation": 1}
+"""Versions of what the code computes, by part: training loop and optimizer; order of the training rows; held-out
+evaluation. Raised by hand when a change alters results; every run is stale then. What one method computes has a version
+of its own in the registry of methods."""
 
 
 def encodable(value: Any, where: str = "value") -> Any:
-    """The JSON-able form of a value; equal values have equal forms (``1`` and ``1.0`` are equal).
+    """The JSON-able form of a value; equal values have equal forms: ``1`` and ``1.0``, 0.3 and
+    ``0.1 + 0.2`` (12 digits count), and the scalars of NumPy.
 
     Raises:
         TypeError: the value has no deterministic encoding; the message names where it stands.
@@ -29,10 +38,14 @@ def encodable(value: Any, where: str = "value") -> Any:
         return encodable(value.value, where)
     if value is None or isinstance(value, bool | str | int):
         return value
+    if isinstance(value, np.generic):
+        value = value.item()
+        return encodable(value, where)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{where} is {value}: only finite numbers can identify a run")
-        return int(value) if value.is_integer() else value
+        rounded = float(f"{value:.12g}")
+        return int(rounded) if rounded.is_integer() else rounded
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {field.name: encodable(getattr(value, field.name), f"{where}.{field.name}") for field in fields}
@@ -53,8 +66,3 @@ def canonical_json(value: Any) -> str:
 def digest(value: Any, *, length: int = 12) -> str:
     """The first ``length`` hex digits of the SHA-256 of :func:`canonical_json`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
-
-
-def run_key(identity: Mapping[str, Any]) -> str:
-    """The run's folder name: method and size for the eye, a digest of the whole identity for the machine."""
-    return f"{identity['method']}-{identity['size']}-{digest(identity)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 from haltscale.platform import cluster
@@ -32,7 +34,10 @@ def connected() -> Iterator[dict[str, float]]:
         address = os.environ.get("RAY_ADDRESS") or (head.gcs if head else "local")
         if address == "local":
             os.environ.update(cluster.OWN_RAY)
+        former = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        if callable(former) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, former)  # Ray's own aborts the process
     quiet_ray_data()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     memory, cpus = (max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("memory", "CPU"))

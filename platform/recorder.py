@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from haltscale.platform.store import RunState, RunStore
+from haltscale.platform.lease import EXPIRY_SECONDS, Lease
+from haltscale.platform.store import Cause, RunState, RunStore
 
 
 class RunRecorder:
@@ -25,6 +26,25 @@ class RunRecorder:
         self.store, self.study, self.key = store, study, key
         self._steps, self.enabled = steps, enabled
         self._began: tuple[float, float] | None = None
+        self._lease: Lease | None = None
+
+    def own(self) -> None:
+        """Become the run's only writer, before anything of it is read: an earlier attempt that is still dying is waited
+        for. From then on a thread gives signs of life until the run ends (:meth:`finish`, :meth:`fail`) or
+        :meth:`close`.
+
+        Raises:
+            LeaseHeldError: another living process trains the run.
+        """
+        if self.enabled:
+            self._lease = Lease(self.store, self.store.path(self.study, self.key))
+            self._lease.acquire(wait_seconds=EXPIRY_SECONDS + 30)
+
+    def close(self) -> None:
+        """End the ownership, and with it the signs of life."""
+        if self._lease:
+            self._lease.release()
+            self._lease = None
 
     def _path(self, name: str) -> str:
         return self.store.path(self.study, self.key, name)
@@ -51,7 +71,7 @@ class RunRecorder:
         self._status(RunState.RUNNING, step=step, share=share)
 
     def log(self, row: Mapping[str, Any], share: float, *, events: Sequence[Mapping[str, Any]] = ()) -> None:
-        """A row of training metrics, and the heartbeat.
+        """A row of training metrics, and how far the run is.
 
         Args:
             share: of the budget that is spent.
@@ -59,6 +79,7 @@ class RunRecorder:
         """
         if not self.enabled:
             return
+        self._check()
         self.store.append_lines(self._path("metrics.jsonl"), [row])
         told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second", "mfu")}
         told |= {"loss": row["cross_entropy"], "events": list(events)}
@@ -67,6 +88,7 @@ class RunRecorder:
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """A row of held-out evaluation."""
         if self.enabled:
+            self._check()
             self.store.append_lines(self._path("evaluations.jsonl"), [row])
 
     def best_step(self, among: Collection[int]) -> int | None:
@@ -95,16 +117,33 @@ class RunRecorder:
     def finish(self, record: Mapping[str, Any]) -> None:
         """The result; the last thing that a run writes."""
         if self.enabled:
+            self._check()
             self._status(RunState.FINISHED, step=record["steps"], share=1.0)
             attempts = self.store.read_lines(self._path("attempts.jsonl"))
             self.store.write_json(self._path("record.json"), {**record, "attempts": attempts})
+            self.close()
 
-    def fail(self, error: str) -> None:
-        """The run ended without a result."""
+    def fail(
+        self, error: str, *, state: RunState = RunState.FAILED, cause: Cause = Cause.TRANSIENT, **more: Any
+    ) -> None:
+        """The run ended without a result.
+
+        Args:
+            state: one of :data:`~haltscale.platform.store.ENDED`.
+            cause: whether trying again can help.
+            more: for its status.
+        """
         if self.enabled:
-            status = {**self.store.read_json(self._path("status.json")), "state": RunState.FAILED, "error": error}
+            self._check()
+            status = self.store.read_json(self._path("status.json"))
             status.pop("schema", None)
-            self.store.write_json(self._path("status.json"), {**status, "seconds_left": None, "heartbeat": time.time()})
+            ended = {"state": state, "error": error, "cause": cause, "seconds_left": None, **more}
+            self.store.write_json(self._path("status.json"), {**status, **ended})
+            self.close()
+
+    def _check(self) -> None:
+        if self._lease:
+            self._lease.check()
 
     def _status(self, state: RunState, *, step: int, share: float, **more: Any) -> None:
         left = None
@@ -112,5 +151,5 @@ class RunRecorder:
             began, first = self._began
             left = (time.time() - began) / (share - first) * (1 - share)
         steps = self._steps if self._steps is not None else round(step / share) if share else None  # an estimate then
-        status = {"state": state, "step": step, "steps": steps, "seconds_left": left, "heartbeat": time.time()}
+        status = {"state": state, "step": step, "steps": steps, "seconds_left": left}
         self.store.write_json(self._path("status.json"), {**status, "error": None, **more})

@@ -4,7 +4,8 @@
         study.json                 what the study asks, its runs in order, when it was planned
         <run_key>/
             spec.json              what the run is: identity (makes the key) and execution (does not)
-            status.json            how it is going: state, step, time left, heartbeat, error
+            status.json            how it is going: state, step, time left, error
+            .lease/                the process that trains it, and its heartbeat (see lease.py); a study has one too
             attempts.jsonl         one line each time the run starts or goes on: after which step, on which nodes
             metrics.jsonl          one line per logged training step
             evaluations.jsonl      one line per evaluation on held-out documents
@@ -29,9 +30,8 @@ import json
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,26 @@ from typing import Any
 import fsspec
 import pandas as pd
 
-SCHEMA_VERSION = 1
+from haltscale.platform.documents import (
+    NOTHING,
+    RUN,
+    SCHEMA_VERSION,
+    StoreError,
+    advice,
+    checked,
+    parse_document,
+    parse_lines,
+)
+from haltscale.platform.durable import write_durably
+from haltscale.platform.lease import Holder, holder_of, modified
+
 STALL_SECONDS = 120.0
-"""A run that calls itself running but has not written a heartbeat for this long is shown as stalled."""
+"""A run that calls itself running but has given no sign of life for this long is shown as stalled."""
 
 PART_BYTES = 1 << 18
 """On an object store, a JSON-lines file goes on in a new part when its last one is this long."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-class StoreError(ValueError):
-    """A store, study or run folder cannot be read or written as asked; the message says what to do."""
 
 
 class RunState(StrEnum):
@@ -60,9 +68,26 @@ class RunState(StrEnum):
     RUNNING = "running"
     STALLED = "stalled"
     FAILED = "failed"
+    """Without a result, for a reason that ``cause`` in its status calls transient (tried again when the study is run
+    again) or permanent (not tried again)."""
+    DIVERGED = "diverged"
+    """Ended by its own numbers: a loss that is not finite, or one that the policy stops. It would diverge again."""
+    CAPPED = "capped"
+    """Ended by the limit on its training time; a higher limit resumes it."""
     STOPPED = "stopped"
     """Ended early by a tuning study's scheduler; it is not run again."""
     FINISHED = "finished"
+
+
+class Cause(StrEnum):
+    """Why a run has no result, as far as trying again is concerned."""
+
+    PERMANENT = "permanent"
+    TRANSIENT = "transient"
+
+
+ENDED = (RunState.FAILED, RunState.DIVERGED, RunState.CAPPED, RunState.STOPPED)
+"""Of a run that is over without a result."""
 
 
 def haltscale_home() -> Path:
@@ -88,15 +113,17 @@ class RunView:
     spec: Mapping[str, Any]
     """``spec.json``: ``label``, ``identity``, ``execution``."""
     status: Mapping[str, Any]
-    """``status.json``: ``state``, ``step``, ``steps``, ``seconds_left``, ``heartbeat``, ``error``."""
+    """``status.json``: ``state``, ``step``, ``steps``, ``seconds_left``, ``error``, ``cause``."""
     record: Mapping[str, Any]
     """``record.json``; empty until the run is finished."""
     problem: str = ""
     """Why the folder could not be read in full; empty when it could."""
+    silent_seconds: float | None = None
+    """Since the last sign of life of a run that is running or stalled."""
 
     @property
     def label(self) -> str:
-        return str(self.spec.get("label", self.key))
+        return str(self.spec.get("label") or self.key)
 
     @classmethod
     def absent(cls, study: str, key: str) -> RunView:
@@ -110,7 +137,10 @@ class RunStore:
     def __init__(self, root: str | Path | None = None) -> None:
         root = str(root or default_root())
         # Workers and jobs run in folders of their own: a local root must not depend on the working directory.
-        self.root = root if "://" in root else str(Path(root).expanduser().absolute())
+        try:
+            self.root = root if "://" in root else str(Path(root).expanduser().absolute())
+        except RuntimeError as error:  # no such user
+            raise StoreError(f"{root}: {error}") from error
         try:  # other processes write too: a listing is never remembered
             self.fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
         except ImportError as error:
@@ -118,6 +148,11 @@ class RunStore:
         except ValueError as error:
             raise StoreError(f"{self.root} is no folder and no URL that fsspec knows: {error}") from error
         self._whole_objects = "file" not in self.fs.protocol
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a folder of a filesystem, and not an object store."""
+        return not self._whole_objects
 
     # ---- paths ----------------------------------------------------------------------------------------------------
 
@@ -153,12 +188,7 @@ class RunStore:
             self.fs.pipe_file(path, text.encode())
             return
         self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_durably(path, text.encode())
 
     def append_lines(self, path: str, rows: list[Mapping[str, Any]]) -> None:
         """Append rows to a JSON-lines file; one process writes it.
@@ -183,7 +213,7 @@ class RunStore:
     def truncate_lines(self, path: str, *, after_step: int) -> None:
         """Drop the rows written after ``after_step``: a resumed run writes them again."""
         for part in reversed(self._parts(path)):  # the last first: a death between two leaves no gap
-            rows = [row for row in _rows(self.fs.cat_file(part)) if row["step"] <= after_step]
+            rows = [row for row in parse_lines(self.fs.cat_file(part)) if row["step"] <= after_step]
             if rows or part == path:
                 self._write_text(part, "".join(json.dumps(row) + "\n" for row in rows))
             else:
@@ -207,20 +237,23 @@ class RunStore:
         """Read a JSON document; an absent one is ``{}``.
 
         Raises:
-            StoreError: the document is damaged or of another schema version.
+            StoreError: the document is damaged, of another schema version, or cannot be read.
         """
         try:
-            return _document(path, self.fs.cat_file(path))
-        except FileNotFoundError:
+            return parse_document(path, self.fs.cat_file(path))
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error}); {advice(path)}") from error
 
     def read_lines(self, path: str) -> list[dict[str, Any]]:
-        """Read a JSON-lines file; a last line still being written is left for the next read."""
+        """Read a JSON-lines file: the objects in it. A last line still being written is left for the next read, and a
+        folder in the file's place has none."""
         try:
             if not self._whole_objects:
-                return _rows(self.fs.cat_file(path))
-            return [row for part in self._parts(path) for row in _rows(self.fs.cat_file(part))]
-        except FileNotFoundError:
+                return parse_lines(self.fs.cat_file(path))
+            return [row for part in self._parts(path) for row in parse_lines(self.fs.cat_file(part))]
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return []
 
     def studies(self) -> list[str]:
@@ -233,54 +266,107 @@ class RunStore:
         )
 
     def study(self, name: str) -> dict[str, Any]:
-        """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study)."""
-        return self.read_json(self.path(name, None, "study.json"))
+        """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study). Fields of
+        another type than they should have are left out; :meth:`study_problem` names them.
+
+        Raises:
+            StoreError: the document is damaged, of another schema version, or cannot be read.
+        """
+        return dict(checked("study", self.read_json(self.path(name, None, "study.json")))[0])
+
+    def study_problem(self, name: str) -> str:
+        """Why ``study.json`` cannot be read in full; empty where it can. What it does not say is then unknown; the
+        runs are there all the same, in the order of their keys."""
+        path = self.path(name, None, "study.json")
+        try:
+            odd = checked("study", self.read_json(path))[1]
+        except StoreError as error:
+            return str(error)
+        return f"{path}: {odd}; {advice(path)}" if odd else ""
 
     def run(self, study: str, key: str, *, now: float | None = None) -> RunView:
         """One run; a folder that cannot be read becomes a view with ``problem`` set, never an exception."""
         return self.views(study, [key], now=now)[key]
 
     def views(self, study: str, keys: Iterable[str], *, now: float | None = None) -> dict[str, RunView]:
-        """Several runs by key, read together: object stores answer many requests at once."""
-        names = ("spec", "status", "record")
-        paths = {(key, name): self.path(study, key, f"{name}.json") for key in keys for name in names}
+        """Several runs by key; one that cannot be read, or whose key is no name, is a view with ``problem`` set."""
+        kept = list(dict.fromkeys(keys))
+        named = [key for key in kept if _NAME.fullmatch(key)]
+        paths = {(key, name): self.path(study, key, f"{name}.json") for key in named for name in RUN}
+        found = self._read_documents(paths)
+        views = {}
+        for key in kept:
+            documents: dict[str, Any] = {}
+            problems = [] if key in named else [f"{key!r} is no name of a run: submit the study again to plan it anew"]
+            for name in RUN:
+                content = found.get((key, name), NOTHING)
+                if isinstance(content, StoreError):
+                    problems.append(str(content))
+                    content = NOTHING
+                documents[name], odd = checked(name, content)
+                if odd:
+                    problems.append(f"{name}.json of {key}: {odd}")
+            state = run_state(documents["status"], documents["record"])
+            view = RunView(study=study, key=key, state=state, problem="; ".join(problems), **documents)
+            views[key] = self.alive(view, now=now)
+        return views
+
+    def _read_documents(self, paths: Mapping[Any, str]) -> dict[Any, Mapping[str, Any] | StoreError]:
+        """Documents by whatever names their paths; read together, since object stores answer many requests at once."""
         if not paths:
             return {}
         wanted = list(paths.values())
         contents = self.fs.cat_ranges(wanted, [None] * len(wanted), [None] * len(wanted), on_error="return")
-        found = dict(zip(wanted, contents, strict=True))
-        views = {}
-        for key in dict.fromkeys(key for key, _ in paths):
-            documents: dict[str, dict[str, Any]] = {}
-            problem = ""
-            for name in names:
-                path = paths[key, name]
-                content = found[path]
-                documents[name] = {}
+        found: dict[Any, Mapping[str, Any] | StoreError] = {}
+        for (name, path), content in zip(paths.items(), contents, strict=True):
+            try:
                 if isinstance(content, FileNotFoundError | NotADirectoryError):
-                    continue
-                try:
-                    if isinstance(content, BaseException):
-                        raise StoreError(f"{path} cannot be read: {content}")
-                    documents[name] = _document(path, content)
-                except StoreError as error:
-                    problem = str(error)
-            state = run_state(documents["status"], documents["record"], now or time.time())
-            views[key] = RunView(study=study, key=key, state=state, problem=problem, **documents)
-        return views
+                    found[name] = NOTHING
+                elif isinstance(content, BaseException):
+                    raise StoreError(f"{path} cannot be read ({content}); {advice(path)}")
+                else:
+                    found[name] = parse_document(path, content)
+            except StoreError as error:
+                found[name] = error
+        return found
+
+    def holder(self, study: str, key: str | None = None, *, now: float | None = None) -> Holder | None:
+        """The process that owns a study or trains a run, or the last one that did; None where none ever did."""
+        return holder_of(self, self.path(study, key), now=now)
+
+    def alive(self, view: RunView, *, now: float | None = None) -> RunView:
+        """The view of a run that calls itself running, with how long it has been silent: as stalled where too long, or
+        where its process is gone. By the store's clock and ours, never by that of the machine that trains it."""
+        if view.state is not RunState.RUNNING:
+            return view
+        holder = self.holder(view.study, view.key, now=now)
+        if holder is not None:
+            silent, gone = holder.silent_seconds, holder.is_released or holder.is_gone
+        else:  # a run of an earlier version: its status was its sign of life
+            try:
+                written = modified(self.fs.info(self.path(view.study, view.key, "status.json")))
+            except FileNotFoundError:
+                return view
+            silent, gone = (time.time() if now is None else now) - written, False
+        state = RunState.STALLED if gone or silent > STALL_SECONDS else RunState.RUNNING
+        return replace(view, state=state, silent_seconds=silent)
 
     def present(self, study: str) -> list[str]:
         """Keys of all runs that have a folder, sorted, whatever the study's document says."""
         try:
             entries = self.fs.ls(self.path(study), detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
         return sorted(name for name in names if _NAME.fullmatch(name))
 
     def run_keys(self, study: str) -> list[str]:
-        """Keys of a study's runs, in its order; runs of earlier versions of the study come last."""
-        planned = [str(key) for key in self.study(study).get("runs", [])]
+        """Keys of a study's runs, in its order; runs of earlier versions of the study come last. Where ``study.json``
+        cannot be read, all that are there (:meth:`study_problem` says why)."""
+        try:
+            planned = list(dict.fromkeys(self.study(study).get("runs", [])))
+        except StoreError:
+            planned = []
         others = sorted(set(self.present(study)) - set(planned))
         views = self.views(study, others)
         return [*planned, *(key for key in others if views[key].spec or views[key].problem)]
@@ -304,9 +390,10 @@ class RunStore:
     def put_file(self, file: Path, path: str) -> None:
         """Copy a local file into the store, so that a reader sees the whole of it or nothing."""
         self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        partial = f"{path}.partial"
-        self.fs.put_file(str(file), partial)
-        self.fs.mv(partial, path)
+        if self.is_local:
+            write_durably(path, file)
+        else:  # an object appears when all of it has arrived
+            self.fs.put_file(str(file), path)
 
     def _halting_steps(self, study: str, key: str, name: str) -> list[int]:
         folder = self.path(study, key, "halting")
@@ -383,12 +470,16 @@ class RunStore:
 
     def later_evaluations(self, study: str, key: str, step: int | None = None) -> dict[str, dict[str, Any]]:
         """The later evaluations of the finished model, or of a step's checkpoint, by name: what ``haltscale evaluate``
-        printed as JSON."""
+        printed as JSON. One that cannot be read says why under ``problem``."""
         folder = self._evaluations(study, key, step)
         if not self.fs.isdir(folder):
             return {}
         paths = sorted(path for path in self.fs.ls(folder, detail=False) if path.endswith(".json"))
-        return {path.rsplit("/", 1)[-1].removesuffix(".json"): self.read_json(path) for path in paths}
+        names = {path.rsplit("/", 1)[-1].removesuffix(".json"): path for path in paths}
+        return {
+            name: {"problem": str(document)} if isinstance(document, StoreError) else dict(document)
+            for name, document in self._read_documents(names).items()
+        }
 
     def evaluated_steps(self, study: str, key: str) -> list[int]:
         """Steps whose training checkpoints have later evaluations, ascending."""
@@ -403,43 +494,9 @@ class RunStore:
             return pd.read_parquet(file, columns=columns)
 
 
-def _document(path: str, content: bytes) -> dict[str, Any]:
-    """A JSON document of the store.
-
-    Raises:
-        StoreError: it is damaged or of another schema version.
-    """
-    try:
-        document = json.loads(content)
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); remove the run's folder to train it again") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA_VERSION:
-        found = document.get("schema") if isinstance(document, dict) else None
-        raise StoreError(
-            f"{path} has schema {found!r}, this version reads {SCHEMA_VERSION}: use another store root"
-            " (HALTSCALE_STORE) or the haltscale that wrote it"
-        )
-    return document
-
-
-def _rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of JSON lines, without what is no whole line."""
-    rows = []
-    for line in content.decode("utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def run_state(status: Mapping[str, Any], record: Mapping[str, Any], now: float) -> RunState:
+def run_state(status: Mapping[str, Any], record: Mapping[str, Any]) -> RunState:
+    """What a run's documents say of it; whether a running one still lives, its lease says."""
     if record:
         return RunState.FINISHED
-    if status.get("state") in (RunState.FAILED, RunState.STOPPED):
-        return RunState(status["state"])
-    if status.get("state") == RunState.RUNNING:
-        heartbeat = status.get("heartbeat")
-        beats = isinstance(heartbeat, int | float) and now - heartbeat <= STALL_SECONDS
-        return RunState.RUNNING if beats else RunState.STALLED
-    return RunState.PLANNED
+    state = status.get("state")
+    return RunState(state) if state in (*ENDED, RunState.RUNNING) else RunState.PLANNED

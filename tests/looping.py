@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from haltscale.model import AdaptiveOptions, Method, build_model
+from haltscale.model import AdaptiveOptions, LanguageModel, Method, build_model
 from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.corpora.order import rank_share
@@ -36,6 +41,27 @@ RUNS = {
     "vanilla": RUN,
     "adaptive": replace(RUN, method=Method.ADAPTIVE, options=AdaptiveOptions(lam=0.3, l_max=2, tau=0.3)),
 }
+
+EVALUATED = RunConfig(
+    size="0.6m",
+    method=Method.ADAPTIVE,
+    options=AdaptiveOptions(l_max=2, tau=0.4, router_bias=0.5),
+    tokens=60,
+    context=3,
+    batch_tokens=60,
+    precision=Precision.FP32,
+)
+
+
+def ragged_model(run: RunConfig, vocabulary: int) -> LanguageModel:
+    """A model whose tokens think differently long from the start."""
+    model = build_model(run.model_config(vocabulary), seed=0)
+    stream = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name and name.endswith("weight"):
+                parameter.copy_(torch.randn(parameter.shape, generator=stream) / parameter.shape[-1] ** 0.5)
+    return model
 
 
 @dataclass
@@ -150,9 +176,29 @@ def train_and_save(
         "losses": losses,
         "digest": progress.sequence_digest,
         "saved": listener.at("checkpoint"),
+        "events": progress.events,
     }
 
 
 def forget(store: str, step: int) -> None:
     """Remove the checkpoint of a step, as if the run had been killed before it."""
-    shutil.rmtree(RunStore(store).path("study", "run", "checkpoints", f"step-{step:08d}"))
+    shutil.rmtree(checkpoint_folder(store, step))
+
+
+def checkpoint_folder(store: str, step: int) -> Path:
+    return Path(RunStore(store).path("study", "run", "checkpoints", f"step-{step:08d}"))
+
+
+def answer_together(folder: Path, tasks: dict[str, Any], *, timeout: float = 280) -> list[dict[str, Any]]:
+    """What each of two processes (member.py) over gloo answers to all tasks, one after the other."""
+    (folder / "tasks.json").write_text(json.dumps(list(tasks.items())))
+    member = str(Path(__file__).parent / "member.py")
+    commands = [[sys.executable, member, str(folder), str(rank)] for rank in range(2)]
+    members = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
+    try:
+        outputs = [member.communicate(timeout=timeout)[0].decode() for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    assert [member.returncode for member in members] == [0, 0], "\n".join(outputs)
+    return [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,19 @@ import torch
 import torch.distributed as dist
 
 from haltscale.model import FixedOptions, Method, build_model
-from haltscale.platform.config import RunConfig
+from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.order import rank_share
-from haltscale.platform.training.engine import build_engine, fragments
+from haltscale.platform.recorder import RunRecorder
+from haltscale.platform.runs.finalize import evaluate_run
+from haltscale.platform.store import RunStore
+from haltscale.platform.training.engine import build_engine, fragments, readable
 from haltscale.platform.training.loop import train
 from haltscale.platform.training.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gradients import through_deepspeed
+
 import looping
 from looping import LARGE, RUNS, Batch, Listener, execution_of
 
@@ -59,9 +66,40 @@ def padded(rows: list[list[int]], zero_stage: int) -> dict[str, Any]:
     return {"loss": row["loss"], "grad_norm": row["grad_norm"], "moved": moved}
 
 
+def gradients(case: str, precision: str, pieces: int, zero_stage: int) -> dict[str, float]:
+    """Relative errors of the gradients that this rank's optimizer was given."""
+    return through_deepspeed(case, Precision(precision), pieces=pieces, zero_stage=zero_stage, rank=RANK, world=WORLD)
+
+
 def trained(store: str, zero_stage: int, notice: list[int] | None = None) -> dict[str, Any]:
     pair = (notice[0], notice[1]) if notice else None
     return looping.train_and_save(store, zero_stage=zero_stage, rank=RANK, world=WORLD, notice=pair)
+
+
+def evaluated(corpus: str, store: str, key: str, zero_stage: int) -> dict[str, Any]:
+    """A reading of the held-out documents, shared by the ranks."""
+    prepared = PreparedCorpus.open(Path(corpus))
+    assert prepared is not None
+    run = looping.EVALUATED
+    execution = execution_of(run, zero_stage=zero_stage, workers=WORLD, micro_batch_sequences=1)
+    engine = build_engine(looping.ragged_model(run, prepared.counts["vocab_size"]), run, execution)
+    recorder = RunRecorder(RunStore(store), "study", key, steps=1, enabled=RANK == 0)
+    passes: list[int] = []
+    with readable(engine) as (model, shared):
+        model.register_forward_hook(lambda *_: passes.append(1))
+        together = {"rank": RANK, "world": WORLD} if shared else {}
+        result = evaluate_run(model, prepared, run, Progress(step=7), recorder, **together)
+    return {"row": dict(result.row), "summary": dict(result.summary), "passes": len(passes)}
+
+
+def harm(store: str, step: int, shard: int) -> None:
+    dist.barrier()
+    if RANK == 0:
+        (file,) = looping.checkpoint_folder(store, step).glob(f"shard-{shard:05d}-of-*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+    dist.barrier()
 
 
 def forget(store: str, step: int) -> None:
@@ -72,9 +110,11 @@ def forget(store: str, step: int) -> None:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every piece
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/rendezvous", rank=RANK, world_size=WORLD)
-    does = {"depths": depths, "padded": padded, "trained": trained, "forget": forget}
+    functions = (depths, padded, gradients, trained, evaluated, forget, harm)
+    does = {function.__name__: function for function in functions}
     answers = {name: does[task.pop("do")](**task) for name, task in json.loads((FOLDER / "tasks.json").read_text())}
     (FOLDER / f"answers-{RANK}.json").write_text(json.dumps(answers))
     dist.destroy_process_group()

@@ -80,7 +80,9 @@ def later(view: StudyView) -> tuple[dict[str, dict[str, dict]], int]:
                 found[f"{label} @ step {step:,}"] = shelf.later_evaluations(view.name, key, step)
         except UNREADABLE:
             unread += 1
-    return {label: one for label, one in found.items() if one}, unread
+    unread += sum(any("problem" in one for one in every.values()) for every in found.values())
+    read = {label: {n: one for n, one in every.items() if "problem" not in one} for label, every in found.items()}
+    return {label: every for label, every in read.items() if every}, unread
 
 
 def tasks(found: dict[str, dict[str, dict]]) -> None:

@@ -7,7 +7,9 @@ from haltscale.dashboard import data, figures, halting_figures, layout, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView, mapping, number
 from haltscale.dashboard.halting_figures import DIMENSIONS, table_of
+from haltscale.platform import arms
 from haltscale.platform.store import StoreError
+from haltscale.platform.sweeps import report
 
 TITLE = "Halting"
 ICON = ":material/hourglass_top:"
@@ -86,7 +88,7 @@ def easy_and_hard(counted: pd.DataFrame) -> None:
 
 
 def beside_controls(view: StudyView) -> None:
-    """Learned against shuffled and fixed halting at equal steps."""
+    """Learned halting against the same steps taken elsewhere."""
     st.subheader("Learned halting beside its controls", anchor=False)
     runs = view.runs[data.sound(view.runs) & view.runs["loss"].notna() & view.runs["mean_steps"].gt(0)]
     runs = runs.head(500)
@@ -97,12 +99,34 @@ def beside_controls(view: StudyView) -> None:
         title="Loss against mean latent steps",
         alt=f"Loss against mean latent steps of {len(runs)} runs",
     )
-    missing = [name for name in ("shuffled", "fixed") if name not in set(runs["method"])]
     st.caption(
-        "At equal mean steps, a router that chooses well lies below *shuffled* (its steps dealt to other tokens) and "
-        "*fixed* (equally many everywhere)."
-        + (f" This study has no runs of {' and '.join(missing)}." if missing else "")
+        "A replay control is its subject with its numbers of steps dealt to other tokens (*/shuffled*) or spread "
+        "evenly (*/fixed*), trained in all else alike. A router that chooses well lies below both."
     )
+    pairs = report.control_differences(store(), view.name)
+    if len(pairs):
+        shown = pairs.assign(
+            difference=[
+                row["problem"] or f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+                for row in pairs.to_dict("records")
+            ]
+        )
+        layout.table(
+            shown[["subject", "control", "seeds", "documents", "subject_steps", "control_steps", "difference"]],
+            key="control-differences",
+            alt="Nats of controls minus nats of their subjects",
+            column_config={
+                "difference": st.column_config.TextColumn("Control minus subject, nats/token"),
+                "subject_steps": st.column_config.NumberColumn("Steps", format="%.3f"),
+                "control_steps": st.column_config.NumberColumn("Control's steps", format="%.3f"),
+            },
+        )
+        st.caption(
+            "Paired by held-out document and seed; 95 % intervals by a bootstrap over documents and seeds together. "
+            "Above 0 the learned router is better."
+        )
+    elif not any(arms.is_control(name) for name in runs["method"]):
+        st.caption("This study has no replay controls: add controls(of=...) to its sweep.")
 
 
 def one_run(view: StudyView, counted: pd.DataFrame) -> None:

@@ -8,7 +8,7 @@ import streamlit as st
 from haltscale.dashboard import data, fits, law_figures, layout, style
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
 from haltscale.dashboard.law_figures import Measure
-from haltscale.platform import analysis
+from haltscale.platform import analysis, arms
 from haltscale.platform.analysis import Estimate, Refusal
 
 TITLE = "Scaling"
@@ -206,7 +206,7 @@ def isoflop(runs: pd.DataFrame, kind: FlopsKind) -> None:
         return
     method = st.segmented_control(
         "Method", list(dict.fromkeys(runs["method"])), default=runs["method"].iloc[0], required=True, key="iso-method",
-        bind="query-params",
+        bind="query-params", format_func=layout.label,
     )  # fmt: skip
     found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")
     if isinstance(found, Refusal):
@@ -249,6 +249,7 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
         required=True,
         key="reference",
         bind="query-params",
+        format_func=layout.label,
     )
     for x, title in ((f"flops_{kind}", f"Equivalent compute ({kind} FLOPs)"), ("parameters", "Equivalent parameters")):
         st.subheader(title, anchor=False)
@@ -304,18 +305,21 @@ def worth(runs: pd.DataFrame) -> None:
         if found.note:
             st.caption(layout.plain(found.note.capitalize() + "."))
     layout.refused({method: one.problem for method, one in found.phi.items() if one.problem})
-    learned = [method for method in found.phi if method not in ("fixed", "shuffled")]
     rows = [
         {"method": method, "control": control, "φ minus the control's": told(found.advantage(method, control))}
-        for method in learned
-        for control in ("fixed", "shuffled")
-        if control in found.phi
+        for method in found.phi
+        for control in arms.controls_of(method, found.phi)
     ]
     if rows:
         st.subheader("Does the router beat its controls?", anchor=False)
         layout.table(pd.DataFrame(rows), key="advantage", alt="Difference of phi between methods and their controls")
     else:
-        st.caption("Runs of *fixed* and *shuffled* would show here whether the router beats equal steps everywhere.")
+        st.caption(
+            "Replay controls of a method, such as *adaptive/shuffled*, would show here whether its router beats the "
+            "same steps taken elsewhere."
+        )
+    if old := [arms.shown(name) for name in found.phi if name in arms.OLD_CONTROLS]:
+        st.caption(f"{', '.join(old)}: these differ from a router in more than where the steps are; no verdict.")
 
 
 def surface(runs: pd.DataFrame) -> None:

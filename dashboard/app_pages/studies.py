@@ -103,7 +103,7 @@ def cost(view: StudyView) -> None:
 def troubles(view: StudyView) -> None:
     """What went wrong, with the store's own words."""
     wrong = view.runs[view.runs["note"].ne("") & view.runs["state"].ne("finished")]
-    for problem in view.problems:
+    for problem in (one for one in view.problems if one.where != view.name):  # the study's stands above
         st.warning(
             f"**The folder of run {layout.plain(problem.where)} is damaged.** {layout.plain(problem.what)}",
             icon=":material/broken_image:",

@@ -26,7 +26,13 @@ def body(view: StudyView) -> None:
         return
     richest = max(methods, key=lambda method: len(sweep_figures.varying(known[known["method"] == method])))
     method = st.segmented_control(
-        "Method", methods, default=richest, required=True, key="sweep-method", bind="query-params"
+        "Method",
+        methods,
+        default=richest,
+        required=True,
+        key="sweep-method",
+        bind="query-params",
+        format_func=layout.label,
     )
     runs = known[known["method"] == method]
     names = sweep_figures.varying(runs)
@@ -48,7 +54,7 @@ def body(view: StudyView) -> None:
         )
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
-        importance(runs, names)
+        importance(runs, sweep_figures.judged(runs))
     with right, st.container(border=True, height="stretch"):
         slices(runs, names)
 
@@ -65,7 +71,13 @@ def heat_maps(runs: pd.DataFrame, names: list[str]) -> None:
         size = sizes[-1]
         if len(sizes) > 1:
             size = st.segmented_control(
-                "Size", sizes, default=sizes[-1], required=True, key="heat-size", bind="query-params"
+                "Size",
+                sizes,
+                default=sizes[-1],
+                required=True,
+                key="heat-size",
+                bind="query-params",
+                format_func=layout.label,
             )
         part = runs[runs["size"] == size]
         longest = part["tokens"].max()
@@ -105,7 +117,10 @@ def importance(runs: pd.DataFrame, names: list[str]) -> None:
             title="Share of variance that each option explains alone",
             alt="; ".join(
                 f"{target}: "
-                + ", ".join(f"{OPTION_NAMES[r['parameter']]} {100 * r['share']:.0f} %" for r in t.to_dict("records"))
+                + ", ".join(
+                    f"{sweep_figures.option_name(r['parameter'])} {100 * r['share']:.0f} %"
+                    for r in t.to_dict("records")
+                )
                 for target, t in found.items()
             ),
         )
@@ -129,6 +144,9 @@ def slices(runs: pd.DataFrame, names: list[str]) -> None:
             format_func=lambda target: target.replace("_", " "),
         )  # fmt: skip
     table = analysis.slices(runs, str(name), target=str(target))
+    if isinstance(table, Refusal):
+        layout.refused({OPTION_NAMES[str(name)]: table.reason})
+        return
     layout.chart(
         sweep_figures.slice_of(runs, table, str(name), str(target)),
         runs[["label", "size", str(name), str(target)]],

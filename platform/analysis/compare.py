@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from haltscale.platform.analysis.estimates import Estimate, Floats, Refusal, interval
+from haltscale.platform.analysis.estimates import Estimate, Floats, Refusal, interval, quiet
 from haltscale.platform.analysis.laws import LawFit
 from haltscale.platform.analysis.runs import column
 
@@ -30,13 +30,22 @@ class Multiplier:
     """Geometric mean over the table."""
 
 
-def equivalent(method: LawFit, reference: LawFit) -> Multiplier | Refusal:
+@quiet
+def equivalent(method: LawFit | Refusal, reference: LawFit | Refusal) -> Multiplier | Refusal:
     """The multiplier between two laws of the same single input, where both were measured.
 
     Args:
         method: such as ``fit_power_law(adaptive, "flops_realised")``.
         reference: such as ``fit_power_law(vanilla, "flops_realised")``.
+
+    Returns:
+        Where one of them is a refusal, that.
     """
+    for law in (method, reference):
+        if isinstance(law, Refusal):
+            return law
+    assert isinstance(method, LawFit)
+    assert isinstance(reference, LawFit)
     if method.form.inputs != reference.form.inputs or method.form.terms != 1:
         raise ValueError(f"laws of {method.form.inputs} and {reference.form.inputs} cannot be compared: fit both alike")
     low_loss, high_loss = _shared(method, reference)
@@ -70,13 +79,13 @@ def equivalent(method: LawFit, reference: LawFit) -> Multiplier | Refusal:
     kept = np.isfinite(value[0])
     compared = replicates[:, kept]
     known = ~np.isnan(compared)
-    with np.errstate(invalid="ignore"):
-        means = np.where(known, compared, 0.0).sum(axis=1) / known.sum(axis=1)  # over what the resample can compare
+    means = np.where(known, compared, 0.0).sum(axis=1) / known.sum(axis=1)  # over what the resample can compare
     least, most = _either_way(means)
     mean = Estimate(value=float(np.exp(value[0][kept].mean())), low=float(least), high=float(most))
     return Multiplier(x=method.form.inputs[0], table=table, mean=mean)
 
 
+@quiet
 def _either_way(logs: Floats) -> tuple[Floats, Floats]:
     """Interval of multipliers from replicates of their logarithm.
 
@@ -95,9 +104,9 @@ def _shared(method: LawFit, reference: LawFit) -> tuple[float, float]:
     return max(float(end.min()) for end in ends), min(float(end.max()) for end in ends)
 
 
+@quiet
 def _inputs_at(theta: Floats, law: LawFit, losses: Floats) -> Floats:
     """``(R, n)`` logarithm of the input at which a law of one input has a loss; infinite at or below E."""
     above = losses[None] - np.exp(theta[:, :1])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = law.form.centres[0] + (theta[:, 1:2] - np.log(above)) / theta[:, 2:3]
+    logs = law.form.centres[0] + (theta[:, 1:2] - np.log(above)) / theta[:, 2:3]
     return np.where(above > 0, logs, np.inf)

@@ -14,6 +14,10 @@ BOOTSTRAPS = 1_000
 
 Floats = npt.NDArray[np.float64]
 
+quiet = np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")
+"""Decorates what may overflow to infinity on the way: that is the right value there (a coefficient at x = 1, a
+multiplier below E), it counts as infinite, and is no news for a log."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
@@ -45,11 +49,12 @@ class Estimate:
 
 def interval(replicates: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
     """Percentile interval over the first axis of ``(replicates, ...)``; infinite replicates count as infinite."""
-    tail = 50.0 * (1.0 - level)
     # Ordered replicates, no interpolation: between a number and an infinity there is nothing to interpolate.
-    low = np.percentile(replicates, tail, axis=0, method="lower")
-    high = np.percentile(replicates, 100.0 - tail, axis=0, method="higher")
-    return np.asarray(low), np.asarray(high)
+    last, tail = len(replicates) - 1, 0.5 * (1.0 - level)
+    ranked = np.sort(replicates, axis=0)
+    unknown = np.isnan(ranked[-1])  # sorted last
+    low, high = ranked[math.floor(tail * last)], ranked[math.ceil((1.0 - tail) * last)]
+    return np.where(unknown, np.nan, low), np.where(unknown, np.nan, high)
 
 
 def estimate(value: float, replicates: Floats, *, problem: str = "") -> Estimate:
@@ -71,6 +76,7 @@ def resamples(count: int, rows: int, seed: int, *, least: int) -> Floats:
     return drawn.astype(np.float64)
 
 
+@quiet
 def spread_of(values: Floats) -> float:
     """Largest over smallest, of positive values."""
     return float(values.max() / values.min()) if len(values) and values.min() > 0 else math.nan

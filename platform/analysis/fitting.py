@@ -93,7 +93,12 @@ def grid_starts(form: Form, points: Points, log_loss: Floats) -> list[Floats]:
             logs = np.concatenate([np.log(effective)[None] - form.centres[0], logs[1:]])
         powers = np.exp(-np.array(exponents)[:, None] * logs)
         matrix = np.concatenate([np.ones((1, points.count)), powers]).T / loss[:, None]  # relative residuals
-        solution, norm = nnls(matrix, np.ones(points.count))
+        if not np.isfinite(matrix).all():  # this exponent overflows over the range of the data
+            continue
+        try:
+            solution, norm = nnls(matrix, np.ones(points.count))
+        except RuntimeError:  # SciPy's: too many iterations
+            continue
         vector = [*np.log(np.maximum(solution, 1e-300)), *exponents, *[phi] * len(form.phis)]
         found.append((norm, np.clip(vector, bounds[:, 0] + 1e-6, bounds[:, 1] - 1e-6)))
     found.sort(key=lambda one: one[0])

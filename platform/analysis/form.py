@@ -73,6 +73,11 @@ class Form:
         return ("E", *(big for big, _ in letters), *(small for _, small in letters), *self.phis)
 
     @property
+    def exponents(self) -> tuple[str, ...]:
+        """Names of the exponents among them, without phi."""
+        return self.names[1 + self.terms : 1 + 2 * self.terms]
+
+    @property
     def terms(self) -> int:
         return len(self.inputs)
 

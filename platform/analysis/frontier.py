@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from haltscale.platform.analysis.estimates import BOOTSTRAPS, Estimate, Floats, Refusal, estimate, resamples
+from haltscale.platform.analysis.estimates import BOOTSTRAPS, Estimate, Floats, Refusal, estimate, quiet, resamples
 from haltscale.platform.analysis.laws import MIN_BUDGETS, LawFit
-from haltscale.platform.analysis.runs import budgets, column, usable
+from haltscale.platform.analysis.runs import BUDGET_SPREAD, budgets_of, column, usable
 
 MIN_PROFILE = 4
 """Model sizes that a budget needs: a parabola through three points fits anything."""
@@ -84,12 +84,14 @@ class IsoFlop:
         )
 
 
+@quiet
 def isoflop(
     frame: pd.DataFrame, x: str = "flops_realised", *, bootstraps: int = BOOTSTRAPS, seed: int = 0
 ) -> IsoFlop | Refusal:
     """A parabola of the log loss in the log parameters at every budget (Hoffmann et al. 2022, approach 2).
 
-    A budget has no minimum where its lowest loss is that of its smallest or largest size, where the parabola's minimum
+    A budget is what the study planned, else a cluster of runs (:func:`haltscale.platform.analysis.runs.budgets`). It
+    has no minimum where its lowest loss is that of its smallest or largest size, where the parabola's minimum
     lies outside its sizes, or where it does so in more than a tenth of the resamples.
 
     Args:
@@ -98,7 +100,7 @@ def isoflop(
     """
     selection = usable(frame, [x, "parameters"])
     runs = selection.runs
-    labels = budgets(column(runs, x)) if len(runs) else np.zeros(0, dtype=int)
+    labels = budgets_of(runs, x)
     profiles = tuple(
         _profile(runs[labels == label].reset_index(drop=True), x, bootstraps, seed + int(label))
         for label in range(labels.max() + 1 if len(labels) else 0)
@@ -170,6 +172,8 @@ def _growth(profiles: tuple[Profile, ...]) -> Estimate | Refusal:
     if len(found) < MIN_BUDGETS:
         return Refusal(reason=f"{len(found)} of the {MIN_BUDGETS} budgets with a minimum that an exponent needs")
     compute = np.log([profile.budget for profile in found])
+    if np.ptp(compute) < np.log(BUDGET_SPREAD):
+        return Refusal(reason="the budgets with a minimum are all of one amount of compute")
     compute = compute - compute.mean()
     sizes = np.stack([np.log(p.parameters.value) for p in found if p.parameters])
     replicates = np.stack([profile.replicates for profile in found], axis=1)
@@ -177,6 +181,7 @@ def _growth(profiles: tuple[Profile, ...]) -> Estimate | Refusal:
     return estimate(float(slope @ sizes), replicates @ slope)
 
 
+@quiet
 def optimal_exponent(surface: LawFit) -> Estimate:
     """m of N_opt = k C^m as the surface L(N, D) has it where C is proportional to N D: b / (a + b)."""
     parameters = np.concatenate([surface.theta[None], surface.replicates])

@@ -20,19 +20,23 @@ from haltscale.platform.analysis.estimates import (
     Refusal,
     estimate,
     interval,
+    quiet,
     resamples,
     spread_of,
 )
 from haltscale.platform.analysis.fitting import FitError, fit, refine
 from haltscale.platform.analysis.form import LOOPED, Form, Points
-from haltscale.platform.analysis.runs import budgets, column, levels, usable
+from haltscale.platform.analysis.runs import budgets_of, column, levels, usable
+from haltscale.platform.arms import controls_of
 
 MIN_RUNS = 6
 MIN_BUDGETS = 3
 MIN_RANGE = 4.0
 """Largest over smallest compute (or parameters, or tokens) that a law's input must span."""
 MOST_SPREAD = 2.0
-"""A parameter is not identifiable when its interval is wider than this many times its value."""
+"""An exponent is not identifiable when its interval is wider than this many times its value."""
+MOST_SPREAD_E = 1.0
+"""The same for E, which is a loss: from nothing to all of it, an interval says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class LawFit:
     """Relative distance of the worst start's objective from the best one's."""
 
     @cached_property
+    @quiet
     def estimates(self) -> dict[str, Estimate]:
         """Every parameter with its interval; those that the data do not determine say so."""
         reported = self.form.reported(np.concatenate([self.theta[None], self.replicates]))
@@ -69,11 +74,12 @@ class LawFit:
                 problem = "not identifiable: it runs to its lower bound"
             elif max(self.theta[index], high[index]) >= self.bounds[index, 1] - room:
                 problem = "not identifiable: it runs to its upper bound"
-            elif 1 + self.form.terms <= index < 1 + 2 * self.form.terms:
-                width = high[index] - low[index]
-                if width > MOST_SPREAD * abs(self.theta[index]):
-                    problem = f"not identifiable: its interval is {width / abs(self.theta[index]):.1f} times its value"
             found[name] = estimate(reported[0, index], reported[1:, index], problem=problem)
+            bound = {"E": MOST_SPREAD_E} | dict.fromkeys(self.form.exponents, MOST_SPREAD)
+            width = (found[name].high - found[name].low) / abs(found[name].value)
+            if not problem and width > bound.get(name, np.inf):
+                problem = f"not identifiable: its interval is {width:.1f} times its value"
+                found[name] = replace(found[name], problem=problem)
         return found
 
     @property
@@ -83,18 +89,22 @@ class LawFit:
         return float(values.min()), float(values.max())
 
     @cached_property
+    @quiet
     def residuals(self) -> Floats:
         """``(n,)`` log of observed over fitted loss."""
         return np.log(column(self.runs, "loss")) - np.log(self.predict(self.form.points(self.runs)))
 
+    @quiet
     def predict(self, points: Points) -> Floats:
         """``(n,)`` fitted loss, nats per token."""
         return np.exp(self.form.evaluate(self.theta[None], points)[0][0])
 
+    @quiet
     def band(self, points: Points) -> tuple[Floats, Floats]:
         """``(n,)`` ends of the fitted loss's interval: of the law, not of a single run's loss."""
         return interval(np.exp(self.form.evaluate(self.replicates, points)[0]))
 
+    @quiet
     def curve(self, low: float, high: float, count: int = 80) -> pd.DataFrame:
         """A law of one input between two values: ``x``, ``loss``, ``low``, ``high``."""
         x = np.geomspace(low, high, count)
@@ -102,6 +112,7 @@ class LawFit:
         below, above = self.band(points)
         return pd.DataFrame({"x": x, "loss": self.predict(points), "low": below, "high": above})
 
+    @quiet
     def slice(self, **fixed: float) -> LawFit:
         """The law of the first input alone, the others held: ``surface.slice(tokens=26e9)``."""
         kept = self.form.inputs[0]
@@ -164,13 +175,18 @@ class RecurrenceFit:
 
         Raises:
             KeyError: one of them is not in the fit.
+            ValueError: the one is no replay control of the other: what differs in more than where the steps are carries
+                no verdict on the router.
         """
+        if control not in controls_of(method, [control]):
+            raise ValueError(f"{control} is no replay control of {method} (docs/controls.md)")
         first, second = (1 + 2 * self.law.form.terms + self.law.form.phis.index(n) for n in (method, control))
         problem = self.phi[method].problem or self.phi[control].problem
         difference = self.law.replicates[:, first] - self.law.replicates[:, second]
         return estimate(float(self.law.theta[first] - self.law.theta[second]), difference, problem=problem)
 
 
+@quiet
 def fit_recurrence(
     frame: pd.DataFrame, *, bootstraps: int = BOOTSTRAPS, seed: int = 0, least: int = 3
 ) -> RecurrenceFit | Refusal:
@@ -185,7 +201,9 @@ def fit_recurrence(
     """
     selection = usable(frame, ["parameters", "tokens", *LOOPED])
     runs = selection.runs
-    single = runs["passes_per_token"].astype(float).sub(1).abs() < 1e-6
+    if "method" not in runs:
+        return Refusal(reason="the runs have no column method, which says whose passes they make")
+    single = runs["passes_per_token"].sub(1).abs() < 1e-6
     counts = runs.loc[~single, "method"].value_counts()
     methods = sorted(str(name) for name, count in counts.items() if count >= least)
     if not methods:
@@ -196,8 +214,8 @@ def fit_recurrence(
                 "no run makes a single pass: add vanilla runs, which say what parameters are worth", selection.why()
             )
         )
-    kept = runs[single | runs["method"].isin(methods)].reset_index(drop=True)
-    varied = kept["tokens"].astype(float).nunique() >= MIN_BUDGETS and spread_of(column(kept, "tokens")) >= 2
+    kept = runs[single | runs["method"].astype(str).isin(methods)].reset_index(drop=True)
+    varied = kept["tokens"].nunique() >= MIN_BUDGETS and spread_of(column(kept, "tokens")) >= 2
     found = _fit(
         kept,
         ("parameters", "tokens") if varied else ("parameters",),
@@ -212,6 +230,7 @@ def fit_recurrence(
     return RecurrenceFit(law=replace(found, left_out=selection.why()), note=note)
 
 
+@quiet
 def _fit(
     frame: pd.DataFrame,
     inputs: Sequence[str],
@@ -289,6 +308,7 @@ class HeldOut:
         return float(self.budgets["error"].abs().mean())
 
 
+@quiet
 def leave_one_budget_out(frame: pd.DataFrame, x: str = "flops_realised") -> HeldOut | Refusal:
     """Fit L(x) without each budget in turn and predict it; leaving out the largest one is an extrapolation.
 
@@ -298,7 +318,7 @@ def leave_one_budget_out(frame: pd.DataFrame, x: str = "flops_realised") -> Held
     """
     selection = usable(frame, [x])
     runs = selection.runs
-    labels = budgets(column(runs, x)) if len(runs) else np.zeros(0, dtype=int)
+    labels = budgets_of(runs, x)
     if len(set(labels)) <= MIN_BUDGETS:
         reason = f"{len(set(labels))} of the {MIN_BUDGETS + 1} budgets that leaving one out needs"
         return Refusal(reason=_told(reason, selection.why()))

@@ -91,6 +91,11 @@ class Corpus:
     What is held out, the probe, and what a tokenizer is trained on are of the first documents, up to so many bytes of
     text. None: everything is prepared before anything is trained, and rows are shuffled all together."""
 
+    need: str = ""
+    """Of synthetic text: ``module:function`` that gives the latent steps which each token of a document needs, from its
+    words (see :mod:`haltscale.platform.evaluation.need`). Evaluations then compare steps with need; nothing else
+    changes, so it is not part of the fingerprint."""
+
     @property
     def vocab_size(self) -> int:
         """Ids that the models need; 257 where the tokenizer cannot be loaded, which :meth:`problems` tells."""

@@ -142,6 +142,7 @@ class Preparation:
             "vocab_size": self.corpus.vocab_size,
             "end_of_text": self.corpus.tokenizer.end_of_text,
             "revision": REVISION,
+            **({"need": self.corpus.need} if self.corpus.need else {}),
             "rows": sum(rows.values()),
             **plan.totals(),
             "validation_documents": len(held_out),

@@ -258,8 +258,8 @@ def _refuse_surrogates(texts: Iterable[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            half = f"character {error.start} is half a surrogate pair, {text[error.start]!a}"
-            raise TokenizerError(f"a text is no valid Unicode: {half}") from None
+            half = f"character {error.start + 1} is U+{ord(text[error.start]):04X}, half a surrogate pair"
+            raise TokenizerError(f"the text is not valid Unicode: {half}") from None
 
 
 def encode_with_places(tokenizer: Tokenizer, text: str, end_of_text: int) -> list[tuple[int, int]]:

@@ -13,14 +13,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from haltscale.model import Flops, LanguageModel
+from haltscale.platform.analysis.paired import document_sums
 from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
 from haltscale.platform.evaluation.halting_summary import summarise_halting
 from haltscale.platform.evaluation.held_out import STATES_READ, Tally, TokenEvents, read_documents, read_events
+from haltscale.platform.evaluation.need import NeedOfCorpus, NeedTally
 from haltscale.platform.evaluation.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
 from haltscale.platform.recorder import RunRecorder
+
+MOST_DOCUMENTS = 5_000
+"""Whose sums a record keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,34 +34,73 @@ class SplitResult:
     """What reading the validation split gave."""
 
     row: Mapping[str, Any]
-    """Loss and halting of the split (see ``Tally.row``)."""
+    """Loss and halting of the split (see ``Tally.row``); ``need`` where the text's need is known (``NeedTally``)."""
     summary: Mapping[str, Any]
     """What the telemetry says (see ``summarise_halting``)."""
     flops: Flops
     """Forward FLOPs of the reading."""
+    by_document: Mapping[str, Any]
+    """``tokens`` and ``nats`` of each document in order, for paired comparisons; empty for a split of very many."""
 
 
 def read_split(
-    model: LanguageModel, corpus: PreparedCorpus, *, context: int, step: int, recorder: RunRecorder
+    model: LanguageModel,
+    corpus: PreparedCorpus,
+    *,
+    context: int,
+    step: int,
+    recorder: RunRecorder,
+    rank: int = 0,
+    world: int = 1,
 ) -> SplitResult:
     """Read the validation split and the probe text; the recorder gets their telemetry.
 
-    Memory does not grow with the split: events go to a file as they come.
+    Memory does not grow with the split: events go to a file as they come. Several ranks share the reading, and rank 0
+    alone keeps, counts and records; the result is the same on all, and the same as one rank's.
 
     Args:
         step: the training step that the files are named for.
+        rank: this process, in the group of ``world`` that read together; all of them call.
     """
+    if rank > 0:
+        events = read_events(
+            model, corpus.stream_validation(), context=context, by_step=_by_step(corpus), rank=rank, world=world
+        )
+        assert not list(events)
+        result: list[Any] = [None]
+    else:
+        result = [_read_and_record(model, corpus, context=context, step=step, recorder=recorder, world=world)]
+    if world > 1:
+        torch.distributed.broadcast_object_list(result, src=0)
+    found: SplitResult = result[0]
+    return found
+
+
+def _by_step(corpus: PreparedCorpus) -> float:
+    return share_by_step(int(corpus.counts["validation_tokens"]))
+
+
+def _read_and_record(
+    model: LanguageModel, corpus: PreparedCorpus, *, context: int, step: int, recorder: RunRecorder, world: int
+) -> SplitResult:
     kinds = TokenKinds.of_corpus(corpus)
-    by_step = share_by_step(int(corpus.counts["validation_tokens"]))
     tally, quantiles = Tally(), Quantiles()
+    need = NeedOfCorpus.of(corpus)
+    needed = NeedTally(need, corpus.stream_validation()) if need else None
     l_max = 0
+    documents: list[pd.DataFrame] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.parquet"
         writer = EventsWriter(path, kinds, step=step, context=context, documents=corpus.validation_names())
-        for events in read_events(model, corpus.stream_validation(), context=context, by_step=by_step):
+        for events in read_events(
+            model, corpus.stream_validation(), context=context, by_step=_by_step(corpus), world=world
+        ):
             tally.add(events)
+            if needed:
+                needed.add(events)
             quantiles.add(events.nll)
             writer.add(events)
+            documents.append(document_sums(events.document, events.nll))
             l_max = events.exit.shape[1] - 1
         writer.close()
         file = EventsFile(path=path)
@@ -63,11 +108,23 @@ def read_split(
         cube = build_cube(file, edges)
         write_cube(cube, edges, file.metadata, Path(folder) / "cube.parquet")
         summary = summarise_halting(file, cube, quarters=quantiles.at([0.25, 0.75]), l_max=l_max)
+        found = {"need": needed.result()} if needed else {}
+        summary |= found
         recorder.telemetry(step, Path(folder), summary)
     probe = corpus.probe()
-    recorder.probe(step, probe_table(read_documents(model, [probe], context=context, by_step=1.0), probe, kinds))
-    row = tally.row(text_bytes=int(corpus.counts["validation_bytes"]))
-    return SplitResult(row=row, summary=summary, flops=tally.flops)
+    table = probe_table(read_documents(model, [probe], context=context, by_step=1.0), probe, kinds)
+    if need:
+        table["need"] = need(probe)
+    recorder.probe(step, table)
+    row = {**tally.row(text_bytes=int(corpus.counts["validation_bytes"])), **found}
+    return SplitResult(row=row, summary=summary, flops=tally.flops, by_document=_by_document(documents))
+
+
+def _by_document(parts: list[pd.DataFrame]) -> dict[str, Any]:
+    sums = pd.concat(parts).groupby(level=0).sum()
+    if len(sums) > MOST_DOCUMENTS:
+        return {}
+    return {"tokens": sums["tokens"].tolist(), "nats": [round(nats, 4) for nats in sums["nats"].tolist()]}
 
 
 def share_by_step(tokens: int) -> float:

@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
+import numpy as np
+
+from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus, RowReader
 from haltscale.platform.evaluation.controls import control, dial, first_tokens
 from haltscale.platform.evaluation.held_out import Tally, read_events
 from haltscale.platform.evaluation.scoring import score
 from haltscale.platform.evaluation.tasks import Task, find_tasks, versions
 from haltscale.platform.inference.model_ref import find_model, model_folder
 from haltscale.platform.inference.models import LoadedModel, load_model
+from haltscale.platform.llama import tokenizer_digest
 from haltscale.platform.memory import keep_freed_memory
 from haltscale.platform.store import RunStore
 
@@ -65,6 +68,9 @@ class Evaluation:
         Raises:
             ValueError: the model, a corpus or a task cannot be read, or there is nothing to evaluate on.
         """
+        for name, value in (("limit", self.limit), ("tokens", self.tokens)):
+            if value is not None and value < 1:
+                raise EvaluationError(f"{name} = {value}: must be at least 1")
         tasks = find_tasks(self.tasks, self.shots)
         store = RunStore(self.store)
         with model_folder(find_model(self.model, store), store) as folder:
@@ -91,9 +97,22 @@ def open_corpus(folder: str | Path, loaded: LoadedModel) -> PreparedCorpus:
     corpus = PreparedCorpus.open(Path(folder))
     if corpus is None:
         raise EvaluationError(f"{folder} holds no prepared corpus (corpus.json); a study prepares its own when it runs")
-    if (corpus.folder / "tokenizer.json").read_text() != (loaded.folder / "tokenizer.json").read_text():
+    own, models = (_tokenizer_of(where / "tokenizer.json") for where in (corpus.folder, loaded.folder))
+    if own != models:
         raise EvaluationError(f"{folder} was tokenised with another tokenizer than the model's")
     return corpus
+
+
+def _tokenizer_of(file: Path) -> str:
+    """What says whether two tokenizers are the same: their digest; of a file that is none, its text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{file} cannot be read ({error}): prepare the corpus again") from error
+    try:
+        return tokenizer_digest(text)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return text
 
 
 def evaluations(
@@ -113,7 +132,8 @@ def evaluations(
         corpora: each for its held-out loss; the first also for controls and dial.
         limit: so many items of each task.
         held_out_loss: whether the corpora are read for it.
-        controls: the learned halting against shuffled, fixed and full (:func:`.control`).
+        controls: the learned halting against shuffled, fixed, posthoc thresholds, oracle and full (:func:`.control`);
+            thresholds are tuned on rows of the training text.
         with_dial: loss against inference FLOPs (:func:`.dial`).
         tokens: read only so many held-out tokens, rounded up to whole documents, for controls and dial.
 
@@ -129,11 +149,28 @@ def evaluations(
     if controls or with_dial:
         documents = first_tokens(corpora[0].validation(), tokens)
         if controls:
-            yield "controls", control(loaded.model, documents, context=context) or {"arms": [], "oracle": None}
+            tuning = training_text(corpora[0], sum(len(document.tokens) - 1 for document in documents))
+            found = control(loaded.model, documents, context=context, tuning=tuning)
+            yield "controls", found or {"arms": [], "oracle": None}
         if with_dial:
             yield "dial", {"points": dial(loaded.model, documents, context=context)}
     for task in tasks:
         yield task.name, score(loaded, task, limit=limit).to_dict()
+
+
+TUNING_TOKENS = 16_384
+
+
+def training_text(corpus: PreparedCorpus, tokens: int) -> list[HeldOutDocument]:
+    """Training rows spread over a corpus, as many tokens as asked for but at most :data:`TUNING_TOKENS`; none where
+    the folder holds held-out text alone."""
+    if not (corpus.folder / "parts.json").is_file():
+        return []
+    each = int(corpus.counts["context"])
+    count = max(1, min(corpus.rows, min(tokens, TUNING_TOKENS) // each))
+    ids = np.linspace(0, corpus.rows - 1, count).astype(np.int64)
+    rows = RowReader(corpus.folder).read(np.unique(ids)).astype(np.int64)
+    return [HeldOutDocument(name=f"row {index}", bytes=0, tokens=row) for index, row in zip(ids, rows, strict=False)]
 
 
 def held_out(loaded: LoadedModel, corpus: PreparedCorpus) -> dict[str, Any]:

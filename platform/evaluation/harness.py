@@ -10,6 +10,7 @@ Its standard tasks fetch their data from a network; a YAML of one's own with ``d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from haltscale.model.generation import Sampling, generate
-from haltscale.platform.evaluation.scoring import Pair, log_likelihoods
-from haltscale.platform.inference.models import LoadedModel
+from haltscale.platform.evaluation.scoring import Pair, Scored, log_likelihoods, pair_problem
+from haltscale.platform.inference.models import LoadedModel, TextError, encode
 from haltscale.platform.inference.text_generation import MAX_CACHE_BYTES
+
+log = logging.getLogger(__name__)
 
 
 class HaltscaleLM(TemplateLM):
@@ -28,6 +31,8 @@ class HaltscaleLM(TemplateLM):
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
         self.loaded = loaded
+        self.odd_requests = 0
+        """Requests that could not be answered as asked; each was named in a warning."""
 
     @property
     def eot_token_id(self) -> int:
@@ -38,15 +43,35 @@ class HaltscaleLM(TemplateLM):
         return self.loaded.model.config.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """Tokens of a text, without end-of-text."""
-        return list(self.loaded.tokenizer.encode(string, add_special_tokens=False).ids)
+        """Tokens of a text, without end-of-text; none, and a warning, where the text cannot be encoded."""
+        try:
+            return encode(self.loaded.tokenizer, string)
+        except TextError as error:
+            self._left_out(string, str(error))
+            return []
+
+    def _left_out(self, what: object, why: str) -> None:
+        """Name a request that cannot be answered as asked: one of thousands does not end an evaluation."""
+        self.odd_requests += 1
+        log.warning("a request cannot be answered as asked, %s: %.200r", why, what)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **ignored: Any
     ) -> list[tuple[float, bool]]:
-        end = self.eot_token_id
-        pairs = [Pair(context if context[:1] == [end] else [end, *context], own) for _, context, own in requests]
-        return [(one.log_likelihood, one.greedy) for one in log_likelihoods(self.loaded, pairs)[0]]
+        """Of continuations. As the harness's own adapters do, one that is longer than the context is scored by its last
+        tokens; an empty one is certain (0 nats). Both are named."""
+        end, room = self.eot_token_id, self.max_length
+        pairs: list[Pair] = []
+        for texts, context, own in requests:
+            pair = Pair(context if context[:1] == [end] else [end, *context], own)
+            if problem := pair_problem(self.loaded, pair):
+                self._left_out(texts, problem)
+                pair = Pair([end], own[-room:])
+            pairs.append(pair)
+        asked = [pair for pair in pairs if pair.continuation]
+        scored = iter(log_likelihoods(self.loaded, asked)[0])
+        answers = (next(scored) if pair.continuation else Scored(0.0, True) for pair in pairs)
+        return [(one.log_likelihood, one.greedy) for one in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts, read in windows of the context's length that each start afresh (as validation is)."""
@@ -67,8 +92,16 @@ class HaltscaleLM(TemplateLM):
     def _continue(self, prompt: str, settings: dict[str, Any]) -> str:
         until: Sequence[str] = settings.get("until") or ()
         until = [until] if isinstance(until, str) else until
-        wanted = int(settings.get("max_gen_toks", 256))
-        temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+        try:
+            wanted = int(settings.get("max_gen_toks", 256))
+            temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+        except (TypeError, ValueError, OverflowError) as error:
+            self._left_out(prompt, str(error))
+            return ""
+        sampling = Sampling(temperature=temperature)
+        if wanted < 1 or sampling.problems():
+            self._left_out(prompt, "; ".join([*sampling.problems(), *([f"max_gen_toks = {wanted}"] * (wanted < 1))]))
+            return ""
         text = [self.eot_token_id, *self.tok_encode(prompt)]
         room = max(self.max_length - min(wanted, self.max_length // 2), 1)
         text = text[-room:]  # as the harness does: a prompt that is too long loses its beginning
@@ -77,7 +110,7 @@ class HaltscaleLM(TemplateLM):
             self.loaded.model,
             [text],
             new_tokens=min(wanted, self.max_length + 1 - len(text)),
-            sampling=Sampling(temperature=temperature),
+            sampling=sampling,
             stop_tokens={self.eot_token_id},
             max_cache_bytes=MAX_CACHE_BYTES,
         ):

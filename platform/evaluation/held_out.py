@@ -17,12 +17,18 @@ import numpy.typing as npt
 import torch
 
 from haltscale.model import Flops, LanguageModel, probing
+from haltscale.model.posthoc import GoesOn
 from haltscale.model.probing import Reading
 from haltscale.platform.corpora.corpus import HeldOutDocument
 
 STATES_READ = 1 << 14
 """So many tokens of a validation split are read after every step: enough for a standard error of about 0.01 nats, and
 a small part of a long split's head rows."""
+
+
+BATCHES_PER_GATHER = 8
+"""So many batches each of several ranks reads before rank 0 takes what they found: seldom enough that ranks hardly wait
+for each other, often enough that memory does not grow with the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +95,13 @@ def read_events(
     context: int,
     batch_rows: int = 16,
     by_step: float = 0.0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[TokenEvents]:
     """Read documents and record every token, batch by batch.
+
+    Several ranks share the batches of one: each reads every ``world``-th, and rank 0 gets the events of all, in their
+    order and equal to the last bit. The other ranks get none.
 
     A document longer than the context is read in consecutive windows, each starting afresh; windows of unequal length
     are padded, and padding is neither scored nor counted.
@@ -101,28 +112,49 @@ def read_events(
         context: window length in tokens.
         batch_rows: windows per forward pass.
         by_step: share of the tokens to read after every step, spread evenly; methods without a latent chain ignore it.
+        rank: this process, in the group of ``world`` that read together; all have the same documents.
     """
     model.eval()
     seen = 0
-    for batch in batches(documents, context, batch_rows):
-        yield read_batch(model, batch, first=seen, by_step=by_step)[1]
-        seen += int(batch.lengths.sum())
+    every = batches(documents, context, batch_rows)
+    while group := list(itertools.islice(every, world * BATCHES_PER_GATHER if world > 1 else 1)):
+        mine = []
+        for turn, batch in enumerate(group):
+            if turn % world == rank:
+                mine.append(read_batch(model, batch, first=seen, by_step=by_step)[1])
+            seen += int(batch.lengths.sum())
+        if world == 1:
+            yield from mine
+            continue
+        found: list[list[TokenEvents]] | None = [[]] * world if rank == 0 else None
+        torch.distributed.gather_object(mine, found, dst=0)
+        if found is not None:
+            yield from (found[turn % world][turn // world] for turn in range(len(group)))
 
 
 def read_batch(
-    model: LanguageModel, batch: Batch, *, first: int = 0, by_step: float = 0.0, steps_BT: torch.Tensor | None = None
+    model: LanguageModel,
+    batch: Batch,
+    *,
+    first: int = 0,
+    by_step: float = 0.0,
+    steps_BT: torch.Tensor | None = None,
+    goes_on: GoesOn | None = None,
 ) -> tuple[Reading, TokenEvents]:
     """Read one batch.
 
     Args:
         first: its first token's place in the whole text, by which the share ``by_step`` is spread.
         steps_BT: latent steps by order, in place of the router's.
+        goes_on: a halting rule, in place of the router's.
     """
     device = next(model.parameters()).device
     tokens, targets, lengths = (torch.as_tensor(x, device=device) for x in batch[:3])
     sampled_S, chosen_N = batch.spread(first, by_step)
     where = None if sampled_S is None else sampled_S.to(device)
-    reading = probing.read(model, tokens, targets, lengths_B=lengths, sampled_S=where, steps_BT=steps_BT)
+    reading = probing.read(
+        model, tokens, targets, lengths_B=lengths, sampled_S=where, steps_BT=steps_BT, goes_on=goes_on
+    )
     return reading, _events(model, reading, batch, chosen_N)
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from haltscale.model import Flops, PassCounts, probing
 from haltscale.platform.evaluation.tasks import Task, TaskError
-from haltscale.platform.inference.models import LoadedModel
+from haltscale.platform.inference.models import LoadedModel, TextError, encode
 
 BATCH_TOKENS = 4096
 
@@ -91,9 +91,17 @@ def encode_pair(tokenizer: Tokenizer, end_of_text: int, context: str, continuati
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
-    cut = len(tokenizer.encode(context, add_special_tokens=False).ids) if context else 0
+    whole = encode(tokenizer, context + continuation)
+    cut = len(encode(tokenizer, context)) if context else 0
     return Pair([end_of_text, *whole[:cut]], whole[cut:])
+
+
+def pair_problem(loaded: LoadedModel, pair: Pair) -> str:
+    """Why a pair cannot be scored; empty where it can."""
+    room = loaded.model.config.context
+    if 0 < len(pair.continuation) <= room:
+        return ""
+    return f"its continuation has {len(pair.continuation)} tokens, the model reads 1 to {room}"
 
 
 def log_likelihoods(loaded: LoadedModel, pairs: Sequence[Pair]) -> tuple[list[Scored], Effort]:
@@ -105,10 +113,8 @@ def log_likelihoods(loaded: LoadedModel, pairs: Sequence[Pair]) -> tuple[list[Sc
     room = loaded.model.config.context
     rows, truncated = [], 0
     for index, pair in enumerate(pairs):
-        if not 0 < len(pair.continuation) <= room:
-            raise TaskError(
-                f"pair {index}: its continuation has {len(pair.continuation)} tokens, the model reads 1 to {room}"
-            )
+        if problem := pair_problem(loaded, pair):
+            raise TaskError(f"pair {index}: {problem}")
         text = [*pair.context, *pair.continuation]
         truncated += len(text) > room + 1
         rows.append(text[-(room + 1) :])
@@ -159,11 +165,16 @@ def score(loaded: LoadedModel, task: Task, *, limit: int | None = None) -> Score
     items = task.items[:limit]
     if not items:
         raise TaskError(f"task {task.name} has no items")
-    pairs = [
-        encode_pair(loaded.tokenizer, loaded.end_of_text, context, choice)
-        for item in items
-        for context, choice in zip(item.contexts, item.choices, strict=True)
-    ]
+    pairs = []
+    for number, item in enumerate(items):
+        for choice, (context, text) in enumerate(zip(item.contexts, item.choices, strict=True)):
+            where = f"task {task.name}, item {number}, choice {choice}"
+            try:
+                pairs.append(encode_pair(loaded.tokenizer, loaded.end_of_text, context, text))
+            except TextError as error:
+                raise TaskError(f"{where}: {error}") from error
+            if problem := pair_problem(loaded, pairs[-1]):
+                raise TaskError(f"{where}: {problem}")
     scored, effort = log_likelihoods(loaded, pairs)
     right, right_normalised, nats, bits = [], [], [], []
     first = 0

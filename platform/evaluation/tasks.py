@@ -133,7 +133,10 @@ def _grouped(label: str, rows: list[dict[str, object]]) -> Iterator[Item]:
 
 
 def _item(label: str, *, contexts: list[str], choices: list[str], gold: object) -> Item:
-    if not isinstance(gold, int) or not 0 <= gold < len(choices) or not all(choices):
+    empty = [index for index, choice in enumerate(choices) if not choice.strip()]
+    if empty:
+        raise TaskError(f"{label}: choice {empty[0]} of {choices!r} is empty: it needs a text to be scored")
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         raise TaskError(f"{label}: an item with choices {choices!r} has gold {gold!r}; it needs an index into them")
     return Item(contexts=tuple(contexts), choices=tuple(choices), gold=gold)
 

@@ -48,12 +48,22 @@ def export(loaded: LoadedModel, target: str | Path, *, record: Mapping[str, Any]
         record: the run's, for the model card.
 
     Raises:
-        ExportError: the folder exists.
+        ExportError: the folder exists, or cannot be written.
     """
-    target = Path(target).expanduser().absolute()
-    if target.exists():
-        raise ExportError(f"{target} exists: name a new folder, or remove that one")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target = Path(target).expanduser().absolute()
+    except RuntimeError as error:
+        raise ExportError(f"{target}: {error}") from error
+    try:
+        if target.exists():
+            raise ExportError(f"{target} exists: name a new folder, or remove that one")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _write(loaded, target, record or {})
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written ({error}): name another folder") from error
+
+
+def _write(loaded: LoadedModel, target: Path, record: Mapping[str, Any]) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as partial:
         folder = Path(partial) / "model"
         folder.mkdir()
@@ -70,7 +80,7 @@ def export(loaded: LoadedModel, target: str | Path, *, record: Mapping[str, Any]
         _json(folder / "config.json", config)
         _json(folder / "generation_config.json", {key: config[key] for key in config if key.endswith("_token_id")})
         write_tokenizer(loaded.tokenizer, end, model.config.context, folder)
-        (folder / "README.md").write_text(model_card(model, record or {}), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(model, record), encoding="utf-8")
         shutil.move(folder, target)
     return target
 
@@ -230,8 +240,10 @@ def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:
     halting = (
         "A plain Llama: one pass per token."
         if plain
-        else "The model may think several latent steps before each token. It reads the whole text at every step of"
-        " `generate` (no cache), and takes padding on the right only."
+        else "The model may think several latent steps before each token. `generate` keeps keys and values from token"
+        " to token in the model's own cache (beam search goes without one) and continues texts of one length; a forward"
+        " pass takes padding on the right. `model(ids, labels=ids).loss` is the cross-entropy alone: fine-tuning with"
+        " it puts no price on latent steps."
     )
     return f"""---
 library_name: transformers

@@ -61,13 +61,15 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         past_key_values: DecodingState | None = None,
         use_cache: bool = False,
-        **ignored: Any,
+        **more: Any,
     ) -> Any:
-        """Logits [B, T, V]; with labels, which are shifted here as `transformers` does, the cross-entropy too.
+        """Logits [B, T, V]; with labels, which are shifted as `transformers` does, the mean cross-entropy too, in one
+        pass and differentiable: what vanilla's export answers. Padding is never scored. What the method adds in
+        training (a price on latent steps, losses of a router) is not part of it.
 
-        With use_cache, the tokens go on what `past_key_values` holds, and are read one after another.
+        With use_cache and without labels, the tokens go on what `past_key_values` holds, read one after another.
         """
-        if use_cache:
+        if use_cache and labels is None:
             state = past_key_values or self.inner.start_decoding(len(input_ids))
             logits = [self.inner.decode_step(tokens_B, state)[0] for tokens_B in input_ids.unbind(1)]
             return CausalLMOutputWithPast(logits=torch.stack(logits, dim=1), past_key_values=state)  # type: ignore[arg-type]
@@ -80,8 +82,10 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
         output = self.inner(input_ids, lengths_B=lengths_B)
         loss = None
         if labels is not None:
-            shifted_BT = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            loss = self.inner(input_ids, shifted_BT, lengths_B=lengths_B).cross_entropy
+            if attention_mask is not None:
+                labels = labels.masked_fill(~attention_mask.bool(), IGNORE_INDEX)
+            counted = {name: more[name] for name in ("num_items_in_batch", "shift_labels") if name in more}
+            loss = self.loss_function(output.logits_BTV, labels, vocab_size=self.inner.config.vocab_size, **counted)
         return CausalLMOutputWithPast(loss=loss, logits=output.logits_BTV)
 
     def prepare_inputs_for_generation(  # type: ignore[override]

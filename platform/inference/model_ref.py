@@ -6,6 +6,7 @@ A model is named as ``STUDY/RUN`` (the finished run's; the beginning of its key 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,10 +20,9 @@ from safetensors.torch import save_file
 
 from haltscale.model import METHODS
 from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints
-from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.config import Precision, RunConfig, current_identity
 from haltscale.platform.corpora.corpus import recorded_end_of_text
 from haltscale.platform.inference.models import FILES, TOKENIZER_CONFIG, ModelFolderError, end_of_text_config
-from haltscale.platform.precision import resolve_precision
 from haltscale.platform.store import RunState, RunStore, haltscale_home
 
 LATEST = "latest"
@@ -55,8 +55,9 @@ def find_model(name: str, store: RunStore) -> Reference:
     Raises:
         ModelFolderError: there is no such run, folder or checkpoint, or the run is not finished.
     """
-    if Path(name).expanduser().is_dir():
-        return Reference(folder=Path(name).expanduser())
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # no such user; a name too long; a null character
+        if Path(name).expanduser().is_dir():
+            return Reference(folder=Path(name).expanduser())
     run, at, step = name.partition("@")
     study, _, run = run.partition("/")
     if not run or "/" in run or study not in store.studies():
@@ -141,9 +142,10 @@ def _fetch(store: RunStore, study: str, key: str, folder: Path) -> None:
 
 def _write_checkpoint(store: RunStore, study: str, key: str, step: int, folder: Path) -> None:
     """Write a training checkpoint as a finished run's model would be: its weights in the precision of the run."""
-    run = RunConfig.from_identity(store.run(study, key).spec["identity"])
+    view = store.run(study, key)
+    run = RunConfig.from_identity(current_identity(view.record) or view.spec["identity"]).resolved()
     config = run.model_config(int(store.study(study)["corpus"]["vocab_size"]))
-    dtype = DTYPES[resolve_precision(run.precision)]
+    dtype = DTYPES[run.precision]
     with torch.device("meta"):
         model = METHODS[config.method].model(config)
     try:
@@ -178,8 +180,12 @@ def _tokenizer(store: RunStore, study: str, key: str) -> str:
 
 def own_corpus(store: RunStore, study: str, key: str) -> Path:
     """The folder of the corpus that a run was trained on, as the study prepared it on this machine."""
-    about, identity = store.study(study)["corpus"], store.run(study, key).spec["identity"]
-    return haltscale_home() / "corpora" / f"{about['name']}-{about['fingerprint']}-{identity['context']}"
+    try:
+        about, identity = store.study(study)["corpus"], store.run(study, key).spec["identity"]
+        return haltscale_home() / "corpora" / f"{about['name']}-{about['fingerprint']}-{identity['context']}"
+    except KeyError as error:
+        told = f"{study}/{key}: its documents do not say which corpus it was trained on (no {error})"
+        raise ModelFolderError(f"{told}; name one with --corpus") from error
 
 
 def figures(reference: Reference, store: RunStore) -> Mapping[str, Any]:
@@ -193,5 +199,5 @@ def figures(reference: Reference, store: RunStore) -> Mapping[str, Any]:
     if reference.step is None:
         return view.record
     rows = store.read_lines(store.path(reference.study, reference.key, "evaluations.jsonl"))
-    read = next((row for row in rows if row["step"] == reference.step), {})
+    read = next((row for row in rows if row.get("step") == reference.step), {})
     return {**view.spec, **read, "step": reference.step}

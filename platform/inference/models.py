@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from haltscale.model import METHODS, LanguageModel, ModelConfig, config_from_dict, config_problems
-from haltscale.platform.corpora.tokenization import TokenizerError, encode, exact
+from haltscale.platform.corpora.tokenization import TokenizerError, exact
+from haltscale.platform.corpora.tokenization import encode as encode_texts
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -29,6 +30,23 @@ EXPORTED_PREFIX = "inner."
 
 class ModelFolderError(ValueError):
     """A folder does not hold a model that can be loaded; the message names the file, and what to do."""
+
+
+class TextError(ValueError):
+    """A text cannot be made into tokens; the message says why."""
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without end-of-text.
+
+    Raises:
+        TextError: the text holds half a surrogate pair, or the tokenizer has no token for a part of it.
+    """
+    try:
+        ids: list[int] = encode_texts(tokenizer, [text])[0].tolist()
+    except TokenizerError as error:
+        raise TextError(str(error)) from error
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +74,7 @@ class LoadedModel:
         Raises:
             TokenizerError: a text is no valid Unicode, or the tokenizer fails on it.
         """
-        return [ids.tolist() for ids in encode(self.tokenizer, list(texts), self.end_of_text)]
+        return [ids.tolist() for ids in encode_texts(self.tokenizer, list(texts), self.end_of_text)]
 
 
 def guessed_end_of_text(tokenizer: Tokenizer) -> str:
@@ -87,6 +105,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: 
 
     Raises:
         ModelFolderError: files are missing, damaged, foreign, or do not fit each other.
+        DeviceError: there is no such device here.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -99,8 +118,33 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device: 
     with torch.device("meta"):  # no memory, and no initial values that would be thrown away
         model = METHODS[config.method].model(config)
     model.load_state_dict(_weights(folder / "model.safetensors", model), assign=True)
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=usable_device(device), dtype=dtype).eval()
     return LoadedModel(model=model, tokenizer=tokenizer, folder=folder, end_of_text_name=end_of_text)
+
+
+class DeviceError(ValueError):
+    """There is no such device on this machine; the message lists those that there are."""
+
+
+def devices() -> list[str]:
+    """The devices of this machine that a model can be on."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not any(device == torch.device(one) or str(device) == one.split(":")[0] for one in devices()):
+        raise DeviceError(f"no device {name!r} on this machine: must be one of {', '.join(devices())}")
+    return device
 
 
 def _instead(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from tokenizers.decoders import DecodeStream
 
 from haltscale.model.generation import GREEDY, Cost, GenerationError, Sampling, generate
-from haltscale.platform.inference.models import LoadedModel
+from haltscale.platform.inference.models import LoadedModel, TextError, encode
 
 MAX_CACHE_BYTES = 1 << 31
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -47,17 +47,20 @@ def write(
     stop: Sequence[str] = (),
     max_cache_bytes: int = MAX_CACHE_BYTES,
     cost: Cost | None = None,
+    unwanted: Collection[int] = (),
 ) -> Iterator[WrittenToken]:
     """Continue prompts, each as the beginning of a document; tokens come as they are written.
 
     Args:
         new_tokens: at most so many for each; None: as many as the context has room for beside the longest prompt.
         stop: tokens (their text) that end a continuation, beside end-of-text.
+        unwanted: a set that the caller adds prompts to while it reads: their continuations end.
 
     Raises:
-        GenerationError: a prompt is empty or too long, a stop is no single token, or the cache would be too large.
+        GenerationError: a prompt is empty, too long or no text, a stop is no single token, or the cache would be too
+            large.
     """
-    encoded = [loaded.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    encoded = [_encoded(loaded, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     empty = [index for index, ids in enumerate(encoded) if not ids]
     if empty or not prompts:
         raise GenerationError(f"prompt {empty[0] if empty else 0} is empty: give the model a text to continue")
@@ -73,6 +76,7 @@ def write(
         stop_tokens=stops,
         max_cache_bytes=max_cache_bytes,
         cost=cost,
+        unwanted=unwanted,
     )
     return _decoded(loaded, encoded, emitted)
 
@@ -88,8 +92,26 @@ def _decoded(loaded: LoadedModel, prompts: list[list[int]], emitted: Iterator[An
         yield WrittenToken(prompt=one.sequence, token_id=one.token, text=text, steps=one.steps, nll=one.nll)
 
 
+def _encoded(loaded: LoadedModel, what: str, text: str) -> list[int]:
+    if len(text) > longest_text(loaded):  # before it is tokenised, which takes seconds for megabytes
+        raise GenerationError(
+            f"{what} has {len(text):,} characters, more than any text of the model's context of"
+            f" {loaded.model.config.context} tokens"
+        )
+    try:
+        return encode(loaded.tokenizer, text)
+    except TextError as error:
+        raise GenerationError(f"{what}: {error}") from error
+
+
+def longest_text(loaded: LoadedModel) -> int:
+    """Characters that no text of the model's context exceeds; generous, since a tokenizer may drop some."""
+    longest = max(map(len, loaded.tokenizer.get_vocab()), default=1)
+    return 4 * longest * loaded.model.config.context
+
+
 def _one_token(loaded: LoadedModel, text: str) -> int:
-    ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = _encoded(loaded, "stop", text)
     if len(ids) != 1 and (special := loaded.tokenizer.token_to_id(text)) is not None:
         return int(special)  # in a text it would be letters
     if len(ids) != 1:

@@ -59,7 +59,7 @@ def branch_point(
     if found[0] is None:
         return None
     parent, step = found[0]
-    return parent, Checkpoints(store, study, parent, rank=rank, world=world).open(step)
+    return parent, Checkpoints(store, study, parent, rank=rank, world=world).open(step, verify=False)
 
 
 def _latest(store: RunStore, study: str, key: str) -> tuple[str, int] | None:

@@ -20,16 +20,25 @@ from haltscale.platform.config import RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.evaluation.evaluate_split import SplitResult, read_split
 from haltscale.platform.inference.models import TOKENIZER_CONFIG, end_of_text_config
-from haltscale.platform.precision import resolve_precision
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.training.progress import Progress
+from haltscale.platform.training.steps_schedule import StepsSchedule
 
 
 def evaluate_run(
-    model: LanguageModel, corpus: PreparedCorpus, run: RunConfig, progress: Progress, recorder: RunRecorder
+    model: LanguageModel,
+    corpus: PreparedCorpus,
+    run: RunConfig,
+    progress: Progress,
+    recorder: RunRecorder,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> SplitResult:
-    """Read the held-out documents and the probe text, and write both down."""
-    result = read_split(model, corpus, context=run.context, step=progress.step, recorder=recorder)
+    """Read the held-out documents and the probe text, and write both down; see :func:`read_split` for the ranks."""
+    result = read_split(
+        model, corpus, context=run.context, step=progress.step, recorder=recorder, rank=rank, world=world
+    )
     recorder.evaluation(
         {
             "step": progress.step,
@@ -53,14 +62,18 @@ def finish(
     progress: Progress,
     recorder: RunRecorder,
     described: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
     """Evaluate, export the weights, and write the record, last. All ranks call it; rank 0's recorder writes.
 
     Args:
         weights: the model's, whole (:func:`haltscale.platform.training.engine.full_weights`).
         described: the run's label, study, key, identity and execution.
+        rank: this process, in the group of ``world`` that read the held-out documents together.
     """
-    result = evaluate_run(model, corpus, run, progress, recorder)
+    result = evaluate_run(model, corpus, run, progress, recorder, rank=rank, world=world)
     row = result.row
     export(model, weights, corpus, recorder)
     per_token = result.flops * (1 / row["tokens_evaluated"])
@@ -74,6 +87,8 @@ def finish(
             "parameters_total": sum(groups.values()),
             **{name: row[name] for name in ("loss", "loss_standard_error", "perplexity", "bits_per_byte")},
             **{name: row[name] for name in ("mean_steps", "expected_steps", "steps_histogram", "tokens_evaluated")},
+            "held_out_by_document": dict(result.by_document),
+            "steps_schedule": StepsSchedule.from_list(progress.steps_schedule).by_share(run),
             "passes_per_token": progress.pass_rows / progress.tokens,
             "flops_realised": progress.flops_realised,
             "flops_executed": progress.flops_executed,
@@ -81,11 +96,12 @@ def finish(
             "flops_overshoot": None if run.flops is None else progress.flops_realised - run.flops,
             "inference_flops_per_token": asdict(per_token),
             "halting": result.summary["difficulty"],
+            **({"need": row["need"]} if "need" in row else {}),
             "events": progress.events,
             "sequence_digest": progress.sequence_digest,
             "wall_seconds": progress.seconds,
             "tokens_per_second": progress.tokens / progress.seconds,
-            "precision": resolve_precision(run.precision),
+            "precision": run.precision,
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
             "machine": provenance.machine(),

@@ -7,20 +7,20 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from haltscale.model import Method, ShuffledOptions, VanillaOptions
-from haltscale.model.fixed import FixedOptions
-from haltscale.platform.config import ConfigError, RunConfig, apply_point
-from haltscale.platform.identity import digest
+from haltscale.model import METHODS, Method, RouterKind, SourceOptions, StepsFrom, VanillaOptions
+from haltscale.platform.config import ConfigError, RunConfig, apply_point, current_identity, run_key
 from haltscale.platform.store import RunState, RunView
 from haltscale.platform.sweeps import planning
 from haltscale.platform.sweeps.sweep import Budget, Control, ControlKind, Point, Sweep
 
-SUBJECTS: dict[ControlKind, list[Method]] = {
-    ControlKind.DENSE: [method for method in Method if method is not Method.VANILLA],
-    ControlKind.FIXED: [Method.ADAPTIVE, Method.SHUFFLED, Method.PONDER3, Method.ADAPONDER],
-    ControlKind.SHUFFLED: [Method.ADAPTIVE],
-}
-"""Methods that each kind of control is known for."""
+PLAIN = {Method.VANILLA: "it is the plain model that the control would be"}
+UNROUTED = {
+    method: "it has no router: every token takes as many steps as every other"
+    for method in Method
+    if not issubclass(METHODS[method].options, SourceOptions)
+} | {Method.SHUFFLED: "it is itself a control (an old one, with a router of its own)"}
+NO_SUBJECTS = {kind: UNROUTED if kind.replays else PLAIN for kind in ControlKind}
+"""Methods that each kind of control means nothing for, and why; it is known for all others."""
 
 
 class PlanState(StrEnum):
@@ -65,18 +65,21 @@ class Expansion:
     problems: list[str]
 
 
-def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
-    """The runs and controls of a sweep, with everything that is wrong about its points."""
+def expand(sweep: Sweep, base: RunConfig, vocab_size: int, *, on_gpu: bool = False) -> Expansion:
+    """The runs and controls of a sweep, with everything that is wrong about its points.
+
+    Args:
+        on_gpu: whether the runs will train on GPUs, which decides what ``precision=auto`` stands for.
+    """
     runs: list[RunConfig] = []
     controls: list[tuple[int, RunControl]] = []
     problems: list[str] = []
     for number, point in enumerate(sweep, start=1):
         plain = point.of if isinstance(point, Control) else point
         run, found = _run(base, plain, vocab_size)
+        run = run.resolved(on_gpu=on_gpu)
         if isinstance(point, Control):
-            if not found and run.method not in SUBJECTS[point.kind]:
-                allowed = ", ".join(SUBJECTS[point.kind])
-                found = [f"the {point.kind} control is for {allowed}, not for {run.method}: leave these runs out of it"]
+            found = found or _control_problems(point, run)
             if not found and point.learning_rate is not None:
                 found = replace(run, learning_rate=point.learning_rate).problems(vocab_size)
             controls.append((number, RunControl(point.kind, run, point.learning_rate)))
@@ -87,14 +90,15 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int) -> Expansion:
     if not problems:
         seen: dict[RunConfig, int] = {}
         for index, run in enumerate(runs):
-            if run in seen:
-                problems.append(f"point {index + 1} is the same run as point {seen[run] + 1}: {run.label}")
-            seen.setdefault(run, index)
+            same = run.canonical()
+            if same in seen:
+                problems.append(f"point {index + 1} is the same run as point {seen[same] + 1}: {run.label}")
+            seen.setdefault(same, index)
         for number, control in controls:
-            if control.subject not in seen:
+            if control.subject.canonical() not in seen:
                 missing = f"the sweep has no such run to control ({control.subject.label})"
                 problems.append(f"point {number}, a {control.kind} control: {missing}")
-        if len({(control.kind, control.subject) for _, control in controls}) < len(controls):
+        if len({(control.kind, control.subject.canonical()) for _, control in controls}) < len(controls):
             problems.append("some controls are given twice: call controls(of=...) once for each run")
     return Expansion(runs=runs, controls=[control for _, control in controls], problems=problems)
 
@@ -114,23 +118,52 @@ def _run(base: RunConfig, point: Point, vocab_size: int) -> tuple[RunConfig, lis
         return run, error.problems
 
 
-def control_run(control: RunControl, record: Mapping[str, Any], vocab_size: int) -> RunConfig | None:
-    """The run that a control is, or None where it has to wait for its subject's record.
+def _control_problems(control: Control, subject: RunConfig) -> list[str]:
+    """Why a run can have no such control."""
+    kind, advice = control.kind, "leave these runs out of it"
+    if why := NO_SUBJECTS[kind].get(subject.method):
+        return [f"the {kind} control is not for {subject.method}, since {why}: {advice}"]
+    source = getattr(subject.options, "steps_from", StepsFrom.ROUTER)
+    if kind.replays and source is not StepsFrom.ROUTER:
+        return [
+            f"the {kind} control is for a run with a router, and this one's steps are replayed ({source}): {advice}"
+        ]
+    if kind.replays and getattr(subject.options, "router", None) is RouterKind.NONE:
+        return [f"the {kind} control is for a run with a router, not with router none: {advice}"]
+    if kind.replays and control.learning_rate is not None:
+        return [f"the {kind} control keeps its subject's learning rate: leave learning_rate out"]
+    if kind is ControlKind.WIDER and subject.init_from is not None:
+        return [f"no wider model can start from the weights of init_from: {advice}"]
+    return []
 
-    Steps are rounded to 0.01 and tokens to whole batches, so that a subject trained again asks for the same control.
+
+def control_run(control: RunControl, record: Mapping[str, Any], vocab_size: int) -> RunConfig | None:
+    """The run that a control is, or None where it has to wait for its subject's record (also for one that was written
+    before records had a schedule of steps: that subject has to be trained again).
+
+    Tokens are rounded to whole batches.
     """
     kind, rate = control.kind, control.learning_rate
     subject = control.subject if rate is None else replace(control.subject, learning_rate=rate)
-    if kind is ControlKind.SHUFFLED:  # its router decides itself how much it thinks, so there is nothing to wait for
-        options = {f.name: getattr(subject.options, f.name) for f in fields(subject.options)}  # type: ignore[arg-type]
-        return replace(subject, method=Method.SHUFFLED, options=ShuffledOptions(**options))
-    if not record:
+    if not record or (kind.replays and not record.get("steps_schedule")):
         return None
+    if kind.replays:
+        options: Any = subject.options
+        source = StepsFrom(kind)
+        replay = replace(options, steps_from=source, steps_schedule=_schedule(record), steps_seed=subject.seed)
+        return replace(subject, options=replay)
+    plain = replace(subject, method=Method.VANILLA, options=VanillaOptions(), flops=None)
     if kind is ControlKind.DENSE:
-        dense = replace(subject, method=Method.VANILLA, options=VanillaOptions(), flops=None)
-        return replace(dense, tokens=planning.tokens_for(record["flops_realised"], dense, vocab_size))
-    steps = FixedOptions(steps=max(0.0, round(record["passes_per_token"] - 1, 2)))
-    return replace(subject, method=Method.FIXED, options=steps, flops=None, tokens=record["tokens"])
+        return replace(plain, tokens=planning.tokens_for(record["flops_realised"], plain, vocab_size))
+    plain = replace(plain, tokens=record["tokens"] // plain.batch_tokens * plain.batch_tokens)
+    return replace(plain, size=planning.size_for(record["flops_realised"], plain, vocab_size))
+
+
+def _schedule(record: Mapping[str, Any]) -> tuple[tuple[float, ...], ...]:
+    """What a replay control repeats: the subject's histograms over its training, and, where the budget is spent, the
+    one of its held-out reading, so that the two are compared at equal steps there too."""
+    held_out = tuple(round(share, 5) for share in record["steps_histogram"])
+    return (*(tuple(row) for row in record["steps_schedule"]), (1.0, *held_out))
 
 
 def labels(runs: list[RunConfig]) -> dict[RunConfig, str]:
@@ -151,7 +184,8 @@ def labels(runs: list[RunConfig]) -> dict[RunConfig, str]:
 
 def _settings(run: RunConfig) -> dict[str, Any]:
     plain = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "options"}
-    return plain | {f.name: getattr(run.options, f.name) for f in fields(run.options)}  # type: ignore[arg-type]
+    options: Any = run.options
+    return plain | {f.name: getattr(options, f.name) for f in fields(options) if f.name != "steps_schedule"}
 
 
 def _short(value: Any) -> str:
@@ -169,9 +203,9 @@ def stale_keys(views: Mapping[str, RunView], wanted: Mapping[str, Mapping[str, A
         The finished run's key for each such wanted key.
     """
     drifted = {
-        _drift_free(view.record["identity"]): key
+        _drift_free(identity): key
         for key, view in views.items()
-        if key not in wanted and view.state is RunState.FINISHED and view.record.get("identity")
+        if key not in wanted and view.state is RunState.FINISHED and (identity := current_identity(view.record))
     }
     if not drifted:
         return {}
@@ -179,4 +213,4 @@ def stale_keys(views: Mapping[str, RunView], wanted: Mapping[str, Mapping[str, A
 
 
 def _drift_free(identity: Mapping[str, Any]) -> str:
-    return digest({name: value for name, value in identity.items() if name not in ("corpus_fingerprint", "semantics")})
+    return run_key({**identity, "corpus_fingerprint": "", "semantics": {}})

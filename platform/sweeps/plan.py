@@ -11,13 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from haltscale.platform.config import ConfigError, RunConfig
+from haltscale.platform.config import ConfigError, RunConfig, current_identity, run_key
 from haltscale.platform.corpora.tokenization import BytePairs
-from haltscale.platform.identity import run_key
 from haltscale.platform.initial_model import InitialModel
 from haltscale.platform.llama import tokenizer_digest
 from haltscale.platform.runs.branching import shortest_of_families
-from haltscale.platform.store import RunState, RunStore, RunView, StoreError
+from haltscale.platform.store import Cause, RunState, RunStore, RunView, StoreError
 from haltscale.platform.sweeps import planning, report
 from haltscale.platform.sweeps.expansion import (
     Expansion,
@@ -39,7 +38,7 @@ class StudyPlan(StudySpec):
 
     @cached_property
     def _expansion(self) -> Expansion:
-        return expand(self.sweep, self.base, self.vocab_size)
+        return expand(self.sweep, self.base, self.vocab_size, on_gpu=bool(self.execution.gpus_per_worker))
 
     @property
     def runs(self) -> list[RunConfig]:
@@ -62,6 +61,7 @@ class StudyPlan(StudySpec):
 
     def _planned(self, views: Mapping[str, RunView]) -> list[PlannedRun]:
         runs = self.runs
+        present = {run.canonical() for run in runs}
         controls: dict[RunConfig, RunControl] = {}
         waiting = []
         for control in self._expansion.controls:
@@ -69,8 +69,9 @@ class StudyPlan(StudySpec):
             run = control_run(control, view.record if view else {}, self.vocab_size)
             if run is None:
                 waiting.append(control)
-            elif run not in runs:  # two subjects may ask for the same control, or the sweep may have it already
-                controls.setdefault(run, control)
+            elif run.canonical() not in present:  # two subjects may share a control, or the sweep may have it already
+                present.add(run.canonical())
+                controls[run] = control
         known = sorted([*runs, *controls], key=self.flops_bound)
         named = labels(known)
         found = []
@@ -84,11 +85,16 @@ class StudyPlan(StudySpec):
         return found
 
     def _views(self, store: RunStore) -> dict[str, RunView]:
-        """All of the study's runs in the store, those of its earlier versions too; none where its name is no name."""
+        """All of the study's runs in the store, those of its earlier versions too; none where its name is no name.
+
+        By the key that the run has today, which for a record of an earlier schema is not its folder's name.
+        """
         try:
-            return store.views(self.name, store.present(self.name))
+            found = store.views(self.name, store.present(self.name))
         except StoreError:  # problems() tells it
             return {}
+        renamed = {key: view for view in found.values() if (key := _key_today(view)) not in found}
+        return {**{key: view for key, view in found.items() if view not in renamed.values()}, **renamed}
 
     def flops_bound(self, run: RunConfig) -> float:
         """Realised training FLOPs with every latent step taken: what a run costs at most."""
@@ -230,20 +236,58 @@ class StudyPlan(StudySpec):
         keys = [self.key(entry.run) for entry in self._planned(views) if entry.run]
         return report.table([views.get(key) or RunView.absent(self.name, key) for key in keys])
 
-    def missing(self, store: RunStore) -> dict[str, PlannedRun]:
-        """What is to be trained now, by key, cheapest first: known and without a result."""
-        return self._missing(self._views(store))
+    def missing(self, store: RunStore, *, retry_failed: bool = False) -> dict[str, PlannedRun]:
+        """What is to be trained now, by key, cheapest first: known, without a result, and not bound to fail again.
 
-    def _missing(self, views: Mapping[str, RunView]) -> dict[str, PlannedRun]:
+        Args:
+            retry_failed: take those too that failed for a permanent reason.
+        """
+        return self._missing(self._views(store), retry_failed=retry_failed)
+
+    def _missing(self, views: Mapping[str, RunView], *, retry_failed: bool = False) -> dict[str, PlannedRun]:
         planned = {self.key(entry.run): entry for entry in self._planned(views) if entry.run}
-        ended = {key for key, view in views.items() if view.state in (RunState.FINISHED, RunState.STOPPED)}
-        return {key: entry for key, entry in planned.items() if key not in ended}
+        return {
+            key: entry
+            for key, entry in planned.items()
+            if key not in views or self._is_to_train(views[key], retry_failed=retry_failed)
+        }
+
+    def _is_to_train(self, view: RunView, *, retry_failed: bool) -> bool:
+        match view.state:
+            case RunState.FINISHED | RunState.STOPPED:
+                return False
+            case RunState.CAPPED:  # resumed where it may train for longer now
+                limit, former = self.execution.max_hours, view.status.get("capped_hours")
+                return retry_failed or limit is None or (isinstance(former, int | float) and limit > former)
+            case RunState.DIVERGED | RunState.FAILED:
+                return retry_failed or view.status.get("cause") != Cause.PERMANENT
+            case _:
+                return True
+
+    def namesake(self, store: RunStore) -> str:
+        """What is wrong where the store has another study of this name; else empty."""
+        there = store.study(self.name)
+        question, source = there.get("question"), there.get("source")
+        if not source or not self.source or question == self.question or source == self.source:
+            return ""
+        return (
+            f"the store has another study named {self.name!r} (from {source}: {question!r}): give this one, from"
+            f" {self.source}, another name, or --adopt the runs of that one"
+        )
 
     def document(self, corpus_counts: Mapping[str, Any], store: RunStore) -> dict[str, Any]:
-        """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key."""
-        known = {self.key(entry.run): entry for entry in self.planned(store) if entry.run}
+        """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key; ``waiting`` the
+        controls whose subject has not finished."""
+        views = self._views(store)
+
+        def folder(run: RunConfig) -> str:
+            key = self.key(run)
+            return views[key].key if key in views else key
+
+        planned = self._planned(views)
+        known = {folder(entry.run): entry for entry in planned if entry.run}
         controls = {
-            key: {"kind": entry.control, "of": self.key(entry.subject)}
+            key: {"kind": entry.control, "of": folder(entry.subject)}
             for key, entry in known.items()
             if entry.control and entry.subject
         }
@@ -251,9 +295,15 @@ class StudyPlan(StudySpec):
             "name": self.name,
             "question": self.question,
             "note": self.note,
+            "source": self.source,
             "corpus": dict(corpus_counts),
             "runs": list(known),
             "controls": controls,
+            "waiting": [
+                {"run": entry.label, "control": entry.control, "of": folder(entry.subject)}
+                for entry in planned
+                if entry.run is None and entry.subject
+            ],
             "planned_at": time.time(),
         }
 
@@ -264,3 +314,8 @@ class StudyPlan(StudySpec):
         known = ((key, entry.run, self.identity(entry.run)) for key, entry in missing.items() if entry.run)
         free = shortest_of_families(known)
         return {key: entry for key, entry in missing.items() if key in free}
+
+
+def _key_today(view: RunView) -> str:
+    identity = current_identity(view.record)
+    return run_key(identity) if identity else view.key

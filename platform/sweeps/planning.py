@@ -7,6 +7,7 @@ is never guessed: such a run has a bound, and an estimate only from finished run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from haltscale.model import METHODS, LanguageModel, Method, ModelConfig, PassCounts, Shape
+from haltscale.model import METHODS, LanguageModel, Method, ModelConfig, PassCounts, Shape, ledger
+from haltscale.model.config import rung
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
-from haltscale.platform.config import ConfigError, Precision, RunConfig
+from haltscale.platform.config import ConfigError, Precision, RunConfig, current_identity
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import digest
 from haltscale.platform.store import RunView
@@ -30,8 +32,13 @@ from haltscale.platform.sweeps.sweep import Budget, Point
 PROBE_SHAPE = Shape(layers=3, d=16, heads=1, kv_heads=1, ffn=16)
 PROBE_CONTEXT = 256
 """Longer contexts are carried on from three shorter ones: rows are linear in the length, key pairs quadratic."""
-PRICELESS = ("lam", "beta", "tau", "router_bias")
+PRICELESS = (
+    *("lam", "beta", "tau", "router_bias", "router_rate", "router_detached", "gate_warmup", "lam_ramp", "explore"),
+    *("gain_margin", "prior_steps", "steps_from", "steps_schedule", "steps_seed"),
+)
 """Options that change how often a model halts but not what a pass costs."""
+NEAR = 0.02
+"""Shapes whose FLOPs differ by less than this (relatively) are as good as equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +74,29 @@ def tokens_for(flops: float, run: RunConfig, vocab_size: int) -> int:
     priced = cost(run, vocab_size)
     steps = round(flops / (priced.expected or priced.bound) / run.batch_tokens)
     return steps * run.batch_tokens
+
+
+def size_for(flops: float, run: RunConfig, vocab_size: int) -> str:
+    """The size, LAYERSxWIDTH by the ladder's rule, at which a vanilla run spends realised training FLOPs on its tokens.
+
+    Of the shapes that come within :data:`NEAR` of them, the one whose proportions are closest to the run's own; where
+    none does, the nearest. The run's record says what it really spent.
+    """
+    wanted = flops / run.tokens
+    own = run.shape
+    found: list[tuple[bool, float, str]] = []
+    for layers in range(own.layers, 8 * own.layers + 1):
+        for d in range(own.d, 8 * own.d + 1, 32):
+            if d >= 192 and d % 64:
+                continue
+            shape = rung(layers, d)
+            rows = ledger.passes_flops(shape, [1], [0], [layers]) + ledger.head_flops(shape, vocab_size, 1)
+            pairs = layers * ledger.layer_pair_flops(shape) * (run.context + 1) / 2
+            miss = abs(math.log(ledger.TRAINING_TO_FORWARD * (rows + pairs) / wanted))
+            stretch = abs(math.log(d / layers * own.layers / own.d))
+            near = miss <= NEAR
+            found.append((not near, stretch if near else miss, f"{layers}x{d}"))
+    return min(found)[2]
 
 
 def split_budget(point: Point) -> tuple[Point, Point]:
@@ -128,9 +158,9 @@ class Measured:
         self._seconds: dict[Any, list[float]] = {}
         for view in views:
             record = view.record
-            if not record.get("tokens") or not record.get("identity"):
+            identity, tokens = current_identity(record), record.get("tokens")
+            if not tokens or not identity:
                 continue
-            identity, tokens = record["identity"], record["tokens"]
             start = identity.get("init_from", {}).get("sha256")
             size = (identity["method"], identity["size"], start, identity["context"])
             if "flops_realised" in record:

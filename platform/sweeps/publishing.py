@@ -6,12 +6,15 @@ of single held-out tokens, all runs that have not finished, and those of earlier
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from haltscale.platform.store import RunState, RunStore, StoreError
+
+log = logging.getLogger(__name__)
 
 MOST_METRICS = 40
 """Rows of training metrics of a run that are kept, spread evenly, the first and the last among them."""
@@ -80,8 +83,13 @@ def _is_ragged(documents: dict[str, Any]) -> bool:
 
 def _copy_file(store: RunStore, copy: RunStore, path: str, study: str, key: str, folder: str) -> None:
     target = copy.path(study, key, folder, path.rsplit("/", 1)[-1])
+    try:
+        content = store.fs.cat_file(path)
+    except OSError as error:  # a folder in its place, say: it costs no other
+        log.warning("%s is left out: %s", path, error)
+        return
     copy.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-    Path(target).write_bytes(store.fs.cat_file(path))
+    Path(target).write_bytes(content)
 
 
 def thinned(rows: Sequence[Any], most: int) -> list[Any]:

@@ -31,16 +31,14 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's newer output prints b
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from haltscale.platform.corpora import ray_data  # noqa: E402
 from haltscale.platform.corpora.corpus import PreparedCorpus  # noqa: E402
-from haltscale.platform.ray_connection import NAMESPACE  # noqa: E402
+from haltscale.platform.execution import ExecutionConfig  # noqa: E402
 from haltscale.platform.recorder import RunRecorder  # noqa: E402
 from haltscale.platform.runs import ray_train  # noqa: E402
-from haltscale.platform.store import RunState, RunStore, haltscale_home  # noqa: E402
+from haltscale.platform.store import ENDED, RunState, RunStore, haltscale_home  # noqa: E402
 from haltscale.platform.sweeps.progress import SweepProgress  # noqa: E402
-from haltscale.platform.sweeps.study_cli import StudyBusyError  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +47,16 @@ TRIAL_CPUS = 0.01
 PROGRESS_SECONDS = 10.0
 
 
-def run_stages(study: StudyPlan, store: RunStore) -> None:
-    """Train what is missing; what its results make known (controls, branches, the next round) is the next stage."""
+def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False) -> None:
+    """Train what is missing; what its results make known (controls, branches, the next round) is the next stage.
+
+    Args:
+        retry_failed: train those too that failed for a permanent reason.
+    """
     tried: set[str] = set()
-    while left := {key: entry for key, entry in study.missing(store).items() if key not in tried}:
+    while left := {
+        key: entry for key, entry in study.missing(store, retry_failed=retry_failed).items() if key not in tried
+    }:
         now = study.ready(left)
         planned = study.planned(store)
         waiting = sum(entry.run is None for entry in planned)
@@ -127,7 +131,8 @@ def _run(
     with _shown(progress):
         failed = _tune(specs, concurrency=concurrency(ray.cluster_resources(), study), halving=study.halving)
     for key, view in store.views(study.name, runs).items() if study.halving else ():
-        if view.state is not RunState.FINISHED and key not in failed:  # the scheduler ended it
+        has_ended = view.state in (RunState.FINISHED, RunState.DIVERGED, RunState.CAPPED)
+        if not has_ended and key not in failed:  # the scheduler stopped it
             status = {name: value for name, value in view.status.items() if name != "schema"}
             ended = {**status, "state": RunState.STOPPED, "seconds_left": None, "error": None}
             store.write_json(store.path(study.name, key, "status.json"), ended)
@@ -153,8 +158,9 @@ def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving 
         grace_period=halving.first,
         reduction_factor=halving.factor,
     )
+    here = ray_train.resources_here(ExecutionConfig.from_dict(specs[0].execution))
     tuner = tune.Tuner(
-        tune.with_resources(_trial, {"cpu": TRIAL_CPUS}),
+        tune.with_resources(_trial_here, here) if here else tune.with_resources(_trial, {"cpu": TRIAL_CPUS}),
         param_space={"spec": tune.grid_search([spec.to_dict() for spec in specs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrency,
@@ -165,7 +171,7 @@ def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving 
         run_config=tune.RunConfig(
             name=f"{specs[0].study}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(haltscale_home() / "tune"),
-            # A trial records its own failures; what Tune sees fail is the death of a trial's driver, or of its node.
+            # A trial records its own failures; what Tune sees fail is the death of its process, or of its node.
             failure_config=tune.FailureConfig(max_failures=specs[0].execution["max_failures"]),
             verbose=0,
         ),
@@ -184,18 +190,41 @@ def _trial_name(trial: Any) -> str:
 
 
 def _trial(config: dict[str, Any]) -> dict[str, Any] | None:
-    """One trial: drives one Ray Train run. A failure is recorded in the run's own folder, where it belongs."""
+    """One trial: drives one Ray Train run of several workers."""
     spec = ray_train.RunSpec(**config["spec"])
-    try:
+    with _failures_recorded(spec):
         ray_train.fit(spec, callbacks=[TuneReportCallback()])
+    return _ended(spec)
+
+
+def _trial_here(config: dict[str, Any]) -> dict[str, Any] | None:
+    """One trial: trains a run of one worker in this process, which trains the next one afterwards."""
+    spec = ray_train.RunSpec(**config["spec"])
+    with _failures_recorded(spec):
+        ray_train.fit_here(spec, report=tune.report)
+    return _ended(spec)
+
+
+@contextlib.contextmanager
+def _failures_recorded(spec: ray_train.RunSpec) -> Iterator[None]:
+    """A failure is recorded in the run's own folder, where it belongs; the other trials go on."""
+    try:
+        yield
     except Exception as error:
+        log.exception("%s failed", spec.label)
         _record_failure(spec, error)
-        return {"failed": True, "loss": math.inf, "share": 1.0}  # to a scheduler, as bad as can be
-    return None
+
+
+def _ended(spec: ray_train.RunSpec) -> dict[str, Any] | None:
+    if RunStore(spec.store).run(spec.study, spec.key).state is RunState.FINISHED:
+        return None
+    return {"failed": True, "loss": math.inf, "share": 1.0}  # to a scheduler, as bad as can be
 
 
 def _record_failure(spec: ray_train.RunSpec, error: BaseException) -> None:
-    RunRecorder(RunStore(spec.store), spec.study, spec.key, steps=0).fail(_first_line(error))
+    store = RunStore(spec.store)
+    if store.run(spec.study, spec.key).state not in ENDED:  # a worker that knew the cause has said so
+        RunRecorder(store, spec.study, spec.key, steps=0).fail(_first_line(error))
 
 
 def _first_line(error: BaseException) -> str:
@@ -222,42 +251,3 @@ def _shown(progress: SweepProgress) -> Iterator[None]:
         thread.join()
         for line in progress.lines():
             log.info("%s", line)
-
-
-class _Holder:
-    """Holds a study's name for as long as its job lives; Ray ends it with the job, however that ends."""
-
-    def __init__(self, who: str) -> None:
-        self.who = who
-
-    def name(self) -> str:
-        return self.who
-
-
-@contextlib.contextmanager
-def held(study: str) -> Iterator[None]:
-    """Keep every other process of this cluster from running the study meanwhile.
-
-    Raises:
-        StudyBusyError: another one is running it; the message says which.
-    """
-    name = f"study-{study}"
-    who = f"job {ray.get_runtime_context().get_job_id()} since {time.strftime('%H:%M:%S')}"
-    try:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"name": name, "namespace": NAMESPACE, "scheduling_strategy": here}  # no other node's death frees it
-        holder = ray.remote(num_cpus=0)(_Holder).options(**options).remote(who)
-        ray.get(holder.name.remote())
-    except ValueError:
-        try:
-            other = ray.get(ray.get_actor(name, namespace=NAMESPACE).name.remote())
-        except (ValueError, ray.exceptions.RayActorError):
-            other = "a job that is just ending"
-        raise StudyBusyError(
-            f"study {study} is already being run by {other}: look with `haltscale status {study}`,"
-            f" or stop it with `haltscale cancel {study}`"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.kill(holder)

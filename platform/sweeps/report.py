@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from haltscale.platform.store import RunState, RunStore, RunView
+from haltscale.platform import run_table
+from haltscale.platform.analysis.estimates import Refusal
+from haltscale.platform.analysis.paired import paired_difference
+from haltscale.platform.arms import OLD_CONTROLS, arm, is_control
+from haltscale.platform.identity import canonical_json
+from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
 PRINTED = {
     "run": "run",
@@ -22,6 +30,9 @@ PRINTED = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits/byte",
     "mean_steps": "steps",
+    "needy_accuracy": "needy accuracy",
+    "needy_steps": "needy steps",
+    "need_rank_correlation": "rank corr.",
     "easy_steps": "easy",
     "hard_steps": "hard",
     "passes_per_token": "passes",
@@ -31,57 +42,103 @@ PRINTED = {
     "tokens_per_second": "tokens/s",
 }
 
-RECURRENT = ("attention", "mlp", "norms")
-"""Groups of parameters that a latent step uses again; the rest (embedding, head, router) is used once per token."""
-
 
 def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.DataFrame:
-    """One row per run: its label, state and, where it is finished, its figures (units as in the record).
+    """One row per run (:func:`haltscale.platform.run_table.row`): its label, state, identity and, where it is finished,
+    its figures (units as in the record).
 
     Args:
         keys: the runs and their order; all of the study's by default.
     """
-    return table(store.views(study, keys).values() if keys is not None else store.runs(study))
+    if keys is not None:
+        return table(store.views(study, keys).values())
+    found = table(store.runs(study))
+    document = {} if store.study_problem(study) else store.study(study)
+    waiting = pd.DataFrame([row for row in document.get("waiting") or [] if isinstance(row, dict)])
+    return pd.concat([found, waiting.assign(key="", state="waiting")], ignore_index=True) if len(waiting) else found
 
 
 def table(views: Iterable[RunView]) -> pd.DataFrame:
     """:func:`results` of runs that have been read already."""
-    rows = []
-    for view in views:
-        record = view.record
-        identity = record.get("identity") or view.spec.get("identity", {})
-        halting = record.get("halting", {})
-        groups = record.get("parameters", {})
-        recurrent = sum(groups.get(name, 0) for name in RECURRENT) if groups else None
-        rows.append(
-            {
-                "run": view.label,
-                "key": view.key,
-                "state": str(view.state),
-                "method": identity.get("method"),
-                "size": identity.get("size"),
-                "seed": identity.get("seed"),
-                **identity.get("options", {}),
-                "role": view.spec.get("role", "comparison"),
-                "parameters": record.get("parameters_total"),
-                "parameters_recurrent": recurrent,
-                "parameters_once": sum(groups.values()) - recurrent if groups else None,
-                **{name: record.get(name) for name in ("tokens", "loss", "loss_standard_error", "perplexity")},
-                **{name: record.get(name) for name in ("bits_per_byte", "mean_steps", "expected_steps")},
-                "easy_steps": halting.get("well_predicted_mean_steps"),
-                "hard_steps": halting.get("badly_predicted_mean_steps"),
-                **{name: record.get(name) for name in ("passes_per_token", "flops_realised", "flops_executed")},
-                **{name: record.get(name) for name in ("flops_paper", "wall_seconds", "tokens_per_second")},
-                "error": view.status.get("error") or view.problem,
-            }
-        )
+    return pd.DataFrame(run_table.rows(views))
+
+
+SAME_STEPS = 0.01
+"""Means of latent steps that differ by more than this, relatively, are no equal steps."""
+
+
+def control_differences(store: RunStore, study: str) -> pd.DataFrame:
+    """What each kind of control costs over its subject on the held-out text, paired by document and seed.
+
+    Returns:
+        A row per subject (all seeds together) and kind: ``subject`` (label), ``control`` (its kind), ``seeds``,
+        ``documents``, ``subject_steps`` and ``control_steps`` (means), ``subject_flops`` and ``control_flops``
+        (realised, in training), ``difference`` in nats per token with ``low`` and ``high`` (NaN where there are none),
+        and ``problem``: why the difference carries no verdict. Above 0 the subject is better. Old controls, which
+        differ in more than where their steps are, get no difference.
+    """
+    try:
+        pairs = store.study(study).get("controls") or {}
+        views = store.views(study, sorted({*pairs, *(one["of"] for one in pairs.values())}))
+    except (StoreError, TypeError, KeyError, AttributeError):
+        return pd.DataFrame()
+    groups: dict[tuple[str, str], list[tuple[RunView, RunView]]] = {}
+    for key, pair in pairs.items():
+        control, subject = views.get(key), views.get(pair["of"])
+        if control is None or subject is None or not control.record or not subject.record:
+            continue
+        identity = dict(subject.record.get("identity") or {})
+        identity.pop("seed", None)
+        groups.setdefault((str(pair["kind"]), canonical_json(identity)), []).append((control, subject))
+    rows = [_difference(kind, members) for (kind, _), members in groups.items()]
     return pd.DataFrame(rows)
+
+
+def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, Any]:
+    controls, subjects = ([pair[side].record for pair in members] for side in (0, 1))
+    means = {
+        f"{name}_{short}": sum(float(record.get(field) or 0) for record in records) / len(records)
+        for name, records in (("subject", subjects), ("control", controls))
+        for short, field in (("steps", "mean_steps"), ("flops", "flops_realised"))
+    }
+    identity = controls[0].get("identity") or {}
+    replays, old = is_control(arm(identity)), arm(identity) in OLD_CONTROLS
+    row = {
+        "subject": str(members[0][1].label).partition(" · seed")[0],
+        "control": f"{kind} (old control)" if old else kind,
+        "seeds": len(members),
+        "documents": len((subjects[0].get("held_out_by_document") or {}).get("tokens") or []),
+        **means,
+        **dict.fromkeys(["difference", "low", "high"], math.nan),
+        "problem": "",
+    }
+    if old:
+        return {**row, "problem": "an old control: it differs in more than where the steps are"}
+    sums = [[_document_frame(record) for record in records] for records in (controls, subjects)]
+    found = paired_difference(sums[0], sums[1])
+    if isinstance(found, Refusal):
+        return {**row, "problem": found.reason}
+    row |= {"difference": found.value, "low": found.low, "high": found.high}
+    apart = abs(means["control_steps"] - means["subject_steps"])
+    if replays and apart > SAME_STEPS * max(means["subject_steps"], 1e-9):
+        row["problem"] = f"mean steps differ: {means['subject_steps']:.3f} and {means['control_steps']:.3f}"
+    orders = [
+        [(record.get("tokens"), record.get("sequence_digest")) for record in side] for side in (controls, subjects)
+    ]
+    if any(one[0] == other[0] and one[1] != other[1] for one, other in zip(*orders, strict=True)):
+        row["problem"] = "the runs saw other texts, or in another order"
+    return row
+
+
+def _document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
+    found = record.get("held_out_by_document") or {}
+    return pd.DataFrame({name: found.get(name) or [] for name in ("tokens", "nats")}, dtype=float)
 
 
 def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:
     """Print a plan (:meth:`Study.plan`) as a table, or all of it as a JSON list of rows."""
     if as_json:
-        _print_json(frame)
+        print_json(frame)
         return
     headings = {"flops_expected": "realised FLOPs", "flops_bound": "at most", "memory_bytes": "memory (bytes)"}
     shown = frame.drop(columns=[name for name in ("method", "size") if name in frame])
@@ -93,14 +150,21 @@ def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None
     _console().print(f"{len(frame)} runs: {counts}", markup=False)
 
 
-def _print_json(frame: pd.DataFrame) -> None:
-    sys.stdout.write(frame.to_json(orient="records", indent=1) + "\n")
+JSON_SCHEMA = 1
+"""Of what ``--json`` prints: ``{"schema": 1, "runs": [...]}``. Rows may gain fields; none is renamed, dropped or given
+another unit without a new number."""
+
+
+def print_json(frame: pd.DataFrame) -> None:
+    """Print a plan or results for scripts; see :data:`JSON_SCHEMA`."""
+    runs = json.loads(frame.to_json(orient="records", double_precision=15))
+    sys.stdout.write(json.dumps({"schema": JSON_SCHEMA, "runs": runs}, indent=1) + "\n")
 
 
 def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bool = False) -> None:
     """Print the results, the study's note, failed runs with their errors, and how to look further; or JSON rows."""
     if as_json:
-        _print_json(frame)
+        print_json(frame)
         return
     columns = {name: heading for name, heading in PRINTED.items() if name in frame}
     if "state" in columns and (frame["state"] == RunState.FINISHED).all():
@@ -123,16 +187,16 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bo
 
 def show(frame: pd.DataFrame, *, title: str) -> None:
     """Print a DataFrame as a table, numbers to 3 significant digits."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     columns = {str(name): [_text(value) for value in frame[name]] for name in frame.columns}
     for name, cells in columns.items():
         numeric = not any(isinstance(value, str) for value in frame[name])
         width = max(map(len, [*cells, *name.split()]))  # a heading may be folded between its words, a value never
         table.add_column(
-            name, justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
+            Text(name), justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # text of the store is no markup
     console = _console()
     unbounded = console.options.update(max_width=10_000)
     needed = console.measure(table, options=unbounded).minimum

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Self
 
-from haltscale.platform.config import ConfigError, RunConfig, apply_point, as_members
+from haltscale.platform.config import ConfigError, RunConfig, apply_point
 from haltscale.platform.corpora.corpus import Corpus
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.sweeps.sweep import Sweep
@@ -46,6 +46,8 @@ class StudySpec:
     """Shown under the table of results: what these figures can and cannot say."""
     role: str = COMPARISON
     """What the runs are for; in each ``spec.json`` and ``record.json``."""
+    source: str = field(default="", compare=False)
+    """Where the study is defined: a module, or a file's name. Set by whatever loads it."""
     halving: Halving | None = None
     """Stop bad runs early. For tuning only: in a comparison every run trains to its end."""
 
@@ -73,7 +75,7 @@ class StudySpec:
             except ValueError:
                 value = text
             if name in {f.name for f in fields(execution)}:
-                execution = replace(execution, **as_members(ExecutionConfig, {name: value}))
+                execution = replace(execution, **{name: value})
                 continue
             base, found = apply_point(base, {name: value})
             problems += [f"--set {assignment}: {problem}" for problem in found]

@@ -5,16 +5,21 @@ Running a study again runs nothing; adding a value runs only what is new; an int
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from haltscale.platform.cluster import submission_id
 from haltscale.platform.config import ConfigError
-from haltscale.platform.store import RunStore
+from haltscale.platform.lease import LeaseHeldError, held
+from haltscale.platform.store import RunState, RunStore, StoreError
 from haltscale.platform.sweeps import study_cli
 from haltscale.platform.sweeps.plan import StudyPlan
+from haltscale.platform.sweeps.study_cli import StudyBusyError
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +28,16 @@ log = logging.getLogger(__name__)
 class Study(StudyPlan):
     """A question, a corpus, a base run and a sweep; see :class:`~haltscale.platform.sweeps.spec.StudySpec`."""
 
-    def run(self, store: RunStore | None = None) -> pd.DataFrame:
+    def run(self, store: RunStore | None = None, *, retry_failed: bool = False, adopt: bool = False) -> pd.DataFrame:
         """Train what is missing and return the results.
 
         Connects to the Ray cluster that this process belongs to (a submitted job), else to the local head, else to a
         Ray of its own. A run that fails is tried again as often as the execution says, then recorded with its error,
         and the others go on. Controls are trained as soon as their subjects have finished.
+
+        Args:
+            retry_failed: try runs again that diverged or were refused.
+            adopt: take over the runs of another study of the same name.
 
         Raises:
             ConfigError: the study has errors, or runs in the store cannot be read; nothing was started.
@@ -37,19 +46,52 @@ class Study(StudyPlan):
         store = store or RunStore()
         views = self._views(store)  # read once: a thousand finished runs are thousands of files
         problems = self.problems(views=views)
-        if problems or self._missing(views):
-            from haltscale.platform.ray_connection import connected  # Ray takes seconds to import
-            from haltscale.platform.sweeps import ray_tune
-
-            with connected() as cluster:
-                if problems := self.problems(cluster, self._views(store)):
-                    raise ConfigError(problems)
-                with ray_tune.held(self.name):
-                    ray_tune.run_stages(self, store)
+        if not problems and not adopt and (namesake := self.namesake(store)):
+            problems = [namesake]
+        if problems or self._missing(views, retry_failed=retry_failed):
+            with self._owned(store):
+                self._train(store, retry_failed=retry_failed, adopt=adopt)
             return self.results(store)
         results = self._results(views)
-        log.info("%s: all %d runs are finished, nothing to train", self.name, len(results))
+        if (ended := int((results["state"] != RunState.FINISHED).sum())) and not len(self.missing(store)):
+            log.info("%s: nothing to train; %d of %d runs ended without a result", self.name, ended, len(results))
+        else:
+            log.info("%s: all %d runs are finished, nothing to train", self.name, len(results))
         return results
+
+    def _train(self, store: RunStore, *, retry_failed: bool, adopt: bool) -> None:
+        from haltscale.platform.ray_connection import connected  # Ray takes seconds to import
+        from haltscale.platform.sweeps import ray_tune
+
+        with connected() as cluster:
+            problems = self.problems(cluster, self._views(store))
+            if problems := problems or ([] if adopt else list(filter(None, [self.namesake(store)]))):
+                raise ConfigError(problems)
+            ray_tune.run_stages(self, store, retry_failed=retry_failed)
+
+    @contextlib.contextmanager
+    def _owned(self, store: RunStore) -> Iterator[None]:
+        """Own the study in the store meanwhile."""
+        try:
+            folder = store.path(self.name)
+        except StoreError:  # problems() tells it
+            yield
+            return
+        try:
+            with held(store, folder, job=submission_id(), on_lost=_thread.interrupt_main) as lease:
+                try:
+                    yield
+                except KeyboardInterrupt:
+                    if lease.lost:
+                        raise StudyBusyError(
+                            f"another process took over study {self.name} while this one was silent: this one stops"
+                        ) from None
+                    raise
+        except LeaseHeldError as error:
+            raise StudyBusyError(
+                f"study {self.name} is {error}: follow it with `haltscale status {self.name}`, stop it with"
+                f" `haltscale cancel {self.name}` (or Ctrl-C where it runs), or run this again when it has ended"
+            ) from None
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The command line of a study's module: run it, or show its plan; exits with 1 where something failed."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
 
 from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError
@@ -20,8 +25,32 @@ class StudyBusyError(RuntimeError):
     """Another process is running the study; the message says which."""
 
 
+_captured: list[Any] | None = None
+
+
+class _Captured(BaseException):
+    """Ends a study's script where it would have begun to run."""
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[list[Any]]:
+    """Within the block, ``Study.main()`` runs nothing: its study is put into the list, and the script that called it
+    ends there."""
+    global _captured
+    found: list[Any] = []
+    _captured = found
+    try:
+        with contextlib.suppress(_Captured):
+            yield found
+    finally:
+        _captured = None
+
+
 def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     """Run a study (:class:`~haltscale.platform.sweeps.study.Study`) as its command line says, or show its plan."""
+    if _captured is not None:
+        _captured.append(study)
+        raise _Captured
     parser = argparse.ArgumentParser(
         description=study.question,
         epilog="example: --dry-run --set tokens=100000 shows what shorter runs would be and starts nothing",
@@ -29,6 +58,10 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and stop")
     parser.add_argument("--json", action="store_true", help="print the table as JSON, and everything else to stderr")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="try runs again that diverged, were refused, or had their time"
+    )
+    parser.add_argument("--adopt", action="store_true", help="go on with the runs of another study of the same name")
     parser.add_argument(
         "--set",
         action="append",
@@ -39,19 +72,45 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     stream = sys.stderr if options.json else sys.stdout
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         chosen = study.overridden(options.set)
+        if not chosen.source:
+            chosen = replace(chosen, source=_source())
         store = RunStore(options.store)
         if options.dry_run:
             report.show_plan(chosen.plan(store), title=f"{chosen.name}: the plan", as_json=options.json)
             return
-        results = chosen.run(store)
+        results = chosen.run(store, retry_failed=options.retry_failed, adopt=options.adopt)
     except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        log.info("interrupted: finished runs are kept, begun ones go on from their last checkpoint next time")
-        sys.exit(130)
+        _end_interrupted(130)
+    except SystemExit as ended:  # what Ray makes of SIGTERM
+        if ended.code == signal.SIGTERM:
+            _end_interrupted(128 + signal.SIGTERM)
+        raise
     report.show_results(results, title=chosen.name, note=chosen.note, as_json=options.json)
     states = chosen.status(store)["state"]
     if unfinished := int((~states.isin([RunState.FINISHED, RunState.STOPPED])).sum()):
-        sys.exit(f"{unfinished} of {len(states)} runs have no result; submit the study again to go on")
+        permanent = int(states.isin([RunState.DIVERGED, RunState.CAPPED]).sum())
+        advice = "submit the study again to resume"
+        advice += f" ({permanent} diverged or had their time: those only with --retry-failed)" if permanent else ""
+        sys.exit(f"{unfinished} of {len(states)} runs have no result; {advice}")
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise SystemExit(signal.SIGTERM)
+
+
+def _end_interrupted(code: int) -> NoReturn:
+    log.info("interrupted: finished runs are kept, unfinished ones resume from their last checkpoint")
+    sys.exit(code)
+
+
+def _source() -> str:
+    """Where the running script is defined: the module's name, or the file's."""
+    main_module = sys.modules["__main__"]
+    spec = getattr(main_module, "__spec__", None)
+    return spec.name if spec else Path(getattr(main_module, "__file__", None) or "").name

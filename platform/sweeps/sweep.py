@@ -26,7 +26,7 @@ from enum import StrEnum
 from typing import Any
 
 from haltscale.model import METHODS, SIZES
-from haltscale.platform.config import did_you_mean
+from haltscale.model.config import did_you_mean
 
 Point = dict[str, Any]
 
@@ -42,14 +42,22 @@ class Budget(StrEnum):
 
 
 class ControlKind(StrEnum):
-    """What a control shares with its subject, a run with a router."""
+    """What a control shares with its subject, a run that takes latent steps."""
 
     DENSE = "dense"
-    """Vanilla with more tokens: the subject's realised training FLOPs."""
+    """Vanilla of the subject's shape with more tokens (or epochs): the subject's realised training FLOPs."""
+    WIDER = "wider"
+    """Vanilla of a wider or deeper shape with the subject's tokens: the subject's realised training FLOPs."""
     FIXED = "fixed"
-    """The subject's tokens, and at every position the mean number of latent steps that its training took."""
+    """The subject with its router's numbers of steps replaced by their recorded mean, at the same share of the budget:
+    rounded down or up without looking at the token. All else is the subject's."""
     SHUFFLED = "shuffled"
-    """The subject's tokens and options, its router's decisions carried out at other tokens."""
+    """The same with numbers of steps drawn from the subject's recorded histogram: as many of each, somewhere else."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether the control is the subject with another source of steps."""
+        return self in (ControlKind.FIXED, ControlKind.SHUFFLED)
 
 
 @dataclass(frozen=True)
@@ -177,8 +185,8 @@ def controls(
     ``learned + controls(of=learned)``.
 
     Args:
-        learning_rate: peak rate of these controls in place of their subject's. A control whose own rate is tuned says
-            more: where it is worse at its subject's, the rate may be the reason.
+        learning_rate: peak rate of these controls in place of their subject's, for ``dense`` and ``wider``: where a
+            plain model is worse at its subject's rate, the rate may be the reason. The others keep their subject's.
 
     Raises:
         ValueError: a kind is unknown.

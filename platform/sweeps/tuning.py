@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from haltscale.platform.store import RunState, RunStore, RunView
+from haltscale.platform.store import ENDED, RunState, RunStore, RunView
 from haltscale.platform.sweeps.expansion import PlannedRun
 from haltscale.platform.sweeps.spec import TUNING
 from haltscale.platform.sweeps.study import Study
@@ -143,7 +143,7 @@ class TuningStudy(Study):
         """The objectives of a point that has ended; a failed run is as bad as can be."""
         (run,) = self._over([point]).runs
         view = views.get(self.key(run))
-        if view is None or view.state not in (RunState.FINISHED, RunState.FAILED):
+        if view is None or view.state not in (RunState.FINISHED, *ENDED):
             return None
         return [float(view.record.get(name, 1e9)) for name in self.objectives]
 

@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from haltscale.model import LanguageModel
+from haltscale.model import LanguageModel, build_model
 from haltscale.platform import llama
 from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
 from haltscale.platform.memory import keep_freed_memory
-from haltscale.platform.precision import resolve_precision
 from haltscale.platform.training.progress import Progress
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -72,7 +71,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         fused=execution.optimizer is Optimizer.FUSED,
     )
     micro_batch, accumulation = execution.accumulation(run.batch_sequences)
-    precision = resolve_precision(run.precision)
+    precision = run.resolved().precision
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -84,9 +83,30 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
+    if precision is Precision.BF16:
+        config["communication_data_type"] = "fp32"
+        if execution.zero_stage > 0:  # at 0 it takes gradients in whatever dtype they come
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+            config["bf16"]["immediate_grad_update"] = True
+        # It would collect garbage and print six reports of memory while it is built: two seconds.
+        deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if precision is Precision.BF16:
+        _accumulate_in_float32(engine)
     engine.basic_optimizer.state.clear()  # of the steps that wrappers took: counts and moments start from nothing
     return engine
+
+
+def _accumulate_in_float32(engine: Any) -> None:
+    """Have the gradients of bfloat16 weights added up in float32, over the uses of a weight in one forward pass, over
+    pieces and over ranks: bfloat16 forgets what is below a 256th of the sum so far.
+
+    DeepSpeed's settings alone round each piece's gradient to bfloat16, where the uses of a weight are added up.
+    """
+    for parameter in engine.module.parameters():
+        parameter.grad_dtype = torch.float32
+    if hasattr(engine.optimizer, "_gradient_reduction_buffer_dtype"):  # ZeRO-2 would stage them in the model's dtype
+        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
 
 
 def _zero(execution: ExecutionConfig, parameters: int) -> dict[str, Any]:
@@ -279,3 +299,21 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     module: nn.Module = engine.module
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=engine.zero_optimization_stage() == 3):
         return {name: weight.detach().cpu().contiguous().clone() for name, weight in module.state_dict().items()}
+
+
+@contextmanager
+def readable(engine: Any) -> Iterator[tuple[LanguageModel, bool]]:
+    """A model to evaluate with, and whether ranks may read different texts with it; all ranks call.
+
+    Under ZeRO-3 a forward pass fetches weights from all ranks, as often as its text asks for. On CPUs, where the export
+    puts all weights together anyway, a whole copy is read with; on GPUs it might not fit, and ranks stay in step.
+    """
+    model: LanguageModel = engine.module
+    if engine.zero_optimization_stage() < 3:
+        yield model, True
+    elif engine.device.type == "cpu":
+        whole = build_model(model.config, seed=0).to(next(model.parameters()).dtype)
+        whole.load_state_dict(full_weights(engine))
+        yield whole, True
+    else:
+        yield model, False

@@ -20,10 +20,10 @@ from haltscale.model import LanguageModel, PassCounts
 from haltscale.model.language_model import IGNORE_INDEX
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
-from haltscale.platform.schedule import evenly, is_over, learning_rate, reached, stable_steps
+from haltscale.platform.schedule import evenly, is_over, learning_rate, reached, share, stable_steps
 from haltscale.platform.training.metrics import MetricsWindow, StepTotals, sum_over_ranks
 from haltscale.platform.training.mfu import peak_flops
-from haltscale.platform.training.monitors import Watch
+from haltscale.platform.training.monitors import RunCappedError, Watch
 from haltscale.platform.training.progress import Progress
 
 
@@ -78,6 +78,7 @@ def train(
 
     Raises:
         TrainingDivergedError: see :class:`haltscale.platform.training.monitors.Watch`.
+        RunCappedError: the run has trained for ``execution.max_hours``; a checkpoint was taken.
         ValueError: a batch is not the one that is due.
     """
     parameter = next(engine.module.parameters())
@@ -92,6 +93,7 @@ def train(
     def is_due(shares: Iterable[float]) -> bool:
         return reached(run, progress.before_last, progress.spent, shares)
 
+    engine.module.set_budget_share(share(run, progress.spent))
     if progress.step and is_due(evenly(execution.evaluations)) and not is_over(run, progress.spent):
         hooks.evaluate(progress)  # resumed from the checkpoint before this evaluation
     engine.module.train()
@@ -103,7 +105,7 @@ def train(
         rate = learning_rate(run, progress.spent, progress.expected(run, engine.module))
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(step_seed(run.seed, progress.step))
+        engine.module.begin_step(step_seed(run.seed, progress.step))
         tokens = torch.as_tensor(np.ascontiguousarray(batch.tokens), device=device)
         scored_everywhere = sum_over_ranks(int((tokens[:, 1:] != IGNORE_INDEX).sum()), world)
         counts, outputs = PassCounts(), []
@@ -114,12 +116,15 @@ def train(
             engine.step()  # takes the optimizer's step at the last piece, and only then
             counts += output.trace.counts
             outputs.append((output, scored))
-        asks = (window.age >= execution.log_every_seconds, hooks.notice())
+        limit = math.inf if execution.max_hours is None else 3600 * execution.max_hours
+        asks = (window.age >= execution.log_every_seconds, hooks.notice(), progress.seconds > limit)
         flops = engine.module.flops(counts).training
         step = StepTotals.of(outputs, flops, counts, asks, rank=rank, world=world).over_ranks()
+        progress.thought(step.histogram)
         progress.step += 1
         progress.seconds += time.perf_counter() - began
         progress.spend(step.flops, step.pass_rows, run.batch_tokens)
+        engine.module.set_budget_share(share(run, progress.spent))
         progress.saw(batch.seq_ids)
         norm = _gradient_norm(engine, run)
         loss, cross_entropy, *_ = step.means.tolist()
@@ -131,7 +136,7 @@ def train(
         if is_milestone:
             progress.pinned.append(progress.step)
         save = over or is_milestone or is_due(evenly(execution.checkpoints))
-        save = save or (evaluate and execution.keep_best) or (step.is_noticed and not noticed)
+        save = save or (evaluate and execution.keep_best) or (step.is_noticed and not noticed) or step.is_capped
         noticed = step.is_noticed
         if save or evaluate or step.is_log_due:
             hooks.log(window.close(progress, rate, norm), progress)
@@ -140,6 +145,10 @@ def train(
         if evaluate:
             hooks.evaluate(progress)
             engine.module.train()
+        if step.is_capped and not over:
+            raise RunCappedError(
+                f"{execution.max_hours:g} hours of training are over at step {progress.step}: raise max_hours to resume"
+            )
     return progress
 
 
@@ -161,5 +170,5 @@ def _gradient_norm(engine: Engine, run: RunConfig) -> float | None:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Of what a model draws in one step (PonderLM-2: its passes): the same on all ranks, and after a resumption."""
+    """Of what a model draws in one step (:meth:`haltscale.model.LanguageModel.begin_step`)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/step/{step}".encode()).digest()[:8], "big") >> 1

@@ -33,7 +33,8 @@ class StepTotals:
 
     sums: npt.NDArray[np.float64]
     """Times scored tokens: loss, cross-entropy, penalty, expected steps; scored tokens; FLOPs realised, executed,
-    paper; pass rows; ranks that find a log due; ranks that were given notice."""
+    paper; pass rows; ranks that find a log due; ranks that were given notice; ranks
+    whose time is over."""
     rank_steps: npt.NDArray[np.float64]
     """Mean latent steps of each rank's tokens; 0 at the places of other ranks until they are added."""
     histogram: npt.NDArray[np.float64]
@@ -45,7 +46,7 @@ class StepTotals:
         outputs: list[tuple[Any, int]],
         flops: Flops,
         counts: PassCounts,
-        asks: tuple[bool, bool],
+        asks: tuple[bool, bool, bool],
         *,
         rank: int,
         world: int,
@@ -96,6 +97,11 @@ class StepTotals:
     def is_noticed(self) -> bool:
         """Whether any rank was told that it may end soon."""
         return bool(self.sums[10])
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether any rank has trained for as long as it may."""
+        return bool(self.sums[11])
 
     @property
     def straggling(self) -> float:

@@ -23,6 +23,10 @@ class TrainingDivergedError(RuntimeError):
     """The run cannot go on, or its policy forbids it; the message says why and at which step."""
 
 
+class RunCappedError(RuntimeError):
+    """The run has trained for as long as it may (``ExecutionConfig.max_hours``)."""
+
+
 class Watch:
     """Looks at every step of a run. What it finds goes into ``Progress.events``, and so into checkpoint and record."""
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from haltscale.model import Flops, LanguageModel
 from haltscale.platform.config import RunConfig
 from haltscale.platform.schedule import Spent
+from haltscale.platform.training.steps_schedule import StepsSchedule
 
 
 @dataclass
@@ -42,6 +43,14 @@ class Progress:
     """How many latent steps every token of the last step took, where all took 0 or all took l_max."""
     uniform_steps: int = 0
     """For how many steps in a row."""
+    steps_schedule: list[list[float]] = field(default_factory=list)
+    """Tokens by latent steps over training (:class:`StepsSchedule`)."""
+
+    def thought(self, histogram: npt.NDArray[np.float64]) -> None:
+        """Take in how many tokens took how many latent steps, before the step's work is added."""
+        schedule = StepsSchedule.from_list(self.steps_schedule)
+        schedule.add(self.spent, histogram)
+        self.steps_schedule = schedule.to_list()
 
     def saw(self, seq_ids: npt.NDArray[np.int64]) -> None:
         """Chain one step's sequence ids into the digest."""

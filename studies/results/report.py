@@ -226,10 +226,7 @@ def _of(law: LawFit | Refusal, name: str) -> Estimate | Refusal:
 
 
 def _worth(method: LawFit | Refusal, control: LawFit | Refusal) -> Estimate | Refusal:
-    for law in (method, control):
-        if isinstance(law, Refusal):
-            return law
-    worth = equivalent(method, control)  # type: ignore[arg-type]
+    worth = equivalent(method, control)
     return worth if isinstance(worth, Refusal) else worth.mean
 
 
@@ -300,7 +297,7 @@ def answer(frame: pd.DataFrame) -> str:
 def figures(store: RunStore) -> str:
     """All of it."""
     frame = load(store)
-    noise = seed_noise(frame, by=("method", "size", "budget", "lam", "beta", "l_max", "tau"))
+    noise = seed_noise(frame)
     deviation = noise if isinstance(noise, Refusal) else noise.deviation
     others = [str(m) for m in dict.fromkeys(frame["method"]) if m != "vanilla"]
     parts = {

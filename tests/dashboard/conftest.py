@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import time
 from pathlib import Path
 from types import ModuleType
@@ -62,8 +63,10 @@ class Author:
         self.store.write_json(self.store.path(study, key, "spec.json"), spec)
 
     def status(self, key: str, *, state: str = "running", step: int = 0, silent: float = 0, **more: Any) -> None:
-        document = {"state": state, "step": step, "steps": 400, "heartbeat": time.time() - silent, "error": None} | more
-        self.store.write_json(self.store.path(STUDY, key, "status.json"), document)
+        document = {"state": state, "step": step, "steps": 400, "error": None} | more
+        path = self.store.path(STUDY, key, "status.json")
+        self.store.write_json(path, document)
+        os.utime(path, (time.time() - silent,) * 2)
 
     def histogram(self, lam: float | None, progress: float) -> list[float]:
         """Fractions of tokens with 0..l_max steps: thinking falls with lam and with training."""

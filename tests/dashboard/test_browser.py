@@ -1,6 +1,8 @@
 """The dashboard as a reader meets it: a real server, a real browser, a store that grows."""
 
+import http.server
 import os
+import threading
 
 import pytest
 
@@ -151,3 +153,48 @@ def test_a_report_opens_from_the_disk_alone(author, browser, tmp_path):
         assert page.locator(".scatterlayer .points path.point").count() >= 3
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert errors == []
+
+
+IMAGE = "![look](http://127.0.0.1:{port}/{where}.png)"
+
+
+def test_no_text_of_the_store_makes_a_page_fetch_anything(author, browser):
+    """Names that are Markdown with an image, wherever a document can hold one: nobody is asked for it."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever)
+    thread.start()
+    author.finished_study()
+    for index, key in enumerate(("hostile-a", "hostile-b")):
+        image = {where: IMAGE.format(port=listener.server_port, where=where) for where in ("method", "size", "label")}
+        author.whole_run(key, method="adaptive", size="1.8m", lam=0.3 + index)
+        for name in ("spec", "record"):
+            path = author.store.path(STUDY, key, f"{name}.json")
+            document = author.store.read_json(path)
+            identity = {**document["identity"], "method": image["method"], "size": image["size"] + str(index)}
+            author.store.write_json(path, {**document, "label": image["label"], "identity": identity})
+    with browser.server(author.store.root) as address, browser.browser_page(f"{address}/studies") as page:
+        refused: list[str] = []
+        page.on("console", lambda message: refused.append(message.text) if "Content Security" in message.text else None)
+        for name in ("studies", "scaling", "sweeps", "halting", "evaluations", "method"):
+            page.goto(f"{address}/{name}")
+            browser.settled(page)
+            assert page.locator('[data-testid="stMain"] img[src^="http://127.0.0.1"]').count() == 0
+        assert not refused  # nor did a page try, or lack what it needs
+        # And were something to be drawn as markup after all, the policy of the page stops it.
+        leak = f"http://127.0.0.1:{listener.server_port}/leak.png"
+        assert page.evaluate("url => fetch(url).then(() => 'sent', () => 'stopped')", leak) == "stopped"
+    listener.shutdown()
+    thread.join()
+    listener.server_close()
+    assert asked == []

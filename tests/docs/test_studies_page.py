@@ -29,13 +29,13 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def train(study: Any, missing: Any, store: RunStore) -> None:
         for key, entry in missing.items():
             record = {"tokens": entry.run.tokens, "flops_realised": 1e12, "passes_per_token": 2.5, "loss": 5.0}
+            record |= {"steps_schedule": [[0, 0.1, 0.2, 0.3, 0.4]], "steps_histogram": [0.1, 0.2, 0.3, 0.4]}
             record |= {"identity": study.identity(entry.run)}
             store.write_json(store.path(study.name, key, "spec.json"), {"label": entry.label})
             store.write_json(store.path(study.name, key, "record.json"), record)
 
     monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
     monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
-    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", train)
     names: dict[str, Any] = {}
     shown = []
@@ -47,8 +47,8 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         else:
             exec(compile(ast.Module([last], []), "cell", "exec"), names)
     plan, figure, best = shown
-    assert sorted(plan["state"]) == ["planned"] * 5 + ["waiting"] * 4
-    finished = 3 + 2 + 1 + 1  # the two subjects are given the same record, so they share a dense and a fixed control
+    assert sorted(plan["state"]) == ["planned"] * 3 + ["waiting"] * 8
+    finished = 3 + 1 + 1 + 2 * 2  # the two subjects are given the same record: they share a dense and a wider control
     assert names["results"]["state"].tolist() == ["finished"] * finished
     assert isinstance(figure, go.Figure)
     assert sum(len(trace.x) for trace in figure.data) == finished

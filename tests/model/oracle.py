@@ -296,14 +296,17 @@ def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     first = run(blocks[:1], {t: embed(model, token) for t, token in enumerate(tokens)})
     h, extra, executed = dict(first), [torch.zeros((), dtype=first[0].dtype) for _ in range(T)], [1] * T
     expert = options.routing == "expert_choice"
+    given = replayed(model, tokens)
     if not expert:
         p = [torch.softmax(loop.routers[0].score.weight @ first[t], dim=0) for t in range(T)]
-        depth = [int(p[t].argmax()) for t in range(T)]
+        depth = given or [int(p[t].argmax()) for t in range(T)]
         share = [sum(d == r for d in depth) / T for r in range(R)]
         extra = [options.balance_weight * R * sum(share[r] * p[t][r] for r in range(R)) for t in range(T)]
     inside = list(range(T))
     for i in range(R):
-        if i and expert:
+        if i and given is not None:
+            inside = [t for t in inside if given[t] >= i]
+        elif i and expert:
             foretold = {t: loop.auxiliary_routers[i - 1].score.weight[0] @ h[t].detach() for t in inside}
             if model.training:
                 ranked = sorted(inside, key=lambda t: -float((loop.routers[i].score.weight[0] @ h[t]).detach()))
@@ -335,6 +338,7 @@ def adaponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[
     factor = math.sqrt(2.5 * model.config.shape.d) if model.config.embedding_scale else 1.0
     states, last, out = new_states(stack), [], []
     gates: list[list[tuple[int, Tensor]]] = [[] for _ in range(options.l_max)]
+    given = replayed(model, tokens)
     for t, token in enumerate(tokens):
         e = embed(model, token)
         last.append(0)
@@ -348,7 +352,7 @@ def adaponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[
             score = router.score.weight[0] @ (hidden / (1 + torch.exp(-hidden))) + router.score.bias[0]
             gate = 1 / (1 + torch.exp(-score))
             gates[k].append((t, gate))
-            if not gate > options.tau:
+            if not (gate > options.tau if given is None else given[t] > k):
                 break
             p = torch.softmax(head(model, z), dim=0)
             e = e + gate * factor * sum(p[v] * model.embedding.weight[v] for v in range(len(p)))
@@ -366,6 +370,7 @@ def ponder3_sequence(model: torch.nn.Module, tokens: list[int], targets: list[in
     options, theta = model.config.options, model.config.rope_theta
     stack, score = model.latent_loop.stack, model.latent_loop.routers[0].score
     states, executed, fade = new_states(stack), [], {}
+    given = replayed(model, tokens)
     all_logits, expected = [], []
     for t, token in enumerate(tokens):
         z = embed(model, token)
@@ -381,10 +386,131 @@ def ponder3_sequence(model: torch.nn.Module, tokens: list[int], targets: list[in
                 going_on = 1 / (1 + torch.exp(-(score.weight @ z + score.bias)))
                 for gate in going_on:
                     tail.append(tail[-1] * gate)
-            if k == options.l_max or not tail[k + 1] > options.tau:
+            if k == options.l_max or not (tail[k + 1] > options.tau if given is None else given[t] > k):
                 mixture = mixture + tail[k] * z
                 break
             mixture = mixture + (tail[k] - tail[k + 1]) * z
         all_logits.append(head(model, mixture))
         expected.append(sum(tail[1 : executed[t]], start=0.0 * one))
     return all_logits, expected, executed
+
+
+def drawn(tokens: list[int], seed: int, salt: int = 0) -> list[float]:
+    """Numbers in [0, 1): a hash of the seed, the position and the text up to there, in plain integers."""
+    golden, all_bits = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+    def mixed(x: int) -> int:
+        x &= all_bits
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & all_bits
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & all_bits
+        return x ^ (x >> 31)
+
+    out = []
+    for t in range(len(tokens)):
+        keys = [mixed(mixed(j * golden + seed) + salt) for j in range(t + 1)]
+        text = sum(mixed(key + token * golden) for key, token in zip(keys, tokens, strict=False))
+        out.append((mixed(text + keys[t]) >> 11) / 2**53)
+    return out
+
+
+def replayed(model: torch.nn.Module, tokens: list[int]) -> list[int] | None:
+    """Steps of each token from the recorded schedule; None where the router decides."""
+    options = model.config.options
+    if options.steps_from == "router":
+        return None
+    row = [row for row in options.steps_schedule if row[0] <= model.budget_share][-1]
+    chances = list(row[1:])
+    if options.steps_from == "fixed":
+        mean = sum(k * p for k, p in enumerate(chances))
+        chances = [max(0.0, 1 - abs(k - mean)) for k in range(len(chances))]
+    common = chances.index(max(chances))
+    steps = []
+    for t, u in enumerate(drawn(tokens, options.steps_seed)):
+        now = chances
+        if t < 2:
+            now = [1.0 if k == common else 0.0 for k in range(len(chances))]
+        elif t < 16:
+            now = [p * 16 / 14 for p in chances]
+            now[common] -= sum(now) - 1
+        k = 0
+        while k < len(now) - 1 and u >= sum(now[: k + 1]):
+            k += 1
+        steps.append(k)
+    return steps
+
+
+def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
+    """Adaptive with options of its own for source, readout and gates. Extra: all that is added to the nats of the
+    logits that are read, weighted: penalties, and what another objective differs by."""
+    options, theta, share = model.options, model.config.rope_theta, model.budget_share
+    stack, routers = model.latent_loop.stack, model.latent_loop.routers
+    states, executed, all_logits, extras = new_states(stack), [], [], []
+    given = replayed(model, tokens)
+    explored = [u < options.explore for u in drawn(tokens, options.steps_seed, salt=1)]
+    warm = share < options.gate_warmup
+    deepest = options.l_max
+    if share < options.depth_growth:
+        deepest = int(share * (options.l_max + 1) / options.depth_growth)
+    lam = options.lam
+    if options.lam_ramp:
+        lam = lam * min(1, max(0, share - options.gate_warmup) / options.lam_ramp)
+    for t, token in enumerate(tokens):
+        z, reach, gates, zs = embed(model, token), [torch.ones((), dtype=model.embedding.weight.dtype)], [], []
+        executed.append(0)
+        for k in range(options.l_max + 1):
+            executed[t] = k + 1
+            visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
+            before, z = z, stack_row(stack, z, t, theta, states, (t, k), visible)
+            zs.append(z)
+            if k == deepest:
+                break
+            seen = torch.cat((z, z - before)) if options.router_input == "change" else z
+            seen = seen.detach() if options.router_detached else seen
+            if options.router == "mlp":
+                seen = routers[0].hidden.weight @ seen
+                seen = seen / (1 + torch.exp(-seen))
+            score = options.router_rate * (routers[0].score.weight[0] @ seen + routers[0].score.bias[0])
+            gate = 1 / (1 + torch.exp(-score))
+            gates.append(gate)
+            gate = torch.ones_like(gate) if warm else gate
+            onward = reach[-1] * (gate if options.gate_target == "readout" else gate.detach())
+            goes = (gate if options.halting_rule == "gate" else onward) > options.tau or (
+                model.training and explored[t]
+            )
+            if given is not None:
+                goes = given[t] > k
+            if not goes:
+                break
+            reach.append(onward)
+        masses = [a - b for a, b in zip(reach, [*reach[1:], 0.0], strict=True)]
+        probability = sum(m * torch.softmax(head(model, z), dim=0) for m, z in zip(masses, zs, strict=True))
+        mixed = sum(m * z for m, z in zip(masses, zs, strict=True))
+        logits = {
+            "hidden": lambda mixed=mixed: head(model, mixed),
+            "last": lambda zs=zs: head(model, zs[-1]),
+            "probability": lambda probability=probability: torch.log(probability),
+            "expected_loss": lambda probability=probability: torch.log(probability),
+        }[options.mixture]()
+        all_logits.append(logits)
+        extra = 0.0 * z.sum()
+        if targets[t] != -100:
+            nll = [-torch.log_softmax(head(model, z), dim=0)[targets[t]] for z in zs]
+            read = -torch.log_softmax(logits, dim=0)[targets[t]]
+            if options.mixture == "expected_loss":
+                extra = extra + sum(m * n for m, n in zip(masses, nll, strict=True)) - read
+            if not warm and options.prior_steps:
+                q = options.prior_steps / (1 + options.prior_steps)
+                prior = [q**k / sum(q**j for j in range(options.l_max + 1)) for k in range(options.l_max + 1)]
+                kl = sum(m * (torch.log(m) - math.log(p)) for m, p in zip(masses, prior, strict=False))
+                extra = extra + lam * kl
+            elif not warm:
+                extra = extra + lam * torch.exp(-read.detach()) ** options.beta * sum(reach[1:], start=0.0 * z.sum())
+            if warm and options.warmup_loss == "every":
+                extra = extra + sum(nll) / len(nll) - read
+            for k in range(len(zs) - 1) if options.gate_target != "readout" else []:
+                ahead = [float(n.detach()) + options.gain_margin * (i + 1) for i, n in enumerate(nll[k + 1 :])]
+                onward = ahead[0] if options.gate_target == "gain" else min(ahead)
+                gate = gates[k] if onward < float(nll[k].detach()) else 1 - gates[k]
+                extra = extra - options.gain_weight * torch.log(gate)
+        extras.append(extra)
+    return all_logits, extras, executed

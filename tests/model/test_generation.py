@@ -83,6 +83,29 @@ def test_stop_tokens_end_a_sequence_and_not_the_others(tiny: Callable):
         assert after == (before[: before.index(stop) + 1] if stop in before else before)
 
 
+@pytest.mark.parametrize("method", list(Method))
+def test_a_finished_sequence_costs_nothing(tiny: Callable, method: Method):
+    """Several prompts that end one after another cost what each costs alone: tokens, FLOPs and steps."""
+    options = None if method is Method.ADAPTIVE else METHODS[method].options()
+    model = tiny(method, options, shape=DEEPER).eval()
+    alone, total, flops = [], 0, 0.0
+    for index, prompt in enumerate(PROMPTS):
+        cost = Cost()
+        # a sequence ends at its second, third, .. written token; sequences of a call that is greedy are as if alone
+        alone.append(list(generate(model, [prompt], new_tokens=2 + 3 * index, cost=cost)))
+        total, flops = total + cost.tokens, flops + cost.flops_realised
+    together, unwanted = Cost(), set[int]()
+    written: list[list] = [[] for _ in PROMPTS]
+    for one in generate(model, PROMPTS, new_tokens=20, cost=together, unwanted=unwanted):
+        written[one.sequence].append(one)
+        if len(written[one.sequence]) == 2 + 3 * one.sequence:
+            unwanted.add(one.sequence)
+    for own, others in zip(alone, written, strict=True):
+        assert [(one.token, one.steps) for one in own] == [(one.token, one.steps) for one in others]
+    assert together.tokens == total
+    assert together.flops_realised == pytest.approx(flops)
+
+
 def test_tokens_come_as_they_are_written(tiny: Callable):
     model = build(tiny, Method.VANILLA)
     cost = Cost()
@@ -100,8 +123,14 @@ def test_the_cache_is_as_large_as_stated_and_never_grows(tiny: Callable, monkeyp
     start = model.start_decoding
     monkeypatch.setattr(model, "start_decoding", lambda *a, **k: states.append(start(*a, **k)) or states[-1])
     cost = Cost()
-    list(generate(model, PROMPTS, new_tokens=20, cost=cost))
-    held = sum(t.nbytes for ((keys, values),) in states[0].cache.memories for t in (keys, values))
+
+    def size() -> int:
+        return sum(t.nbytes for ((keys, values),) in states[0].cache.memories for t in (keys, values))
+
+    sizes = [size() for _ in generate(model, PROMPTS, new_tokens=20, cost=cost)]
+    held = max(sizes)
+    assert sizes == sorted(sizes, reverse=True)  # it shrinks with every sequence that ends
+    assert sizes[-1] < held
     assert held == cost.cache_bytes == cache_bytes(model, 3, 28)
     with pytest.raises(GenerationError, match=f"need {held:,} bytes"):
         generate(model, PROMPTS, new_tokens=20, max_cache_bytes=held - 1)

@@ -22,6 +22,7 @@ from haltscale.model.kernels import (
     SwiGLUFunction,
     TakeFunction,
 )
+from haltscale.model.ledger import PassCounts
 
 
 def agree(mine: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -150,6 +151,27 @@ def test_chunked_attention(edges: list[int], widest: int) -> None:
     )
 
 
+def test_attention_in_bfloat16_has_gradients_nearer_to_the_truth_than_pytorchs() -> None:
+    stream = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, 40, 8, generator=stream).bfloat16().requires_grad_() for _ in range(3)]
+    seed = torch.randn(2, 3, 40, 8, generator=stream).bfloat16()
+
+    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        own = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        return [x.double() for x in torch.autograd.grad(attend(*own), own, seed.to(dtype))]
+
+    def pytorchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    mask = torch.full((1, 1, 40, 40), -torch.inf).triu(1).bfloat16()
+    exact, theirs = (gradients(pytorchs, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for chunk in ((0, 40, 40, None), (0, 40, 40, mask)):
+        mine = gradients(lambda q, k, v, chunk=chunk: ChunkedAttentionFunction.apply(q, k, v, [chunk]), torch.bfloat16)
+        for a, b, right in zip(mine, theirs, exact, strict=True):
+            assert (a - right).norm() < 0.9 * (b - right).norm()
+            assert (a - right).norm() < 4e-3 * right.norm()
+
+
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_fused_and_plain_attention_agree(tiny: Callable, batch: Callable, kv_heads: int) -> None:
     from dataclasses import replace
@@ -198,3 +220,26 @@ def test_a_plan_shows_each_query_the_executed_states_up_to_its_position(rows: li
             b, t = divmod(row, T)
             seen = [number[b, j, i] for j in range(t + 1) for i in range(min(k + 1, rows[b][j]))]
             assert out[n].item() == pytest.approx(sum(seen) / len(seen), rel=1e-12)
+
+
+def test_a_plan_asks_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, each number that Python wants to know waits for all work so far."""
+    trips: list[str] = []
+    for name in ("tolist", "item", "__int__", "__bool__", "__index__", "__float__"):
+        own = getattr(Tensor, name)
+
+        def counted(self: Tensor, own: Callable = own, name: str = name) -> Any:
+            trips.append(name)
+            return own(self)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    valid_BT = torch.arange(200) < torch.tensor([[200], [150], [3]])
+    row_N = (valid_BT.flatten() & (torch.arange(600) % 3 > 0)).nonzero().squeeze(1)
+    states_BT = valid_BT.long().flatten().index_add(0, row_N, torch.ones_like(row_N)).view(3, 200)
+    plan = LatentPlan(states_BT, [torch.arange(600), row_N], torch.float32, queries_per_chunk=16)
+    assert len(plan.chunks) == LatentPlan.MAX_CHUNKS
+    assert trips == ["tolist"]
+    counts = PassCounts()
+    CausalPlan(3, 200).record(counts, valid_BT)
+    assert trips == ["tolist"] * 2
+    assert (counts.rows, counts.keys) == ([353], [200 * 201 // 2 + 150 * 151 // 2 + 6])

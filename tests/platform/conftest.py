@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from haltscale.model import METHODS, AdaptiveOptions, LanguageModel, Method, ModelConfig, Shape, build_model
+from haltscale.platform import lease
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.corpora.corpus import Corpus
 from haltscale.platform.corpora.sources import Source
@@ -111,8 +113,14 @@ class Author:
         self.store.write_json(self.store.path(study, key, "spec.json"), document)
 
     def status(self, study: str, key: str, state: str, *, silent: float = 0.0, **more: Any) -> None:
-        status = {"state": state, "step": 0, "steps": 10, "heartbeat": time.time() - silent, "error": None} | more
-        self.store.write_json(self.store.path(study, key, "status.json"), status)
+        status = {"state": state, "step": 0, "steps": 10, "error": None} | more
+        path = self.store.path(study, key, "status.json")
+        self.store.write_json(path, status)
+        if silent and self.store.is_local:
+            os.utime(path, (time.time() - silent,) * 2)
+        elif silent:  # no object's time can be set: its process is gone
+            gone = {"process": {"machine": lease._machine(), "pid": 1 << 30, "start": "1"}}
+            self.store.fs.pipe_file(self.store.path(study, key, ".lease", "000001.json"), json.dumps(gone).encode())
 
     def record(self, study: str, key: str, *, loss: float, **more: Any) -> None:
         record = {"key": key, "loss": loss, "mean_steps": 1.5, "wall_seconds": 12.4} | more

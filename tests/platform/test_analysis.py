@@ -1,7 +1,10 @@
 """The analysis against data with known laws, known optima and known variances."""
 
+import itertools
 import math
 import re
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +17,7 @@ from haltscale.platform.analysis import Refusal, fitting, laws
 from haltscale.platform.analysis.compare import _either_way, _inputs_at
 from haltscale.platform.analysis.estimates import interval, resamples
 from haltscale.platform.analysis.form import Form
-from haltscale.platform.analysis.runs import budgets, levels
+from haltscale.platform.analysis.runs import BUDGET_SPREAD, budgets, budgets_of, levels, ordered, usable
 
 E, A, ALPHA = 1.8, 4.0, 0.15
 """L(C) = E + A (C / 1e15)^-alpha."""
@@ -54,7 +57,7 @@ def recurrence_runs(seed=0, *, noise=0.001, tokens=(2e9, 8e9, 32e9)) -> pd.DataF
     """Vanilla runs, and three looped methods with different exponents at the same passes."""
     random = np.random.default_rng(seed)
     rows = []
-    for method, phi in (("vanilla", 0.0), ("adaptive", 0.6), ("fixed", 0.3)):
+    for method, phi in (("vanilla", 0.0), ("adaptive", 0.6), ("adaptive/fixed", 0.3)):
         for size in np.geomspace(1e7, 1e9, 4):
             for seen in tokens:
                 for passes in (1.0,) if method == "vanilla" else (2.0, 4.0):
@@ -268,13 +271,16 @@ def test_left_out_runs_are_counted_and_change_nothing():
 def test_phi_is_found_for_every_method_and_their_difference_is_certain():
     found = analysis.fit_recurrence(recurrence_runs(), bootstraps=200)
     assert found.note == ""
-    assert set(found.phi) == {"adaptive", "fixed"}
-    for name, value in (("adaptive", 0.6), ("fixed", 0.3)):
+    assert set(found.phi) == {"adaptive", "adaptive/fixed"}
+    for name, value in (("adaptive", 0.6), ("adaptive/fixed", 0.3)):
         assert found.phi[name].low <= value <= found.phi[name].high
         assert found.phi[name].value == pytest.approx(value, abs=0.1)
-    advantage = found.advantage("adaptive", "fixed")
+    advantage = found.advantage("adaptive", "adaptive/fixed")
     assert advantage.low <= 0.3 <= advantage.high
     assert advantage.excludes(0.0)
+    for other in ("fixed", "shuffled", "vanilla", "adaptive"):
+        with pytest.raises(ValueError, match=f"{other} is no replay control of adaptive"):
+            found.advantage("adaptive", other)
 
 
 @pytest.mark.slow
@@ -512,16 +518,69 @@ def test_slices_are_means_at_each_value():
 
 
 @given(st.lists(st.floats(1e10, 1e20), min_size=1, max_size=40))
-def test_budgets_are_divided_by_gaps_alone(values):
+def test_no_budget_is_wider_than_its_bound(values):
     compute = np.array(values)
     labels = budgets(compute)
-    order = np.argsort(compute)
-    ratios = compute[order][1:] / compute[order][:-1]
-    same = labels[order][1:] == labels[order][:-1]
-    assert (ratios[same] <= 1.2 * (1 + 1e-9)).all()
-    assert (ratios[~same] >= 1.2 * (1 - 1e-9)).all()
-    assert labels.min() == 0
+    groups = [compute[labels == label] for label in range(labels.max() + 1)]
+    assert all(len(own) for own in groups)
+    assert all(own.max() <= BUDGET_SPREAD * own.min() * (1 + 1e-9) for own in groups)
+    for smaller, larger in itertools.pairwise(groups):
+        assert smaller.max() <= larger.min()
     assert 1 <= levels(compute) <= len(values)
+    # One of them is the densest stretch of that width that there is.
+    densest = max(((compute >= low) & (np.log(compute / low) <= np.log(BUDGET_SPREAD))).sum() for low in compute)
+    assert max(map(len, groups)) >= densest
+
+
+def test_runs_that_follow_on_each_other_are_many_budgets():
+    compute = 1e18 * 1.15 ** np.arange(40)
+    labels = budgets(compute)
+    assert labels.max() + 1 == 20
+    assert max(np.ptp(np.log(compute[labels == label])) for label in set(labels)) <= np.log(BUDGET_SPREAD)
+
+
+def test_a_budget_keeps_to_the_cluster_that_was_trained_at():
+    stragglers = np.array([0.8, 0.91, 0.95])
+    compute = 1e18 * np.concatenate([np.linspace(0.99, 1.01, 9), stragglers])
+    labels = budgets(compute)
+    assert len(set(labels[:9])) == 1
+    assert (labels == labels[0]).sum() == 11  # 0.91 to 1.01; with 0.8 it would be too wide
+    assert (labels[9], labels[0]) == (0, 1)
+
+
+def test_planned_budgets_are_taken_as_planned():
+    compute = np.array([1.0, 1.5, 3.0, 1.25, 9.0, 2.1]) * 1e18  # halting decides what a planned run spends
+    planned = np.array(["1e18", "1e18", "3e18", "", "", "3e18"], dtype=object)
+    assert budgets(compute, planned).tolist() == [0, 0, 1, 0, 2, 1]  # 1.25 lies amidst those of 1e18
+    runs = frame(np.ones(6), flops_realised=compute, budget=[1e18, 1e18, 3e18, None, None, 3e18])
+    assert budgets_of(runs, "flops_realised").tolist() == [0, 0, 1, 0, 2, 1]
+
+
+def chinchilla() -> pd.DataFrame:
+    """The 240 runs that Epoch AI read off Hoffmann et al.'s figure 4 (arXiv 2404.10102), to five digits."""
+    table = pd.read_csv(Path(__file__).with_name("chinchilla.csv"))
+    parameters, flops = table["parameters"], table["flops"]
+    return frame(table["loss"], parameters=parameters, tokens=flops / 6 / parameters, flops_realised=flops)
+
+
+PLANNED_BY_HOFFMANN = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)
+"""Approach 2's budgets; among the 240 points are also the runs of approach 1, of all amounts between these."""
+
+
+def test_the_budgets_of_chinchilla_have_minima_and_the_exponent_of_the_surface():
+    runs = chinchilla()
+    found = analysis.isoflop(runs, bootstraps=200)
+    spreads = [profile.runs["flops_realised"].agg(["min", "max"]) for profile in found.profiles]
+    assert max(high / low for low, high in spreads) <= BUDGET_SPREAD * (1 + 1e-9)
+    budget = found.minima["budget"].to_numpy()
+    for planned in PLANNED_BY_HOFFMANN:
+        assert np.abs(np.log(budget / planned)).min() < 0.12, planned
+    surface = analysis.optimal_exponent(analysis.fit_surface(runs, bootstraps=200))
+    assert surface.low < 0.51 < surface.high
+    assert 0.48 < found.exponent.value < 0.56  # the published interval of the surface's
+    assert not analysis.disagreement(found, analysis.fit_surface(runs, bootstraps=200))
+    law = analysis.leave_one_budget_out(runs)
+    assert law.budgets["runs"].max() < 30
 
 
 def test_intervals_hold_infinities():
@@ -534,3 +593,131 @@ def test_resamples_draw_as_many_runs_as_there_are():
     drawn = resamples(300, 8, 0, least=5)
     assert (drawn.sum(1) == 8).all()
     assert ((drawn > 0).sum(1) >= 5).all()
+
+
+# ---- frames of a user's own ----------------------------------------------------------------------
+
+QUESTIONS = {
+    "power law": lambda runs: analysis.fit_power_law(runs, bootstraps=20),
+    "power law of parameters": lambda runs: analysis.fit_power_law(runs, "parameters", bootstraps=20),
+    "surface": lambda runs: analysis.fit_surface(runs, bootstraps=20),
+    "recurrence": lambda runs: analysis.fit_recurrence(runs, bootstraps=20),
+    "hold-out": analysis.leave_one_budget_out,
+    "isoflop": lambda runs: analysis.isoflop(runs, bootstraps=20),
+    "pareto": analysis.pareto,
+    "seed noise": analysis.seed_noise,
+    "importance": lambda runs: analysis.importance(runs, ["lam", "size", "learning_rate"]),
+    "importance of all": analysis.importance,
+    "slices": lambda runs: analysis.slices(runs, "size"),
+}
+
+
+def anything(count=24) -> pd.DataFrame:
+    """Runs that carry every analysis."""
+    random = np.random.default_rng(0)
+    parameters = np.tile(np.geomspace(1e6, 1e9, 6), count // 6)
+    tokens = np.repeat(np.geomspace(1e8, 1e10, count // 6), 6)
+    return frame(
+        surface_loss(parameters, tokens) * np.exp(random.normal(0, NOISE, count)),
+        size=np.tile(["0.6m", "1.8m", "17m", "4m", "8m", "125m"], count // 6), seed=np.arange(count) % 2,
+        parameters=parameters, tokens=tokens, flops_realised=6 * parameters * tokens, lam=np.arange(count) % 3 / 2,
+        passes_per_token=1.0 + np.arange(count) % 2, parameters_once=0.2 * parameters,
+        parameters_recurrent=0.8 * parameters, mean_steps=random.random(count),
+    )  # fmt: skip
+
+
+FRAMES = {
+    "empty": lambda runs: runs.head(0),
+    "no columns": lambda runs: pd.DataFrame(),
+    "one row": lambda runs: runs.head(1),
+    "one size": lambda runs: runs.assign(parameters=1e6, size="1m"),
+    "one loss": lambda runs: runs.assign(loss=3.0),
+    "nullable": lambda runs: runs.convert_dtypes(),
+    "nullable with gaps": lambda runs: runs.convert_dtypes().mask(np.arange(runs.size).reshape(runs.shape) % 7 == 0),
+    "arrow": lambda runs: runs.convert_dtypes(dtype_backend="pyarrow"),
+    "objects": lambda runs: runs.astype(object),
+    "texts": lambda runs: runs.astype(str),
+    "categories": lambda runs: runs.astype({"method": "category", "size": "category", "state": "category"}),
+    "booleans": lambda runs: runs.assign(lam=pd.array([True, False, None] * (len(runs) // 3), dtype="boolean")),
+    "lists": lambda runs: runs.assign(lam=[[index % 2] for index in range(len(runs))], mean_steps=[[1.0]] * len(runs)),
+    "not a number": lambda runs: runs.assign(loss=np.nan),
+    "infinite": lambda runs: runs.assign(flops_realised=np.inf, parameters=np.inf),
+    "beyond a float": lambda runs: runs.assign(flops_realised=[10**400] * len(runs)),
+    "nearly beyond": lambda runs: runs.assign(parameters=runs["parameters"] * 1e295, loss=runs["loss"] * 1e300),
+    "wide": lambda runs: runs.assign(flops_realised=np.logspace(-300, 300, len(runs))),
+    "complex": lambda runs: runs.assign(loss=runs["loss"] + 0j),
+    "twice the column": lambda runs: pd.concat([runs, runs[["loss"]]], axis=1),
+    "twice the index": lambda runs: runs.set_axis([0] * len(runs)),
+    "mixed sizes": lambda runs: runs.assign(size=np.resize(np.array([1, "1.8m", None, 2.5], dtype=object), len(runs))),
+    **{f"without {name}": lambda runs, name=name: runs.drop(columns=name) for name in anything().columns},
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_any_frame_gets_an_answer_or_a_refusal(name):
+    runs = FRAMES[name](anything())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for question, ask in QUESTIONS.items():
+            answer = ask(runs)
+            assert not isinstance(answer, Refusal) or answer.reason, question
+            if isinstance(answer, laws.LawFit):
+                law = answer.slice(tokens=1e9) if answer.form.terms == 2 else answer
+                law.curve(*law.domain)
+                assert set(answer.estimates) >= {"E"}
+                analysis.equivalent(law, law)
+
+
+@pytest.mark.parametrize("name", ["nullable", "arrow", "objects", "texts", "categories", "twice the index"])
+def test_the_type_of_a_column_changes_no_answer(name):
+    plain, typed = anything(), FRAMES[name](anything())
+    one, other = (analysis.fit_surface(runs, bootstraps=20) for runs in (plain, typed))
+    np.testing.assert_allclose(one.theta, other.theta)
+    pd.testing.assert_frame_equal(
+        analysis.importance(plain, ["size", "seed"]), analysis.importance(typed, ["size", "seed"])
+    )
+
+
+def test_a_run_that_two_studies_share_counts_once():
+    runs = surface_runs(count=24)
+    once, five = (analysis.fit_surface(f, bootstraps=50) for f in (runs, pd.concat([runs] * 5, ignore_index=True)))
+    assert five.estimates == once.estimates
+    assert five.left_out == "96 given more than once"
+    nameless = pd.concat([runs.drop(columns="key")] * 2)
+    assert len(usable(nameless, []).runs) == 24
+    planned = runs.head(1).assign(state="planned", loss=np.nan)
+    assert len(usable(pd.concat([planned, runs]), []).runs) == 24  # the finished row of the two
+
+
+def test_seed_noise_pairs_what_is_equal_but_for_the_seed():
+    runs = frame([4.9, 4.0, 4.01], seed=[0, 0, 1], size="0.6m", learning_rate=[1e-4, 3e-3, 3e-3])
+    found = analysis.seed_noise(runs)
+    assert found.deviation.value == pytest.approx(0.01 / math.sqrt(2))
+    assert (found.groups, found.runs) == (1, 2)
+    # what nobody foresaw sets runs apart too
+    assert isinstance(analysis.seed_noise(runs.assign(optimizer=["a", "b", "c"])), Refusal)
+    # and what a run results in does not: two seeds halt differently, and so spend differently
+    assert analysis.seed_noise(runs.assign(flops_realised=[1.0, 2.0, 3.0], mean_steps=[0.1, 0.2, 0.3])) == found
+
+
+def test_sizes_are_ordered_by_their_parameters():
+    runs = anything()
+    named = runs.assign(size=np.tile(["17m", "0.6m", "imported", "1.8m", "125m", "1.4b"], 4))
+    assert ordered(named.drop(columns="parameters"), "size")[1] == ["0.6m", "1.8m", "17m", "125m", "1.4b", "imported"]
+    assert ordered(named, "size")[1] == ["17m", "0.6m", "imported", "1.8m", "125m", "1.4b"]  # as they have parameters
+    assert analysis.slices(named.drop(columns="parameters"), "size")["value"].tolist()[:2] == ["0.6m", "1.8m"]
+
+
+def test_any_column_can_be_judged():
+    runs = sweep().assign(learning_rate=lambda t: 10 ** -(2 + t["beta"]), seed=0)
+    found = analysis.importance(runs.drop(columns="beta"), ["learning_rate", "schedule"])
+    assert found["parameter"].tolist() == ["learning_rate"]
+    assert set(analysis.importance(runs)["parameter"]) == {"lam", "beta", "l_max", "learning_rate"}
+
+
+def test_a_wide_interval_of_the_irreducible_loss_is_called_unidentifiable():
+    runs = compute_runs(budgets=4, per_budget=3, noise=0.03)
+    law = analysis.fit_power_law(runs, bootstraps=200)
+    e = law.estimates["E"]
+    assert (e.high - e.low) / e.value > 1
+    assert e.problem.startswith("not identifiable")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,9 +16,11 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from haltscale.model import build_model
-from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints, Shard
+from haltscale.platform import checkpoints as checkpoint_module
+from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints, Saved, Shard
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import Offload
 from haltscale.platform.store import RunStore
@@ -112,7 +116,9 @@ def test_a_new_run_begins_at_its_beginning(store):
 
 
 def shard(value: float) -> Shard:
-    return Shard(tensors={"weight:0:w": torch.full((4,), value)}, counters={"optimizer_step": 1, "loss_scaler": {}})
+    return Shard(
+        tensors={"weight:0:w": torch.full((4,), float(value))}, counters={"optimizer_step": 1, "loss_scaler": {}}
+    )
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -211,6 +217,70 @@ def rewrite(manifest: Path, **changes: Any) -> None:
     document = json.loads(manifest.read_text()) | changes
     document.pop("digest")
     manifest.write_text(json.dumps({**document, "digest": _digest(document)}))
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def holding(path: Path, **tensors: torch.Tensor) -> None:
+    """Other tensors, rehashed by one who knows how."""
+    save_file({name.replace("_", ":"): tensor for name, tensor in tensors.items()}, path)
+    rewrite(path.with_suffix(".json"), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+HOSTILE: dict[str, Callable[[Path, Path], object]] = {
+    "a manifest that is a list": lambda tensors, manifest: manifest.write_text("[1, 2]"),
+    "a manifest that is a number": lambda tensors, manifest: manifest.write_text("7"),
+    "a manifest that is a folder": lambda tensors, manifest: a_folder(manifest),
+    "a manifest that is nested deep": lambda tensors, manifest: manifest.write_text("[" * 100_000),
+    "a manifest of no UTF-8": lambda tensors, manifest: manifest.write_bytes(b"\xff\xfe"),
+    "a shard that is a folder": lambda tensors, manifest: a_folder(tensors),
+    "no shard": lambda tensors, manifest: tensors.unlink(),
+    "a shard that is no safetensors": lambda tensors, manifest: (
+        tensors.write_bytes(b"x" * 99),
+        rewrite(manifest, sha256=hashlib.sha256(b"x" * 99).hexdigest()),
+    ),
+    "NaN weights": lambda tensors, manifest: holding(tensors, weight_0_w=torch.tensor([1.0, math.nan, 1.0, 1.0])),
+    "infinite weights": lambda tensors, manifest: holding(tensors, weight_0_w=torch.full((4,), math.inf)),
+    "other names": lambda tensors, manifest: holding(tensors, w=torch.ones(4)),
+    "another dtype": lambda tensors, manifest: holding(tensors, weight_0_w=torch.ones(4, dtype=torch.int64)),
+    **{
+        f"step {step!r}": lambda tensors, manifest, step=step: rewrite(manifest, progress=Progress(step=step).to_dict())
+        for step in (10**30, 3, -1, True, 2.0, None, "../../x")
+    },
+    "tokens below zero": lambda tensors, manifest: rewrite(manifest, progress=Progress(step=2, tokens=-1).to_dict()),
+    "seconds below zero": lambda tensors, manifest: rewrite(
+        manifest, progress=Progress(step=2, seconds=-0.5).to_dict()
+    ),
+    "progress that is a list": lambda tensors, manifest: rewrite(manifest, progress=[2]),
+    "no counters": lambda tensors, manifest: rewrite(manifest, counters={}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_implausible_checkpoint_is_found_out_and_the_one_before_it_taken(name, store):
+    written(store, 1, 2)
+    HOSTILE[name](*files(store, 2))
+    saved, (damage,) = opened(store).newest()
+    assert saved is not None
+    assert saved.progress["step"] == 1
+    assert "the checkpoint of step 2 is damaged (shard-00000-of-00001" in damage
+
+
+def test_each_rank_verifies_its_part(tmp_path, monkeypatch):
+    """Three shards on two ranks: together each is read once, so that what one rank finds, another need not."""
+    read: list[tuple[int, str]] = []
+    monkeypatch.setattr(checkpoint_module, "_sha256", lambda path: read.append((rank, path.name)) or "")
+    document = {"attempt": "a", "sha256": "", "progress": {"step": 1}, "counters": {}}
+    saved = object.__new__(Saved)
+    saved.manifests, saved._files = [document] * 3, [tmp_path / f"{n}.safetensors" for n in range(3)]
+    for file in saved._files:
+        save_file({"weight:0:w": torch.ones(2)}, file)
+    for rank in range(2):
+        saved.verify(rank=rank, world=2)
+    assert read == [(0, "0.safetensors"), (0, "2.safetensors"), (1, "1.safetensors")]
 
 
 def test_another_schema_version_is_refused(store):

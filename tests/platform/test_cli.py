@@ -53,7 +53,9 @@ def test_an_unknown_study_is_refused_with_those_there_are(verb, name, capsys):
 
 def test_status_as_json(store, states, capsys):
     assert run("status", "--json", "--store", store.root) == 0
-    rows = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == 1
+    rows = printed["runs"]
     assert [row["key"] for row in rows] == states
     assert [row["state"] for row in rows] == states  # stalled, where the run itself still says running
     assert {row["study"] for row in rows} == {"quick"}
@@ -74,7 +76,7 @@ def test_status_of_an_empty_store(store, capsys):
     assert run("status", "--store", store.root) == 0
     assert "haltscale submit quickstart" in capsys.readouterr().out
     assert run("status", "--json", "--store", store.root) == 0
-    assert json.loads(capsys.readouterr().out) == []
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "runs": []}
 
 
 def test_the_store_of_the_environment(store, states, monkeypatch, capsys):
@@ -85,7 +87,9 @@ def test_the_store_of_the_environment(store, states, monkeypatch, capsys):
 
 def test_results_as_json(store, states, capsys):
     assert run("results", "quick", "--json", "--store", store.root) == 0
-    rows = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == 1
+    rows = printed["runs"]
     assert [row["key"] for row in rows] == states
     assert [row["loss"] for row in rows] == [4.25, None, None, None, None]
     assert rows[3]["error"] == "TrainingDivergedError: the loss is nan at step 1"
@@ -115,9 +119,48 @@ def test_a_damaged_study_ends_with_a_sentence(verb, store, states, capsys):
 
 def test_a_study_gets_its_own_arguments(monkeypatch):
     seen = []
-    monkeypatch.setattr(Study, "main", lambda self, arguments: seen.append((self.name, arguments)))
-    assert run("run", "quickstart", "--", "--dry-run", "--set", "tokens=5") == 0
-    assert seen == [("quickstart", ["--dry-run", "--set", "tokens=5"])]
+    monkeypatch.setattr(Study, "plan", lambda self, store: seen.append((self.name, self.base.tokens)))
+    monkeypatch.setattr("haltscale.platform.sweeps.report.show_plan", lambda plan, **how: seen.append(how["as_json"]))
+    assert run("run", "quickstart", "--", "--dry-run", "--json", "--set", "tokens=5") == 0
+    assert seen == [("quickstart", 5), True]
+
+
+SCRIPT = """
+from haltscale.platform.api import RunConfig, Study, grid
+from {corpus} import corpus
+Study(name="mine", question="Is it?", corpus=corpus(), base=RunConfig(), sweep=grid(seed=[1, 2])).main()
+raise SystemExit("a captured script ends where it would begin to run")
+"""
+
+
+def test_a_file_and_a_module_are_as_good_as_what_ships(tmp_path, monkeypatch):
+    (tmp_path / "texts.py").write_text("from haltscale.platform.api import sotu as corpus\n")
+    (tmp_path / "mine.py").write_text(SCRIPT.format(corpus="texts"))
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "package" / "sweeps.py").write_text(SCRIPT.format(corpus="texts"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loaded = cli.load_study(str(tmp_path / "mine.py"))
+    assert (loaded.study.name, loaded.study.source) == ("mine", "mine.py")
+    assert loaded.entrypoint == ("python", "mine.py")
+    assert [file.name for file in loaded.files] == ["mine.py", "texts.py"]
+    loaded = cli.load_study("package.sweeps")
+    assert (loaded.study.name, loaded.study.source) == ("mine", "package.sweeps")
+    assert loaded.entrypoint == ("python", "-m", "package.sweeps")
+    assert loaded.files == (tmp_path / "package",)
+    loaded = cli.load_study("haltscale.studies.quickstart")
+    assert loaded.study.name == "quickstart"
+    assert loaded.files == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("x = 1\n", "defines no study"), ("raise ValueError('no text here')\n", "no text here")],
+)
+def test_a_file_without_a_study_is_refused(tmp_path, capsys, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    assert run("submit", str(tmp_path / "mine.py")) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_submitting_without_a_head_says_how_to_start_one(monkeypatch, capsys):
@@ -130,14 +173,14 @@ def test_submitting_without_a_head_says_how_to_start_one(monkeypatch, capsys):
 @pytest.fixture
 def head(monkeypatch):
     """A head that takes jobs and a job that ends with the code the test says; both in this process."""
-    submitted: list[tuple[str, list[str]]] = []
+    submitted: list[tuple[str, list[str], tuple[Path, ...]]] = []
     monkeypatch.setattr(cluster, "prepare_client", lambda: None)
     monkeypatch.setattr(cluster, "find_head", lambda: cluster.Head(dashboard="http://127.0.0.1:1"))
     monkeypatch.setattr(cluster, "client", lambda head: None)
-    monkeypatch.setattr(cluster, "running_job", lambda client, study: None)
+    monkeypatch.setattr(cluster, "running_job", lambda client, study, owner: None)
 
-    def submit(client, module, study, arguments):
-        submitted.append((module, list(arguments)))
+    def submit(client, entrypoint, study, files):
+        submitted.append((study, entrypoint, files))
         return "job-1"
 
     monkeypatch.setattr(cluster, "submit_study", submit)
@@ -147,13 +190,13 @@ def head(monkeypatch):
 
 def test_the_exit_code_of_a_submission_is_the_jobs(head, capsys):
     assert run("submit", "quickstart", "--", "--dry-run") == 1
-    assert head == [("quickstart", ["--dry-run"])]
+    assert head == [("quickstart", ["python", "-m", "haltscale.studies.quickstart", "--dry-run"], ())]
     assert "job-1" in capsys.readouterr().out
     assert run("submit", "quickstart", "--no-follow") == 0
 
 
 def test_a_study_that_is_running_is_followed_and_not_started_again(head, monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "running_job", lambda client, study: "job-0")
+    monkeypatch.setattr(cluster, "running_job", lambda client, study, owner: "job-0")
     assert run("submit", "quickstart") == 0
     assert head == []
     assert "is running already as job-0" in capsys.readouterr().out
@@ -194,7 +237,7 @@ def test_logs_are_those_of_the_last_job(head, monkeypatch, capsys):
             return f"what {job} said\n"
 
     monkeypatch.setattr(cluster, "client", lambda head: Client())
-    monkeypatch.setattr(cluster, "latest_job", lambda client, study: "job-1" if study == "quickstart" else None)
+    monkeypatch.setattr(cluster, "latest_job", lambda client, study, owner: "job-1" if study == "quickstart" else None)
     assert run("logs", "quickstart") == 0
     assert capsys.readouterr().out == "what job-1 said\n"
     assert run("logs", "quickstart", "--follow") == 1, "as the job ended"
@@ -207,14 +250,14 @@ def test_only_a_running_study_is_cancelled(head, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "cancel", lambda client, job: stopped.append(job))
     assert run("cancel", "quickstart") == 1
     assert "no job at http://127.0.0.1:1 is running" in capsys.readouterr().err
-    monkeypatch.setattr(cluster, "running_job", lambda client, study: "job-0")
+    monkeypatch.setattr(cluster, "running_job", lambda client, study, owner: "job-0")
     assert run("cancel", "quickstart") == 0
     assert stopped == ["job-0"]
 
 
 def test_a_plan_as_json_leaves_stdout_to_it(study, store, capsys):
     study().main(["--dry-run", "--json", "--store", store.root])
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["runs"]
     assert [row["state"] for row in rows] == ["planned"] * 3
     assert {"run", "key", "state", "tokens", "flops_expected", "flops_bound", "memory_bytes", "seconds"} <= set(rows[0])
 
@@ -235,7 +278,7 @@ def test_the_code_is_staged_as_it_stands():
 
 def test_down_with_nothing_to_stop(capsys):
     assert run("down") == 0
-    assert "no head" in capsys.readouterr().out
+    assert "no local Ray head" in capsys.readouterr().out
 
 
 def test_the_installed_command_exits_with_1_on_an_error(home):

@@ -61,14 +61,18 @@ def test_evaluate_writes_what_it_prints(store, run_folder, prepared, tmp_path, c
     printed = json.loads(call(capsys, *arguments, "--controls", "--dial", "--json"))
     assert list(printed) == ["held-out-tiny", "controls", "dial", "general"]
     assert printed["held-out-tiny"]["tokens_evaluated"] == 160
-    assert [row["name"] for row in printed["controls"]["arms"]] == ["learned", "shuffled", "fixed", "full"]
+    assert [row["name"] for row in printed["controls"]["arms"]] == [
+        *("learned", "shuffled", "fixed", "posthoc-change", "posthoc-divergence", "posthoc-confidence"),
+        *("oracle", "full"),
+    ]
     assert printed["general"]["items"] == 1
     stored = store.later_evaluations("quick", "finished")
     assert sorted(stored) == sorted(printed)
     for name, result in printed.items():
         assert {key: stored[name][key] for key in result} == result
     shown = call(capsys, *arguments, "--controls")
-    assert "shuffled minus learned" in shown
+    assert "minus learned" in shown
+    assert re.search(r"posthoc-change .*[+-]0\.\d{4} \[", shown)
     assert "gold bits per byte" in shown
 
 
@@ -239,3 +243,47 @@ def test_the_commands_of_the_page(store, author, finished, prepared, home, tmp_p
         assert call(capsys, *arguments)
     assert len(store.later_evaluations("quickstart", key)) == 9
     assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "65536"])
+def test_a_port_that_is_none(finished, port):
+    assert "must be a number from 0" in refused("serve", str(finished()), "--port", port)
+
+
+@pytest.mark.parametrize("verb", ["generate", "serve", "evaluate"])
+def test_a_device_that_is_not_there(finished, verb, tmp_path):
+    more = {"generate": ["Once"], "evaluate": ["--tasks", str(_task(tmp_path))]}.get(verb, [])
+    assert "no device 'gpu' on this machine: must be one of cpu" in refused(
+        verb, str(finished()), *more, "--device", "gpu"
+    )
+
+
+def test_places_that_cannot_be_written(finished, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused("export", str(finished()), str(tmp_path / "file" / "below"))
+    assert "nouser" in refused("export", str(finished()), "~nouser/x")
+    assert "~nouser" in refused("generate", "~nouser/x", "Once", "--store", str(tmp_path))
+    assert "nouser" in refused("generate", "a/b", "Once", "--store", "~nouser/x")
+
+
+def test_bytes_of_the_shell_that_are_no_text(finished):
+    latin = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert "half a surrogate pair" in refused("generate", str(finished()), latin, "--tokens", "2")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--limit", "-1"), ("--limit", "0"), ("--tokens", "-3")])
+def test_counts_below_one(finished, tmp_path, option, value):
+    said = refused("evaluate", str(finished()), "--tasks", str(_task(tmp_path)), f"{option}={value}")
+    assert f"{option.removeprefix('--')} = {value}: must be at least 1" in said
+
+
+def test_a_fault_of_ours_shows_where_it_is(finished, monkeypatch):
+    def fault(*_, **__):
+        return [][0] + int("x")
+
+    monkeypatch.setattr("haltscale.platform.inference.text_generation.write", fault)
+    with pytest.raises(IndexError):
+        cli.main(["generate", str(finished()), "Once"])
+    monkeypatch.setattr("haltscale.platform.inference.text_generation.write", lambda *_, **__: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):  # a library's error is no sentence of ours
+        cli.main(["generate", str(finished()), "Once"])

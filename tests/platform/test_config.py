@@ -30,11 +30,14 @@ def test_a_sound_run_has_no_problems(run):
     ("changes", "words"),
     [
         ({"size": "0.6M"}, ["'0.6M'", "did you mean '0.6m'"]),
-        ({"size": "enormous"}, ["'enormous'", "known:", "0.6m", "1.8m"]),
+        ({"size": "enormous"}, ["'enormous'", "must be one of", "0.6m", "1.8m"]),
         ({"tokens": 63}, ["63", "less than one batch of 64"]),
         ({"batch_tokens": 72}, ["batch_tokens 72", "multiple of context 16"]),
         ({"tokens": 0}, ["tokens", "0"]),
-        ({"tokens": 1e6}, ["tokens", "1000000.0", "whole number"]),
+        ({"tokens": 1e6 + 0.5}, ["tokens", "1000000.5", "an integer"]),
+        ({"tokens": True}, ["tokens", "True", "an integer"]),
+        ({"warmup_fraction": -5e-13}, ["warmup_fraction", "-5e-13"]),
+        ({"seed": True}, ["seed", "True"]),
         ({"learning_rate": 0.0}, ["learning_rate"]),
         ({"learning_rate": -1e-3}, ["learning_rate"]),
         ({"learning_rate": math.nan}, ["learning_rate"]),
@@ -95,17 +98,18 @@ def test_what_passes_the_check_has_a_key(data):
         name: data.draw(numbers)
         for name in ("learning_rate", "warmup_fraction", "weight_decay", "adam_beta1", "adam_beta2")
     }
-    run = replace(GOOD, **changes)
+    run = replace(GOOD, precision=Precision.BF16, **changes)
     if not run.problems():
         assert run.key("corpus", "f00")
 
 
 def test_a_budget_in_flops_leaves_the_tokens_out_of_the_key():
-    run = replace(GOOD, flops=1e9)
+    tokens = replace(GOOD, precision=Precision.BF16)
+    run = replace(tokens, flops=1e9)
     assert run.steps is None
     assert run.problems() == []
     assert run.key("corpus", "f00") == replace(run, tokens=77).key("corpus", "f00")
-    assert len({each.key("corpus", "f00") for each in (run, GOOD, replace(run, flops=2e9))}) == 3
+    assert len({each.key("corpus", "f00") for each in (run, tokens, replace(run, flops=2e9))}) == 3
     back = RunConfig.from_identity(json.loads(json.dumps(run.identity("corpus", "f00"))))
     assert back.key("corpus", "f00") == run.key("corpus", "f00")
     assert back.problems() == []
@@ -169,6 +173,7 @@ def test_a_word_becomes_the_member_of_an_enum():
         ({"method": "vanilla", "lam": 0.1}, ["vanilla has no 'lam'", "adaptive"]),
         ({"method": "adaptve"}, ["'adaptve'", "did you mean 'adaptive'"]),
         ({"options": AdaptiveOptions()}, ["options"]),
+        ({"init_from": 5}, ["init_from = 5", "must be a folder"]),
     ],
 )
 def test_an_unknown_axis_is_refused_with_a_suggestion(point, words):
@@ -206,15 +211,17 @@ def test_execution_problems_come_together():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"offload_optimizer": "tape"}, ["offload_optimizer 'tape'", "cpu"]),
+        ({"offload_optimizer": "tape"}, ["offload_optimizer = 'tape'", "cpu"]),
         ({"offload_optimizer": Offload.CPU, "zero_stage": 0}, ["offload_optimizer", "zero_stage", "not 0"]),
         ({"offload_parameters": Offload.CPU, "zero_stage": 2}, ["offload_parameters", "zero_stage 3"]),
         ({"offload_optimizer": Offload.NVME, "zero_stage": 2}, ["offload_optimizer nvme needs zero_stage 3"]),
         ({"compile": True, "zero_stage": 3}, ["compile needs zero_stage 0, 1 or 2"]),
-        ({"milestones": (0.5, 1.5)}, ["milestones has 1.5"]),
-        ({"sinks": ("paper",)}, ["sinks names 'paper'", "tensorboard"]),
-        ({"on_collapse": "ignore"}, ["on_collapse 'ignore'", "continue"]),
+        ({"milestones": (0.5, 1.5)}, ["milestones = 1.5"]),
+        ({"sinks": ("paper",)}, ["sinks = 'paper'", "tensorboard"]),
+        ({"on_collapse": "ignore"}, ["on_collapse = 'ignore'", "continue"]),
         ({"collapse_steps": 0}, ["collapse_steps"]),
+        ({"milestones": 0.5}, ["milestones = 0.5", "a list"]),
+        ({"workers": True}, ["workers = True"]),
         ({"keep_last": 0}, ["keep_last"]),
     ],
 )

@@ -14,13 +14,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haltscale.model import METHODS, SIZES, Method
-from haltscale.platform.config import Precision, RunConfig
+from haltscale.model import (
+    METHODS,
+    SIZES,
+    AdaptiveOptions,
+    GateTarget,
+    Method,
+    ModelConfig,
+    RouterKind,
+    StepsFrom,
+    build_model,
+)
+from haltscale.platform import config
+from haltscale.platform.config import Precision, RunConfig, Schedule
 from haltscale.platform.execution import ExecutionConfig
-from haltscale.platform.identity import canonical_json, digest, encodable
+from haltscale.platform.identity import SEMANTICS, canonical_json, digest, encodable
 from haltscale.platform.initial_model import InitialModel
+from haltscale.platform.store import RunStore
 
-BASE = RunConfig(method=Method.ADAPTIVE, options=METHODS[Method.ADAPTIVE].options())
+BASE = RunConfig(
+    method=Method.ADAPTIVE,
+    options=METHODS[Method.ADAPTIVE].options(),
+    tokens=244 * 4096,
+    precision=Precision.BF16,
+    schedule=Schedule.WSD,
+)
+"""On the schedule on which every field has a say."""
 START = InitialModel(
     source="/models/a",
     sha256="0",
@@ -48,6 +67,8 @@ def another(value: Any) -> Any:
         return not value
     if isinstance(value, StrEnum):
         return next(member for member in type(value) if member != value)
+    if isinstance(value, tuple):
+        return (*value, (0.5, 1.0))
     return 1 if value is None else value + 1
 
 
@@ -57,18 +78,34 @@ def key(run: RunConfig, corpus: str = "corpus", fingerprint: str = "f00") -> str
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RunConfig)])
 def test_every_field_of_a_run_is_in_its_key(name):
-    changed = replace(BASE, **{name: OTHER_RUN.get(name) or another(getattr(BASE, name))})
-    assert changed != BASE
-    assert key(changed) != key(BASE)
+    base = replace(BASE, tokens=10 * BASE.batch_tokens) if name == "tokens" else BASE
+    other = OTHER_RUN.get(name) or another(getattr(base, name))
+    changed = replace(base, **{name: 11 * BASE.batch_tokens if name == "tokens" else other})
+    assert changed != base
+    assert key(changed) != key(base)
 
 
 OPTIONS = [(method, field.name) for method in METHODS for field in fields(METHODS[method].options)]  # type: ignore[arg-type]
 
 
+SAY: dict[str, dict[str, Any]] = {
+    "steps_schedule": {"steps_from": StepsFrom.SHUFFLED},
+    "steps_seed": {"steps_from": StepsFrom.SHUFFLED},
+    "gain_margin": {"gate_target": GateTarget.GAIN},
+    "gain_weight": {"gate_target": GateTarget.GAIN},
+    "warmup_loss": {"gate_warmup": 0.1},
+}
+"""What gives an option a say that has none by default."""
+
+
+def options_with_a_say(method: str, name: str) -> Any:
+    return replace(METHODS[method].options(), **SAY.get(name, {}))  # type: ignore[type-var]
+
+
 @pytest.mark.parametrize(("method", "name"), OPTIONS)
 def test_every_option_of_every_method_is_in_the_key(method, name):
-    options: Any = METHODS[method].options()
-    run = RunConfig(method=Method(method), options=options)
+    options = options_with_a_say(method, name)
+    run = RunConfig(method=Method(method), options=options, precision=Precision.BF16)
     changed = replace(run, options=replace(options, **{name: another(getattr(options, name))}))
     assert key(changed) != key(run)
 
@@ -83,11 +120,155 @@ def test_a_start_is_in_the_key_and_no_start_is_not():
     assert RunConfig.from_identity(json.loads(json.dumps(started.identity("corpus", "f00")))) == started
 
 
-def test_corpus_and_semantics_are_in_the_key(monkeypatch):
-    assert len({key(BASE), key(BASE, "other"), key(BASE, fingerprint="f01")}) == 3
+def test_the_fingerprint_of_the_corpus_is_in_the_key_and_its_name_is_not():
+    assert key(BASE, fingerprint="f01") != key(BASE)
+    assert key(BASE, "other") == key(BASE)
+    assert BASE.identity("other", "f00")["corpus"] == "other"
+
+
+@pytest.mark.parametrize("part", SEMANTICS)
+def test_each_part_of_the_code_has_a_version_in_the_key(monkeypatch, part):
     before = key(BASE)
-    monkeypatch.setattr("haltscale.platform.config.SEMANTICS_VERSION", 1_000_000)
+    monkeypatch.setitem(SEMANTICS, part, 1_000_000)
     assert key(BASE) != before
+
+
+def test_a_mended_method_makes_its_own_runs_stale_and_no_others(monkeypatch):
+    runs = {
+        method: RunConfig(method=Method(method), options=entry.options(), precision=Precision.BF16)
+        for method, entry in METHODS.items()
+    }
+    before = {method: key(run) for method, run in runs.items()}
+    monkeypatch.setitem(METHODS, Method.PONDER2, replace(METHODS[Method.PONDER2], semantics=77))
+    assert [method for method, run in runs.items() if key(run) != before[method]] == [Method.PONDER2]
+
+
+def test_the_shape_behind_a_size_is_in_the_key(monkeypatch):
+    before = key(BASE)
+    monkeypatch.setitem(SIZES, "0.6m", replace(SIZES["0.6m"], ffn=176))
+    assert key(BASE) != before
+
+
+def test_a_precision_that_is_left_to_the_machine_identifies_nothing():
+    run = replace(BASE, precision=Precision.AUTO)
+    with pytest.raises(ValueError, match="resolve it first"):
+        key(run)
+    assert {key(run.resolved()), key(run.resolved(on_gpu=True))} <= {
+        key(replace(BASE, precision=precision)) for precision in (Precision.BF16, Precision.FP32)
+    }
+
+
+SAME = [
+    ({"tokens": 1_000_000}, {"tokens": 1_000_000 // 4096 * 4096}),
+    ({"schedule": Schedule.COSINE, "decay_fraction": 0.5}, {"schedule": Schedule.COSINE}),
+    ({"schedule": Schedule.LINEAR, "decay_fraction": 0.5}, {"schedule": Schedule.LINEAR}),
+    ({"schedule": Schedule.CONSTANT, "final_learning_rate_fraction": 0.7}, {"schedule": Schedule.CONSTANT}),
+    ({"warmup_tokens": 4096, "warmup_fraction": 0.5}, {"warmup_tokens": 4096}),
+    ({"flops": 1e12, "tokens": 8192}, {"flops": 1e12}),
+    ({"flops": 10**12}, {"flops": 1e12}),
+    ({"clip": 1}, {"clip": 1.0}),
+    ({"learning_rate": 0.1 + 0.2}, {"learning_rate": 0.3}),
+    ({"learning_rate": np.float64(0.25)}, {"learning_rate": 0.25}),
+    ({"learning_rate": np.float32(0.25)}, {"learning_rate": 0.25}),
+    ({"seed": np.int64(3)}, {"seed": 3}),
+    ({"tokens": 8192.0}, {"tokens": 8192}),
+    ({"schedule": "wsd", "precision": "fp32"}, {"schedule": Schedule.WSD, "precision": Precision.FP32}),
+    ({"init_from": START, "size": "imported"}, {"init_from": START, "size": "0.6m"}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_what_computes_the_same_has_one_key(one, other):
+    assert key(replace(BASE, **one)) == key(replace(BASE, **other))
+    start = {"vocab_size": 300} if "init_from" in one else {}
+    assert (
+        replace(BASE, **one, context=64).problems(**start) == replace(BASE, **other, context=64).problems(**start) == []
+    )
+
+
+def test_text_is_the_member_that_it_names():
+    """The code compares options with ``is``."""
+    given = RunConfig(method="adaptive", options=AdaptiveOptions(router="none"), schedule="wsd")  # type: ignore[arg-type]
+    assert given.method is Method.ADAPTIVE
+    assert given.options.router is RouterKind.NONE  # type: ignore[attr-defined]
+    config = ModelConfig(
+        method="adaptive",  # type: ignore[arg-type]
+        shape=SIZES["0.6m"],
+        vocab_size=64,
+        context=32,
+        options=AdaptiveOptions(router="none"),  # type: ignore[arg-type]
+    )
+    assert len(build_model(config, seed=0).latent_loop.routers) == 0  # type: ignore[union-attr, arg-type]
+
+
+# ---- time goes on ---------------------------------------------------------------------------------------------------
+
+GOLDEN = {
+    "adaptive": "adaptive-0.6m-31004d506877",
+    "mor": "mor-0.6m-753ec06fa141",
+    "vanilla": "vanilla-0.6m-1af5cd1efe36",
+}
+"""Keys of each method's defaults, of key schema 2. They never change: what is finished in every store would be trained
+again."""
+
+
+@pytest.mark.parametrize("method", GOLDEN)
+def test_keys_never_change(method):
+    run = RunConfig(method=Method(method), options=METHODS[method].options(), precision=Precision.BF16)
+    assert key(run) == GOLDEN[method]
+
+
+@given(st.dictionaries(st.sampled_from(["lam", "beta", "tau", "router_bias"]), st.floats(0.01, 1.0)), st.integers(0, 9))
+def test_a_new_field_with_a_default_keeps_every_key(options, seed):
+    """Of the run and of a method's options, whatever the run is: what a later version adds."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class LaterRun(RunConfig):
+        momentum: float = 0.9
+
+    @dataclass(frozen=True, kw_only=True)
+    class LaterOptions(AdaptiveOptions):
+        patience: int = 3
+
+    now = replace(BASE, options=AdaptiveOptions(**options), seed=seed)
+    before = key(now)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, Method.ADAPTIVE, replace(METHODS[Method.ADAPTIVE], options=LaterOptions))
+        patch.setattr(config, "RunConfig", LaterRun)
+        values = {field.name: getattr(now, field.name) for field in fields(RunConfig)}
+        later = LaterRun(**values | {"options": LaterOptions(**options)})
+        assert key(later) == before
+        assert key(replace(later, momentum=0.8)) != before
+        assert key(replace(later, options=replace(later.options, patience=4))) != before  # type: ignore[type-var]
+        old = json.loads(json.dumps(now.identity("corpus", "f00")))
+        assert key(LaterRun.from_identity(old)) == before, "read by the later version"
+
+
+def test_a_changed_default_keeps_every_key(monkeypatch):
+    changed = replace(BASE, clip=0.5)
+    keys = key(BASE), key(changed)
+    monkeypatch.setitem(config.KEY_DEFAULTS, "clip", 1.0)
+    monkeypatch.setattr(RunConfig.__dataclass_fields__["clip"], "default", 0.5)
+    assert (key(replace(BASE, clip=1.0)), key(changed)) == keys
+
+
+def test_every_published_key_has_an_alias_of_today():
+    """Records of schema 1 are found under the key that their run has now, and none of them is trained again, but for
+    methods that were mended since."""
+    store = RunStore(Path(__file__).parents[2] / "studies" / "results")
+    views = [view for study in store.studies() for view in store.runs(study)]
+    assert len(views) > 200
+    for view in views:
+        if "schema" in view.record["identity"]:
+            continue
+        assert config.run_key(view.record["identity"]) == view.key, "the key that it was published under"
+        identity = config.current_identity(view.record)
+        assert identity["precision"] == view.record["precision"] != "auto"
+        run = RunConfig.from_identity(identity)
+        mended = METHODS[run.method].semantics != 1
+        alias = run.key(identity["corpus"], identity["corpus_fingerprint"])
+        assert (alias == config.run_key(identity)) != mended
+    assert len({config.run_key(config.current_identity(view.record)) for view in views}) == len(views)
 
 
 def test_execution_is_not_in_the_key():
@@ -109,7 +290,13 @@ def test_the_key_never_changes():
 @pytest.mark.parametrize("size", list(SIZES)[:2])
 def test_a_run_is_read_back_from_its_identity(method, size):
     run = RunConfig(
-        method=Method(method), size=size, options=METHODS[method].options(), tokens=12345, learning_rate=1.0, seed=7
+        method=Method(method),
+        size=size,
+        options=METHODS[method].options(),
+        tokens=3 * 4096,
+        learning_rate=1.0,
+        precision=Precision.BF16,
+        seed=7,
     )
     identity = json.loads(json.dumps(run.identity("corpus", "f00")))
     back = RunConfig.from_identity(identity)
@@ -123,10 +310,11 @@ def test_a_run_is_read_back_from_its_identity(method, size):
 def test_options_read_back_have_their_types(method, name):
     """The models compare options with ``is``: a plain string in the place of an enum's member would silently be
     another model."""
-    options: Any = METHODS[method].options()
+    options = options_with_a_say(method, name)
     if isinstance(getattr(options, name), StrEnum):
         for member in type(getattr(options, name)):
-            run = RunConfig(method=Method(method), options=replace(options, **{name: member}))
+            changed = replace(options, **{name: member})
+            run = RunConfig(method=Method(method), options=changed, precision=Precision.BF16)
             back = RunConfig.from_identity(json.loads(json.dumps(run.identity("corpus", "f00"))))
             assert getattr(back.options, name) is member
 
@@ -149,7 +337,7 @@ def test_numbers_that_are_none_are_refused(value):
         replace(BASE, options=replace(BASE.options, lam=value)).identity("corpus", "f00")  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", Path("x"), np.int64(3), np.zeros(2), print, Inner])
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", Path("x"), np.zeros(2), print, Inner])
 def test_what_has_no_encoding_is_refused_and_named(value):
     with pytest.raises(TypeError, match=r"where\.a\[1\]\.value is a "):
         encodable({"a": [0, Inner(value)]}, "where")

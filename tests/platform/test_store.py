@@ -1,6 +1,7 @@
 """The run store: atomic documents, append-only lines, states, and names that cannot leave it."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -217,9 +218,31 @@ def test_a_run_in_every_state(store, author):
 
 
 def test_silence_makes_a_running_run_stalled(store, author):
-    author.status("quick", "key", "running", heartbeat=1000.0)
-    assert store.run("quick", "key", now=1000.0 + STALL_SECONDS).state is RunState.RUNNING
-    assert store.run("quick", "key", now=1001.0 + STALL_SECONDS).state is RunState.STALLED
+    author.status("quick", "key", "running", heartbeat=1e12)  # by a clock that is wrong: nobody asks it
+    written = os.stat(store.path("quick", "key", "status.json")).st_mtime
+    assert store.run("quick", "key", now=written + STALL_SECONDS - 1).state is RunState.RUNNING
+    assert store.run("quick", "key", now=written + STALL_SECONDS + 1).state is RunState.STALLED
+
+
+def test_a_run_whose_process_is_gone_is_stalled_at_once(store):
+    """And one that lives is running, however long ago it logged anything: its lease is its sign of life."""
+    code = (
+        "import sys; from haltscale.platform.recorder import RunRecorder;"
+        " from haltscale.platform.store import RunStore;"
+        " run = RunRecorder(RunStore(sys.argv[1]), 'study', 'key', steps=1); run.own(); run.begin(0, 0.0);"
+        " print('ready', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, store.root]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    os.utime(store.path("study", "key", "status.json"), (0, 0))
+    view = store.run("study", "key")
+    assert view.state is RunState.RUNNING
+    assert view.silent_seconds < STALL_SECONDS
+    process.kill()
+    process.wait()
+    assert store.run("study", "key").state is RunState.STALLED
 
 
 def test_a_status_that_says_finished_without_a_record_is_not_finished(store, author):

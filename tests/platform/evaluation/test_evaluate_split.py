@@ -6,6 +6,7 @@ import tracemalloc
 
 import duckdb
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,9 @@ from haltscale.platform.inference.models import load_model
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.runs.finalize import evaluate_run, finish
 from haltscale.platform.training.progress import Progress
+
+import looping
+from looping import answer_together
 
 RUN = RunConfig(
     size="0.6m",
@@ -72,6 +76,46 @@ def test_other_ranks_read_and_do_not_write(prepared, model, store):
     recorder = RunRecorder(store, "study", "key", steps=1, enabled=False)
     assert evaluate_run(model, prepared, RUN, Progress(), recorder).row["loss"] > 0
     assert not store.fs.exists(store.path("study", "key"))
+
+
+@pytest.fixture
+def read_by_two(prepared, store, tmp_path):
+    """What two ranks find together, with whole and with sharded weights."""
+    tasks = {
+        str(stage): {
+            "do": "evaluated",
+            "corpus": str(prepared.folder),
+            "store": store.root,
+            "key": f"stage-{stage}",
+            "zero_stage": stage,
+        }
+        for stage in (1, 3)
+    }
+    return answer_together(tmp_path, tasks)
+
+
+def test_two_ranks_read_what_one_reads_to_the_last_bit(prepared, store, read_by_two):
+    run = looping.EVALUATED
+    model = looping.ragged_model(run, prepared.counts["vocab_size"])
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    alone = evaluate_run(model, prepared, run, Progress(step=7), RunRecorder(store, "study", "alone", steps=1))
+    assert 0 < alone.row["mean_steps"] < 2
+    assert len(passes) > 4
+    for stage in ("1", "3"):
+        for rank in read_by_two:
+            assert rank[stage]["row"] == alone.row
+            assert rank[stage]["summary"] == json.loads(json.dumps(alone.summary))
+        assert sum(rank[stage]["passes"] for rank in read_by_two) == len(passes), "each batch is read once"
+        assert abs(read_by_two[0][stage]["passes"] - 1 - read_by_two[1][stage]["passes"]) <= 1
+        key = f"stage-{stage}"
+        pd.testing.assert_frame_equal(store.halting_events("study", key, 7), store.halting_events("study", "alone", 7))
+        pd.testing.assert_frame_equal(store.halting_cube("study", key, 7), store.halting_cube("study", "alone", 7))
+        assert (
+            store.evaluations("study", key)
+            .drop(columns="time")
+            .equals(store.evaluations("study", "alone").drop(columns="time"))
+        )
 
 
 def test_a_finished_run_is_evaluated_by_its_name(prepared, model, store):

@@ -1,5 +1,6 @@
 """The completion server over HTTP, against what the model writes."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -15,8 +16,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from haltscale.model.generation import Sampling
+from haltscale.platform.inference import serving
 from haltscale.platform.inference.models import load_model
-from haltscale.platform.inference.serving import Completion, Server, listening, pieces
+from haltscale.platform.inference.serving import Completion, Patience, Server, listening, pieces
 from haltscale.platform.inference.text_generation import WrittenToken, write
 
 
@@ -36,9 +38,11 @@ def address(loaded) -> Iterator[str]:
         thread.join()
 
 
-def ask(address: str, path: str, body: object = None, *, host: str | None = None) -> tuple[int, str]:
+def ask(
+    address: str, path: str, body: object = None, *, host: str | None = None, kind: str = "application/json"
+) -> tuple[int, str]:
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
-    headers = {"Host": host} if host else {}
+    headers = ({"Host": host} if host else {}) | ({} if body is None else {"Content-Type": kind})
     text = body if isinstance(body, str) else json.dumps(body)
     connection.request("GET" if body is None else "POST", path, None if body is None else text, headers)
     answer = connection.getresponse()
@@ -166,6 +170,18 @@ def test_the_model_that_is_there(address):
         ({"prompt": "x", "model": "gpt-4"}, 404, "there is: quick/run"),
         ([], 400, "must be a JSON object"),
         ("{", 400, "Expecting property name"),
+        ("[" * 100_000, 400, "recursion"),
+        ({"prompt": "x", "temperature": 1e-320}, 400, "temperature"),
+        ({"prompt": "half \ud83d"}, 400, "U+D83D, half a surrogate pair"),
+        ({"prompt": "x", "stop": "\ud83d", "model": "\ud83d"}, 404, "no model"),
+        ({"prompt": "x", "\ud83d": 1}, 400, "is not known"),
+        ({"prompt": "x", "seed": 10**400}, 400, "seed"),
+        ({"prompt": "x", "top_k": 10**400, "max_tokens": 10**400}, 400, "new_tokens"),
+        ('{"prompt": "x", "temperature": NaN}', 400, "temperature"),
+        ('{"prompt": "x", "temperature": 1e999}', 400, "temperature"),
+        ({"prompt": "word " * 200_000}, 400, "more than any text of the model's context"),
+        ({"prompt": ["x"] * 1000}, 400, "at most 128"),
+        ({"prompt": "x" * (5 << 20)}, 413, "longer than"),
     ],
 )
 def test_what_is_refused(address, body, status, said):
@@ -174,6 +190,95 @@ def test_what_is_refused(address, body, status, said):
     error = json.loads(text)["error"]
     assert said in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def refused(answer: tuple[int, str], status: int, said: str) -> None:
+    """An error, in the API's shape."""
+    assert answer[0] == status, answer
+    error = json.loads(answer[1])["error"]
+    assert said in error["message"]
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+
+
+def test_every_error_has_the_shape_of_the_api(address, loaded, monkeypatch):
+    refused(ask(address, "/v1/chat"), 404, "POST /v1/completions")
+    refused(ask(address, "/v1/completions"), 405, "POST /v1/completions")
+    refused(ask(address, "/v1/models", host="evil.example"), 400, "not this machine")
+    refused(ask(address, "/v1/completions", {"prompt": "x"}, kind="text/plain"), 415, "application/json")
+    with socket.create_connection(_place(address)) as raw:
+        raw.sendall(b"nonsense\r\n\r\n")
+        answer = raw.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    monkeypatch.setattr(serving, "AT_ONCE", 0)
+    refused(ask(address, "/v1/completions", {"prompt": "x"}), 503, "ask again")
+    monkeypatch.setattr(serving, "AT_ONCE", 1)
+    monkeypatch.setattr(Completion, "parse", lambda body: 1 / 0)  # a fault of ours
+    refused(ask(address, "/v1/completions", {"prompt": "x"}), 500, "ZeroDivisionError")
+    monkeypatch.undo()
+    monkeypatch.setattr(serving, "AT_ONCE", 1)
+    for _ in range(3):  # a place is given back, however a request ended
+        assert ask(address, "/v1/completions", {"prompt": "x", "max_tokens": 1, "stream": True})[0] == 200
+        refused(ask(address, "/v1/completions", {"prompt": ""}), 400, "empty")
+    complete(address, prompt="x", max_tokens=1)
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, port = urlsplit(address).netloc.split(":")
+    return host, int(port)
+
+
+@pytest.fixture
+def impatient(loaded) -> Iterator[str]:
+    """A server that waits for a fifth of a second."""
+    server = Server(loaded, "quick/run", patience=Patience(headers=0.2, body=0.2, idle=1, taking=5))
+    with listening(server, port=0) as (address, runner, place):
+        thread = threading.Thread(target=runner.run, kwargs={"sockets": [place]})
+        thread.start()
+        yield address
+        runner.should_exit = True
+        thread.join()
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /v1/mod", HEAD], ids=["nothing", "half a line", "half the headers"])
+def test_whoever_says_nothing_is_hung_up_on_and_shuts_nobody_out(impatient, said):
+    with contextlib.ExitStack() as held:
+        idle = [held.enter_context(socket.create_connection(_place(impatient), timeout=30)) for _ in range(40)]
+        for one in idle:
+            one.sendall(said)
+        assert ask(impatient, "/v1/models")[0] == 200
+        assert complete(impatient, prompt="x", max_tokens=1)["usage"]["completion_tokens"] == 1
+        assert [one.recv(1) for one in idle] == [b""] * 40  # the server has closed them
+
+
+def test_a_body_that_does_not_come_is_told(impatient):
+    with socket.create_connection(_place(impatient), timeout=30) as half:
+        half.sendall(HEAD + b"\r\n{")
+        assert ask(impatient, "/v1/models")[0] == 200
+        answer = half.makefile("rb").read()
+    refused((int(answer.split()[1]), answer.partition(b"\r\n\r\n")[2].decode()), 408, "did not arrive")
+
+
+def test_a_long_prompt_keeps_nobody_waiting(address, loaded, monkeypatch):
+    """While one request is tokenised, others are answered."""
+    begun, go_on = threading.Event(), threading.Event()
+    real = Completion.parse
+
+    def slow(body):
+        begun.set()
+        assert go_on.wait(60)
+        return real(body)
+
+    monkeypatch.setattr(Completion, "parse", slow)
+    asking = threading.Thread(target=complete, args=(address,), kwargs={"prompt": "x", "max_tokens": 1})
+    asking.start()
+    assert begun.wait(60)
+    assert ask(address, "/v1/models")[0] == 200
+    go_on.set()
+    asking.join()
 
 
 def test_all_that_is_wrong_is_told_at_once():

@@ -1,14 +1,16 @@
 """The plan of a study: controls that wait, what is stale, what is expected, and every error at once."""
 
 import contextlib
+import json
 import math
 from dataclasses import fields, replace
 
 import pytest
 
-from haltscale.model import FixedOptions, Method, VanillaOptions
-from haltscale.platform.config import ConfigError, RunConfig
+from haltscale.model import Method, VanillaOptions
+from haltscale.platform.config import ConfigError
 from haltscale.platform.execution import ExecutionConfig
+from haltscale.platform.identity import SEMANTICS
 from haltscale.platform.store import RunState
 from haltscale.platform.sweeps import planning
 from haltscale.platform.sweeps.sweep import controls, grid, isoflop
@@ -20,6 +22,8 @@ def finish(study, store, author, run, **record):
     """Write a record for a run, as its training would."""
     identity = study.identity(run)
     values = {"tokens": run.tokens, "flops_realised": 1e9, "passes_per_token": 2.126, "identity": identity}
+    values["steps_schedule"] = [[0, 0.1, 0.2, 0.7], [0.5, 0.2, 0.3, 0.5]]
+    values["steps_histogram"] = [0.25, 0.25, 0.5]
     author.spec(study.name, study.key(run), run.label, **identity)
     author.record(study.name, study.key(run), loss=4.0, **(values | record))
 
@@ -33,50 +37,89 @@ def states(study, store):
 
 
 def test_controls_wait_and_then_match_what_was_spent(study, store, author):
-    controlled = study(sweep=LEARNED + controls(of=LEARNED, kinds=["dense", "fixed"]))
+    controlled = study(sweep=LEARNED + controls(of=LEARNED))
     (subject,) = controlled.runs
-    assert list(states(controlled, store).values()) == ["planned", "waiting", "waiting"]
-    assert controlled.plan(store)["key"].tolist()[1:] == ["", ""]
+    assert list(states(controlled, store).values()) == ["planned"] + ["waiting"] * 4
+    assert controlled.plan(store)["key"].tolist()[1:] == [""] * 4
     assert set(controlled.missing(store)) == {controlled.key(subject)}
 
     vanilla = replace(subject, method=Method.VANILLA, options=VanillaOptions())
-    spent = planning.cost(vanilla, 300).bound * 64 * 50.3
-    finish(controlled, store, author, subject, flops_realised=spent)
-    dense = replace(vanilla, tokens=64 * 50)
-    fixed = replace(subject, method=Method.FIXED, options=FixedOptions(steps=1.13))
-    assert {entry.run for entry in controlled.missing(store).values()} == {dense, fixed}
+    per_batch = planning.cost(vanilla, 300).bound * 64
+    finish(controlled, store, author, subject, flops_realised=per_batch * 50.3, tokens=64 * 20)
+    missing = {entry.control: (key, entry) for key, entry in controlled.missing(store).items()}
+    assert missing["dense"][1].run == replace(vanilla, tokens=64 * 50)
     plan = controlled.plan(store).set_index("key")
-    assert plan.loc[controlled.key(dense), "flops_expected"] == pytest.approx(spent, rel=0.01)
+    for kind, near in (("dense", 0.02), ("wider", 0.07)):  # the smallest models have few neighbours
+        assert plan.loc[missing[kind][0], "flops_expected"] == pytest.approx(per_batch * 50.3, rel=near)
+    wider = missing["wider"][1].run
+    assert wider.shape.layers * wider.shape.d > 2 * 64
+    assert wider == replace(vanilla, tokens=64 * 20, size=wider.size)
+    for kind in ("fixed", "shuffled"):
+        run = missing[kind][1].run
+        schedule = ((0.0, 0.1, 0.2, 0.7), (0.5, 0.2, 0.3, 0.5), (1.0, 0.25, 0.25, 0.5))
+        options = replace(subject.options, steps_from=kind, steps_schedule=schedule, steps_seed=subject.seed)
+        assert run == replace(subject, options=options)
+        assert run.problems(300) == []
+        assert run.label.startswith(f"adaptive/{kind} · ")
+        assert "0.25" not in missing[kind][1].label
+        back = type(run).from_identity(json.loads(json.dumps(controlled.identity(run))))
+        assert back.canonical() == run.canonical()
     document = controlled.document({}, store)
-    assert document["controls"][controlled.key(fixed)] == {"kind": "fixed", "of": controlled.key(subject)}
-    assert set(document["runs"]) == {controlled.key(run) for run in (subject, dense, fixed)}
+    assert document["controls"] == {
+        key: {"kind": kind, "of": controlled.key(subject)} for kind, (key, _) in missing.items()
+    }
+    assert set(document["runs"]) == {controlled.key(subject), *(key for key, _ in missing.values())}
 
 
-def test_a_control_may_have_a_rate_of_its_own(study, store, author):
-    rates = {"fixed": 0.02, "shuffled": 0.03}
+def test_a_budget_in_flops_is_the_controls_too(study, store, author):
+    """A replay ends when it has spent what its subject spent, so that the rates follow the same course."""
+    learned = grid(method="adaptive", lam=0.5, l_max=2, flops=1e9)
+    controlled = study(sweep=learned + controls(of=learned, kinds=["shuffled"]))
+    (subject,) = controlled.runs
+    finish(controlled, store, author, subject)
+    ((_, entry),) = controlled.missing(store).items()
+    assert (entry.run.flops, entry.run.steps) == (1e9, None)
+
+
+def test_a_subject_without_a_schedule_has_to_be_trained_again(study, store, author):
+    controlled = study(sweep=LEARNED + controls(of=LEARNED, kinds=["fixed", "dense"]))
+    finish(controlled, store, author, controlled.runs[0], steps_schedule=None)
+    assert sorted(states(controlled, store).values()) == ["finished", "planned", "waiting"]
+
+
+def test_a_plain_control_may_have_a_rate_of_its_own(study, store, author):
+    rates = {"dense": 0.02, "wider": 0.03}
     own = sum((controls(of=LEARNED, kinds=[kind], learning_rate=rate) for kind, rate in rates.items()), LEARNED)
     controlled = study(sweep=own)
     (subject,) = (run for run in controlled.runs if run.method is Method.ADAPTIVE)
     finish(controlled, store, author, subject)
-    found = {entry.run.method: entry.run.learning_rate for entry in controlled.missing(store).values()}
+    found = {str(entry.control): entry.run.learning_rate for entry in controlled.missing(store).values()}
     assert found == rates
-    wrong = study(sweep=LEARNED + controls(of=LEARNED, kinds=["fixed"], learning_rate=-1.0))
-    assert "the fixed control of" in " ".join(wrong.problems())
+    wrong = study(sweep=LEARNED + controls(of=LEARNED, kinds=["dense"], learning_rate=-1.0))
+    assert "the dense control of" in " ".join(wrong.problems())
     assert "learning_rate" in " ".join(wrong.problems())
 
 
-def test_a_shuffled_control_has_nothing_to_wait_for(study, store):
-    plan = study(sweep=LEARNED + controls(of=LEARNED, kinds=["shuffled"])).plan(store)
-    assert plan["state"].tolist() == ["planned"] * 2
-    assert set(plan["method"]) == {"adaptive", "shuffled"}
-
-
 def test_a_control_that_the_sweep_has_already_is_not_run_twice(study, store, author):
-    sweep = LEARNED + grid(method="fixed", steps=1.13) + controls(of=LEARNED, kinds=["fixed"])
+    base = study().base
+    sweep = LEARNED + grid(method="vanilla", tokens=64 * 50) + controls(of=LEARNED, kinds=["dense"])
     both = study(sweep=sweep)
     (subject,) = (run for run in both.runs if run.method is Method.ADAPTIVE)
-    finish(both, store, author, subject)
+    vanilla = replace(base, method=Method.VANILLA, options=VanillaOptions())
+    finish(both, store, author, subject, flops_realised=planning.cost(vanilla, 300).bound * 64 * 50)
     assert len(both.plan(store)) == 2
+
+
+@pytest.mark.parametrize("times", [1.5, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("size", ["0.6m", "1.8m", "4m"])
+def test_a_wider_model_spends_as_much(base, times, size):
+    plain = replace(base, size=size)
+    spent = times * planning.cost(plain, 300).bound * plain.tokens
+    wider = replace(plain, size=planning.size_for(spent, plain, 300))
+    assert wider.problems(300) == []
+    assert planning.cost(wider, 300).bound * wider.tokens == pytest.approx(spent, rel=0.06 if size == "0.6m" else 0.03)
+    assert wider.shape.layers >= plain.shape.layers
+    assert wider.shape.d >= plain.shape.d
 
 
 def test_stages_follow_each_other_until_nothing_is_left(study, store, author, monkeypatch):
@@ -95,7 +138,6 @@ def test_stages_follow_each_other_until_nothing_is_left(study, store, author, mo
                 finish(study, store, author, entry.run, flops_realised=1e10)
 
     monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
-    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", train)
     staged.run(store)
     assert [len(stage) for stage in stages] == [2, 1]
@@ -105,8 +147,18 @@ def test_stages_follow_each_other_until_nothing_is_left(study, store, author, mo
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        (grid(method="vanilla") + controls(of=grid(method="vanilla")), "the dense control is for"),
-        (grid(method="looped") + controls(of=grid(method="looped"), kinds=["fixed"]), "not for looped"),
+        (grid(method="vanilla") + controls(of=grid(method="vanilla")), "the dense control is not for vanilla"),
+        (grid(method="vanilla") + controls(of=grid(method="vanilla")), "the wider control is not for vanilla"),
+        (
+            grid(method="looped") + controls(of=grid(method="looped"), kinds=["fixed"]),
+            "not for looped, since it has no router",
+        ),
+        (grid(method="shuffled") + controls(of=grid(method="shuffled"), kinds=["fixed"]), "itself a control"),
+        (
+            grid(method="adaptive", router="none") + controls(of=grid(method="adaptive", router="none")),
+            "not with router none",
+        ),
+        (LEARNED + controls(of=LEARNED, kinds=["fixed"], learning_rate=1e-3), "keeps its subject's learning rate"),
         (grid(method="vanilla") + controls(of=LEARNED), "the sweep has no such run to control"),
         (LEARNED + controls(of=LEARNED) + controls(of=LEARNED), "given twice"),
         (LEARNED + controls(of=grid(method="adaptive", lamda=1)), "did you mean 'lam'"),
@@ -149,7 +201,7 @@ def test_what_was_finished_before_a_drift_is_stale_and_not_mixed_in(
     finish(old, store, author, run)
     assert old.plan(store)["state"].tolist()[0] == "finished"
     if drift == "code":
-        monkeypatch.setattr("haltscale.platform.config.SEMANTICS_VERSION", 10_000)
+        monkeypatch.setitem(SEMANTICS, "loop", 10_000)
         now = study()
     else:
         (documents / "document-0.txt").write_text("other words now")
@@ -193,7 +245,7 @@ def test_bad_studies_get_all_their_errors_at_once(study, store, author):
     text = str(refusal.value)
     for complaint in (
         "did you mean 'learning_rate'",
-        "clip is -1",
+        "clip = -1",
         "did you mean 'tokens_per_parameter'",
         "training_flops 1 is less than one batch of 64",
         "tokens 3 is less than one batch of 64",
@@ -222,13 +274,6 @@ def test_a_key_knows_nothing_of_the_execution(study, name):
     other = value + 1 if isinstance(value, int | float) and not isinstance(value, bool) else None
     changed = study(execution=replace(ExecutionConfig(), **{name: other}))
     assert [changed.key(run) for run in changed.runs] == [study().key(run) for run in study().runs]
-
-
-@pytest.mark.parametrize("name", [f.name for f in fields(RunConfig) if f.name not in ("method", "options")])
-def test_a_key_knows_every_field_of_a_run(study, base, name):
-    others = {"size": "1.8m", "precision": "bf16", "schedule": "constant"}
-    other = others[name] if name in others else (getattr(base, name) or 0) + 1
-    assert study().key(base) != study().key(replace(base, **{name: other}))
 
 
 def test_status_shows_what_is_running_and_what_waits(study, store, author):

@@ -125,3 +125,70 @@ def test_numbers_are_short_and_keep_their_first_digits(magnitude, sign):
 @given(st.integers(-999, 999))
 def test_small_counts_are_exact(value):
     assert report._text(value) == str(value)
+
+
+# ---- controls -------------------------------------------------------------------------------------------------------
+
+
+def pair(author, study, seed, *, control="shuffled", method="adaptive", gap=0.02, steps=1.5, digest="d"):
+    """A subject and its control, whose documents cost `gap` nats a token more."""
+    options = {"lam": 0.5, "l_max": 2}
+    tokens = [100, 300, 200]
+    nats = [(4 + 0.3 * n + 0.1 * seed) * count for n, count in enumerate(tokens)]
+    shared = {"tokens": 300_000, "flops_realised": 1e12}
+    subject, other = f"subject-{seed}", f"{control}-{method}-{seed}"
+    replayed = {"steps_from": control, "steps_seed": seed} if method == "adaptive" else {}
+    for key, identity, costs, mean, order in (
+        (subject, {"method": "adaptive", "seed": seed, "options": options}, nats, 1.5, "d"),
+        (
+            other,
+            {"method": method, "seed": seed, "options": {**options, **replayed}},
+            [cost + gap * count for cost, count in zip(nats, tokens, strict=True)],
+            steps,
+            digest,
+        ),
+    ):
+        author.spec(study, key, f"adaptive · 0.6m · seed {seed}", **identity)
+        by_document = {"tokens": tokens, "nats": costs}
+        more = {"identity": identity, "mean_steps": mean, "held_out_by_document": by_document, "sequence_digest": order}
+        author.record(study, key, loss=4.0, **shared, **more)
+    return {other: {"kind": control, "of": subject}}
+
+
+def test_controls_are_paired_with_their_subjects_over_seeds(author, store):
+    found = [pair(author, "s", seed, gap=gap) for seed, gap in ((0, 0.01), (1, 0.02), (2, 0.06))]
+    author.plan("s", [], controls={key: one for each in found for key, one in each.items()})
+    table = report.control_differences(store, "s")
+    (row,) = table.to_dict("records")
+    assert (row["subject"], row["control"], row["seeds"], row["documents"]) == ("adaptive · 0.6m", "shuffled", 3, 3)
+    assert row["difference"] == pytest.approx(0.03)
+    assert 0.01 <= row["low"] < 0.03 < row["high"] <= 0.06
+    assert row["problem"] == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"steps": 1.6}, "mean steps differ: 1.500 and 1.600"),
+        ({"digest": "e"}, "in another order"),
+        ({"method": "shuffled"}, "an old control"),
+    ],
+)
+def test_what_is_no_fair_pair_says_so(author, store, changes, problem):
+    author.plan("s", [], controls=pair(author, "s", 0, **changes))
+    (row,) = report.control_differences(store, "s").to_dict("records")
+    assert problem in row["problem"]
+    if "method" in changes:
+        assert math.isnan(row["difference"])
+        assert row["control"] == "shuffled (old control)"
+
+
+def test_a_control_is_an_arm_of_its_own(author, store):
+    author.plan("s", [], controls=pair(author, "s", 0))
+    frame = report.results(store, "s")
+    assert sorted(frame["method"]) == ["adaptive", "adaptive/shuffled"]
+    assert "steps_schedule" not in frame
+
+
+def test_a_study_without_controls_has_no_differences(store):
+    assert report.control_differences(store, "nothing").empty

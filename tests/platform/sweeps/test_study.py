@@ -194,7 +194,6 @@ def test_only_what_is_missing_is_trained(study, store, author, monkeypatch):
 
     handed = {}
     monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
-    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", lambda study, missing, store: handed.update(missing))
     tiny = study()
     finish_all(tiny, store, author)
@@ -219,7 +218,6 @@ def test_branches_wait_for_the_shorter_run(study, store, author, monkeypatch):
             author.record(study.name, key, loss=5.0)
 
     monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
-    monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
     monkeypatch.setattr(ray_tune, "run_missing", trained)
     sweep = grid(schedule="wsd", warmup_tokens=128, tokens=[1024, 2048, 4096], seed=[0, 1]) + grid(tokens=4096)
     study(sweep=sweep, execution=ExecutionConfig(branch=True)).run(store)
@@ -266,8 +264,8 @@ def test_an_assignment_to_nothing_is_refused(study, assignment):
 
 def test_a_value_that_makes_no_sense_is_refused_by_the_check(study):
     problems = study().overridden(["tokens=many", "learning_rate="]).problems()
-    assert any("tokens is 'many'" in problem for problem in problems)
-    assert any("learning_rate is ''" in problem for problem in problems)
+    assert any("tokens = 'many'" in problem for problem in problems)
+    assert any("learning_rate = ''" in problem for problem in problems)
 
 
 def test_all_wrong_assignments_are_told(study):
@@ -296,7 +294,7 @@ def test_errors_end_with_a_sentence_and_exit_code_1(study, store, capsys):
 def test_runs_without_a_result_make_the_exit_code_non_zero(study, store, author, monkeypatch, capsys):
     tiny = study()
     finish_all(tiny, store, author)
-    monkeypatch.setattr(type(tiny), "run", lambda self, store: self.results(store))
+    monkeypatch.setattr(type(tiny), "run", lambda self, store, **options: self.results(store))
     tiny.main(["--store", store.root])
     Path(store.path(tiny.name, tiny.key(tiny.runs[0]), "record.json")).unlink()
     author.status(tiny.name, tiny.key(tiny.runs[0]), "failed", error="the disk is full")
@@ -313,3 +311,55 @@ def test_the_document_of_a_study_can_be_written(study, store):
     assert read["runs"] == [tiny.key(run) for run in tiny.runs]
     assert (read["question"], read["note"], read["corpus"]) == ("Does it think?", "careful", {"name": "tiny"})
     assert json.dumps(read)
+
+
+# ---- failures, and namesakes ---------------------------------------------------------------------------------------
+
+
+def test_what_failed_for_good_is_not_tried_again_unless_asked(study, store, author):
+    tiny = study()
+    keys = [tiny.key(run) for run in tiny.runs]
+    author.status(tiny.name, keys[0], "diverged", cause="permanent", error="the loss is nan at step 3")
+    author.status(tiny.name, keys[1], "failed", cause="permanent", error="ConfigError: no such model")
+    author.status(tiny.name, keys[2], "failed", cause="transient", error="a node died")
+    assert set(tiny.missing(store)) == {keys[2]}
+    assert set(tiny.missing(store, retry_failed=True)) == set(keys)
+    assert tiny.plan(store)["state"].tolist() == ["diverged", "failed", "failed"]
+    longer = study(base=replace(tiny.base, tokens=2048))
+    assert len(longer.missing(store)) == 3, "another identity is another run"
+
+
+def test_a_capped_run_is_resumed_by_a_higher_limit(study, store, author):
+    tiny = study(sweep=grid(seed=[0]), execution=ExecutionConfig(max_hours=2.0))
+    author.status(tiny.name, tiny.key(tiny.runs[0]), "capped", cause="permanent", capped_hours=2.0)
+    assert tiny.missing(store) == {}
+    assert len(replace(tiny, execution=ExecutionConfig(max_hours=2.5)).missing(store)) == 1
+    assert len(replace(tiny, execution=ExecutionConfig()).missing(store)) == 1
+    assert replace(tiny, execution=ExecutionConfig(max_hours=1.0)).missing(store) == {}
+
+
+def test_another_study_of_the_same_name_is_refused(study, store):
+    mine = study(source="mine.py")
+    store.write_json(store.path(mine.name, None, "study.json"), mine.document({}, store))
+    assert replace(mine, question="Does it think twice?").namesake(store) == "", "a question may be put better"
+    assert replace(mine, source="moved.py").namesake(store) == ""
+    other = replace(mine, source="theirs.py", question="What is the weather?")
+    with pytest.raises(ConfigError, match=r"another study named 'tiny-study' \(from mine.py.*--adopt"):
+        other.run(store)
+
+
+def test_a_record_of_schema_1_is_found_and_not_trained_again(study, store, author):
+    """It stays in the folder that it was written to."""
+    tiny = study(sweep=grid(seed=[0]))
+    run = tiny.runs[0]
+    now = tiny.identity(run)
+    old = {name: value for name, value in now.items() if name not in ("schema", "shape")}
+    old |= {"semantics": 1, "precision": "auto"}
+    author.spec(tiny.name, "vanilla-0.6m-0123456789ab", "an old run", **old)
+    author.record(tiny.name, "vanilla-0.6m-0123456789ab", loss=4.0, identity=old, precision="fp32")
+    assert tiny.missing(store) == {}
+    assert tiny.plan(store)["state"].tolist() == ["finished"]
+    assert tiny.results(store)["key"].tolist() == ["vanilla-0.6m-0123456789ab"]
+    assert tiny.document({}, store)["runs"] == ["vanilla-0.6m-0123456789ab"]
+    other_precision = replace(tiny, base=replace(tiny.base, precision="bf16"))
+    assert len(other_precision.missing(store)) == 1

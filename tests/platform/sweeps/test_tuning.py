@@ -42,7 +42,6 @@ def trained(store, author, monkeypatch):
                 author.record(study.name, key, loss=loss, flops_realised=1e9 * entry.run.options.l_max)
 
         monkeypatch.setattr(ray_connection, "connected", lambda: contextlib.nullcontext({"CPU": 2}))
-        monkeypatch.setattr(ray_tune, "held", lambda name: contextlib.nullcontext())
         monkeypatch.setattr(ray_tune, "run_missing", train)
         with contextlib.suppress(KeyboardInterrupt):
             study.run(store)

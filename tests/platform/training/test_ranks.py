@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import gradients
 import numpy as np
 import pytest
 import torch
 
 from haltscale.model import build_model
 from haltscale.model.language_model import IGNORE_INDEX
+from haltscale.platform.config import Precision
 
-from looping import BATCH, LARGE, RUNS, forget, train_and_save
+from looping import BATCH, LARGE, RUNS, answer_together, forget, train_and_save
 
-MEMBER = str(Path(__file__).parents[2] / "member.py")
 CASES = {"equal": [2, 2], "unequal": [3, 1], "zero": [2, 0]}
 """Latent steps of every token on rank 0 and on rank 1."""
+DIAGONAL = {
+    f"gradients of {case}": {"case": case, "precision": precision, "pieces": pieces, "zero_stage": stage}
+    for case, precision, pieces, stage in gradients.diagonal()
+}
 LENGTHS = [16, 16, 3, 16, 16, 2, 9, 1]
 """Scored tokens of each row: rank 1 has fewer, and so has one micro-batch of rank 0."""
 
@@ -49,18 +50,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         tasks[f"{name} whole"] = {"do": "trained", "store": store, "zero_stage": stage}
         tasks[f"{name} forget"] = {"do": "forget", "store": store, "step": 6}
         tasks[f"{name} resumed"] = {"do": "trained", "store": store, "zero_stage": stage}
+    tasks["harm"] = {"do": "harm", "store": two, "step": 6, "shard": 1}
+    tasks["after harm"] = {"do": "trained", "store": two, "zero_stage": 1}
     tasks["more ranks"] = {"do": "trained", "store": one, "zero_stage": 3}
     tasks["noticed"] = {"do": "trained", "store": noticed, "zero_stage": 1, "notice": [1, 4]}
-    (folder / "tasks.json").write_text(json.dumps(list(tasks.items())))
-    commands = [[sys.executable, MEMBER, str(folder), str(rank)] for rank in range(2)]
-    members = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
-    try:
-        outputs = [member.communicate(timeout=280)[0].decode() for member in members]
-    finally:
-        for member in members:
-            member.kill()
-    assert [member.returncode for member in members] == [0, 0], "\n".join(outputs)
-    found = [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(2)]
+    tasks |= {name: {"do": "gradients", **task} for name, task in DIAGONAL.items()}
+    found = answer_together(folder, tasks)
     forget(three, 6)
     found[0] |= {"alone": alone, "fewer ranks": train_and_save(three, zero_stage=0)}
     return found
@@ -114,12 +109,30 @@ def test_the_gradient_is_that_of_one_process_however_the_scored_tokens_lie(answe
     assert seen > 1000
 
 
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_the_gradient_of_every_method_is_that_of_one_plain_process(answers, name):
+    task = DIAGONAL[name]
+    for rank in answers:
+        gradients.check(rank[name], Precision(task["precision"]), task["zero_stage"])
+
+
 @pytest.mark.parametrize("name", ["two", "three"])
 def test_two_ranks_resume_to_the_last_bit(answers, name):
     whole, resumed = answers[0][f"{name} whole"], answers[0][f"{name} resumed"]
     assert resumed["from"] == 3
     assert resumed["losses"] == whole["losses"][3:]
     assert resumed["digest"] == whole["digest"]
+
+
+def test_damage_that_one_rank_finds_makes_all_go_back(answers):
+    """The second shard, which rank 1 verifies: both resume from the checkpoint before it, and say why."""
+    whole = answers[0]["two whole"]
+    for rank in answers:
+        harmed = rank["after harm"]
+        assert harmed["from"] == 3
+        assert harmed["losses"] == whole["losses"][3:]
+        (event,) = harmed["events"]
+        assert "step 6 is damaged (shard-00001-of-00002.safetensors" in event["what"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("alone", "more ranks"), ("three whole", "fewer ranks")])

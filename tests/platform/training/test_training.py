@@ -15,7 +15,6 @@ import torch
 from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions, build_model
 from haltscale.platform.config import Precision
 from haltscale.platform.execution import Offload, Optimizer
-from haltscale.platform.precision import resolve_precision
 from haltscale.platform.schedule import Spent, learning_rate
 from haltscale.platform.training import loop
 from haltscale.platform.training.engine import full_weights
@@ -44,9 +43,10 @@ from looping import (
 
 
 def test_a_precision_that_is_named_is_taken():
-    assert resolve_precision(Precision.FP32) is Precision.FP32
-    assert resolve_precision(Precision.BF16) is Precision.BF16
-    assert resolve_precision(Precision.AUTO) in (Precision.FP32, Precision.BF16)
+    assert replace(RUN, precision=Precision.FP32).resolved().precision is Precision.FP32
+    assert replace(RUN, precision=Precision.BF16).resolved().precision is Precision.BF16
+    assert replace(RUN, precision=Precision.AUTO).resolved().precision in (Precision.FP32, Precision.BF16)
+    assert replace(RUN, precision=Precision.AUTO).resolved(on_gpu=True).precision is Precision.BF16
 
 
 def test_the_digest_tells_which_sequences_came_in_which_order():

@@ -1,0 +1,172 @@
+"""A run as a row: what the terminal, the analysis and the dashboard read of its documents, once for all of them.
+
+A document is whatever lies in the store. Nothing here raises for one that is odd: a value of another type than it
+should have is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+from haltscale.platform.arms import arm
+from haltscale.platform.identity import digest
+from haltscale.platform.store import RunView
+
+BLOCKS = ("attention", "mlp")
+"""Groups of parameters that all lie inside of the blocks."""
+RECURRENT = (*BLOCKS, "norms")
+"""Groups that a latent step uses again; the rest (embedding, head, router) is used once per token."""
+MIDDLE_RECURS = ("mor",)
+"""Methods whose first and last block run once per token, and only those between them again."""
+RESULTS = (
+    *("tokens", "loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
+    *("passes_per_token", "flops_realised", "flops_executed", "flops_paper", "wall_seconds", "tokens_per_second"),
+)
+"""Figures of a record that are columns under their own name."""
+
+
+def number(value: object) -> float:
+    """A finite number, or NaN for anything else (null, text, a list, infinity, an integer beyond a float)."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Reals too
+        return math.nan
+    try:
+        found = float(value)
+    except OverflowError:
+        return math.nan
+    return found if math.isfinite(found) else math.nan
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A mapping, or an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def words(value: object) -> str:
+    """Text, or an empty string for a missing value."""
+    return "" if value is None else str(value)
+
+
+def figure(value: object) -> float | None:
+    """A finite number as it is, or None."""
+    return None if math.isnan(number(value)) else value  # type: ignore[return-value]
+
+
+def row(view: RunView) -> dict[str, Any]:
+    """One run: its names and state, every field of its identity and every option, and its figures where it is finished.
+
+    Returns:
+        Beside the fields of the identity under their own names (``tokens`` is what the run trained on, what it was
+        planned for is ``planned_tokens``): ``budget`` (realised FLOPs that the study planned for it, if it did),
+        ``configuration`` (a digest of the identity without the seed), ``parameters``, ``parameters_recurrent`` and
+        ``parameters_once`` (parameters that are used per pass, and per token), :data:`RESULTS`, ``easy_steps`` and
+        ``hard_steps``; of text whose need is known ``needy_accuracy``, ``needy_steps`` and ``need_rank_correlation``;
+        and ``error``. Missing figures are None.
+    """
+    record = mapping(view.record)
+    identity = mapping(record.get("identity")) or mapping(view.spec.get("identity"))
+    halting, groups = mapping(record.get("halting")), mapping(record.get("parameters"))
+    recurrent = recurrent_parameters(groups, identity)
+    whole = sum(number(count) for count in groups.values()) if groups else math.nan
+    return {
+        "run": view.label,
+        "key": view.key,
+        "state": str(view.state),
+        "method": arm(identity) or None,
+        "size": scalar(identity.get("size")),
+        "seed": scalar(identity.get("seed")),
+        **{str(n): scalar(value) for n, value in mapping(identity.get("options")).items() if n != "steps_schedule"},
+        "role": words(view.spec.get("role")) or "comparison",
+        "parameters": figure(record.get("parameters_total")),
+        "parameters_recurrent": figure(recurrent),
+        "parameters_once": figure(whole - recurrent),
+        **{name: figure(record.get(name)) for name in RESULTS},
+        "easy_steps": figure(halting.get("well_predicted_mean_steps")),
+        "hard_steps": figure(halting.get("badly_predicted_mean_steps")),
+        **_need(mapping(record.get("need"))),
+        "error": words(mapping(view.status).get("error")) or view.problem,
+        "budget": figure(identity.get("flops")),
+        "planned_tokens": figure(identity.get("tokens")) or None,
+        "configuration": configuration(identity),
+        **rest_of(identity),
+    }
+
+
+def _need(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of text whose need for latent steps is known."""
+    needy = mapping(found.get("needy"))
+    return {
+        "needy_accuracy": figure(needy.get("accuracy")),
+        "needy_steps": figure(needy.get("mean_steps")),
+        "need_rank_correlation": figure(found.get("rank_correlation")),
+    }
+
+
+SHOWN_ELSEWHERE = ("method", "size", "seed", "options", "tokens", "flops", "schema", "shape", "semantics")
+
+
+def rest_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an identity that have no column of another name."""
+    return {str(name): scalar(value) for name, value in identity.items() if name not in SHOWN_ELSEWHERE}
+
+
+def scalar(value: object) -> Any:
+    """A value that can stand in a column: a finite number, text, truth, or the text of anything else; None for null."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Real):
+        return figure(value)
+    return str(value)
+
+
+def configuration(identity: Mapping[str, Any]) -> str | None:
+    """A digest of an identity without its seed: equal where runs differ in their seed only. None without an identity
+    that has one."""
+    if not identity:
+        return None
+    try:
+        return digest({name: value for name, value in identity.items() if name != "seed"})
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def recurrent_parameters(groups: Mapping[str, Any], identity: Mapping[str, Any]) -> float:
+    """Parameters that each pass of a token uses, of a record's ``parameters`` by group; NaN where they do not say.
+
+    For most methods that is the whole stack. Where only the blocks between the first and the last recur, these count,
+    and neither does the norm behind the stack.
+    """
+    if not groups:
+        return math.nan
+    blocks = sum(number(groups.get(name)) for name in BLOCKS)
+    norms = number(groups.get("norms"))
+    if identity.get("method") not in MIDDLE_RECURS:
+        return blocks + norms
+    layers = layer_count(groups, identity)
+    if math.isnan(layers) or layers < 3:
+        return math.nan
+    return blocks * (layers - 2) / layers + norms * 2 * (layers - 2) / (2 * layers + 1)
+
+
+def layer_count(groups: Mapping[str, Any], identity: Mapping[str, Any]) -> float:
+    """Blocks of a stack, from a record's ``parameters`` by group; NaN where they do not tell.
+
+    A block has two norms of d and, where each query head has keys of its own (every size of the ladder), attention
+    matrices of 4 d^2; one norm stands behind them all. An imported model's shape stands in its identity.
+    """
+    shape = mapping(identity.get("shape")) or mapping(mapping(identity.get("init_from")).get("shape"))
+    if shape:
+        return number(shape.get("layers"))
+    norms, attention = number(groups.get("norms")), number(groups.get("attention"))
+    for layers in range(1, 1_000):
+        d, rest = divmod(norms, 2 * layers + 1)
+        if rest == 0 and 4 * layers * d * d == attention:
+            return float(layers)
+    return math.nan
+
+
+def rows(views: Iterable[RunView]) -> list[dict[str, Any]]:
+    """A row for each run."""
+    return [row(view) for view in views]

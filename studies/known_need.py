@@ -1,0 +1,73 @@
+"""Known need: is a router's choice of where to spend latent steps worth anything, on text with a known answer?
+
+Chained look-ups: the answer to ``k?c`` takes k latent steps by construction, and no other token takes any
+(`platform/corpora/known_need.py`). Arms at equal size and tokens: the plain model; the plain model with as many FLOPs;
+adaptive; and its replay controls, which take the same numbers of steps blindly. On the twin, with the same surface and
+no need, all must tie. If the instrument could not see the first, or saw something in the second, no verdict on
+English would count.
+
+The paper's own router does not find the need (docs/controls.md says why). What does: depth first, then gates
+that learn from labels, whether a step lowered the loss of the token.
+"""
+
+from haltscale.platform.api import ChainedLookups, ExecutionConfig, RunConfig, Study, Sweep, controls, grid, known_need
+
+LOOKUPS = ChainedLookups(symbols=6, most=2, questions=12)
+STEPS, BATCH = 1000, 64
+SEEDS = (0, 1, 2)
+LEARNS = {
+    "mixture": "last",  # one state is read, so that what the gates decide is what happens
+    "gate_target": "gain",
+    "gain_margin": 0.05,
+    "router": "mlp",
+    "router_detached": True,
+    "depth_growth": 0.3,  # one step more after each tenth of the budget: hops are found one after the other
+    "gate_warmup": 0.6,  # full depth, every state trained; the gates learn their labels beside it
+    "warmup_loss": "every",
+    "halting_rule": "gate",
+    "tau": 0.5,
+    "lam": 0.0,
+}
+BASE = RunConfig(
+    size="1x64x16",  # one layer that looks up once a pass, and too small an MLP to know all cycles by heart
+    tokens=STEPS * BATCH * LOOKUPS.length,
+    context=LOOKUPS.length,
+    batch_tokens=BATCH * LOOKUPS.length,
+    learning_rate=5e-3,
+    warmup_fraction=0.05,
+    weight_decay=0.01,
+    adam_beta2=0.98,
+)
+
+
+def sweep(seeds: tuple[int, ...] = SEEDS) -> Sweep:
+    """The arms; each seed is a pair across them, with one order of the text."""
+    learned = grid(method="adaptive", l_max=LOOKUPS.most, seed=seeds, **LEARNS)
+    plain = grid(method="vanilla", seed=seeds)
+    return plain + learned + controls(of=learned, kinds=["shuffled", "fixed", "dense"])
+
+
+def study(*, needed: bool = True, seeds: tuple[int, ...] = SEEDS) -> Study:
+    """The study; ``python -m haltscale.studies.known_need`` runs it.
+
+    Args:
+        needed: False: on the twin.
+        seeds: of weights and data order.
+    """
+    lookups = LOOKUPS if needed else ChainedLookups(symbols=6, most=2, questions=12, needed=False)
+    return Study(
+        name="known-need" if needed else "known-need-twin",
+        question=(
+            "Where the need for latent steps is known, does the router put them there, and is that what they are worth?"
+            if needed
+            else "Where no token needs a latent step, does the router take none, and do all arms tie?"
+        ),
+        corpus=known_need(documents=40_000, validation_documents=400, lookups=lookups),
+        base=BASE,
+        sweep=sweep(seeds),
+        execution=ExecutionConfig(micro_batch_sequences=BATCH, evaluations=5, checkpoints=1),
+    )
+
+
+if __name__ == "__main__":
+    study().main()
