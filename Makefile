@@ -52,7 +52,7 @@ test-slow: $(VENV)/.installed-dev browser ## run the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 fuzz: $(VENV)/.installed-dev ## search for failures for a night (FUZZ_EXAMPLES=200 for a few minutes)
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --timeout=0
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0
 
 bench: $(VENV)/.installed-dev ## measure everything and write benchmarks/RESULTS.md (GROUPS="models data" for some)
 	@$(PIP_INSTALL) --no-deps $(LITGPT) || echo "litgpt cannot be installed: it will not be measured"

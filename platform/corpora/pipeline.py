@@ -86,7 +86,7 @@ class Preparation:
             CorpusError: some have changed since.
         """
         for name, source in self.corpus.sources.items():
-            if source.is_local and replace(source).identity() != source.identity():
+            if source.has_local_files and replace(source).identity() != source.identity():
                 changed = f"source {name} has changed while it was prepared: prepare the corpus again"
                 raise CorpusError(self.corpus.name, [changed])
 

@@ -342,7 +342,7 @@ class Source:
     def _contents(self) -> str:
         """Digest of the contents. Local files are hashed (once, until they change); remote ones are known by the
         checksum, ETag or version that their filesystem tells, so that nothing is downloaded for it."""
-        if self.kind is Format.HUGGING_FACE and not self._is_local_dataset:
+        if self.kind is Format.HUGGING_FACE and not self.has_local_files:
             from huggingface_hub import HfApi  # only here is a network needed
 
             try:
@@ -355,8 +355,9 @@ class Source:
         return digest({file.name: _remote_version(self._filesystem[0], file) for file in self.files}, length=64)
 
     @property
-    def _is_local_dataset(self) -> bool:
-        return bool(self._filesystem[0].isdir(self.path))
+    def has_local_files(self) -> bool:
+        """Whether its files are on this machine; a dataset may also be a name on the Hub, which looks like a path."""
+        return self.is_local and (self.kind is not Format.HUGGING_FACE or os.path.isdir(self.path))
 
     def _local_contents(self) -> dict[str, str]:
         """SHA-256 of each file; kept in the home folder by size and modification time, as git does.
@@ -399,7 +400,7 @@ class Source:
 
     def stamp(self, shard: Shard) -> str:
         """Of a shard's local files, size and time of modification; a kept shard of files that changed is not used."""
-        if not self.is_local:
+        if not self.has_local_files:
             return ""
         stats = [os.stat(file.url) for file in shard.files]
         return digest([[found.st_size, found.st_mtime_ns] for found in stats], length=16)

@@ -9,6 +9,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -366,6 +368,28 @@ def test_links_to_nowhere_pipes_and_circles(tmp_path):
     assert "pipe.txt is no regular file" in message
     with pytest.raises(CorpusError, match=r"gone\.txt"):
         _ = corpus_of(path).fingerprint
+
+
+def test_the_hub_is_asked_once_for_a_datasets_commit(monkeypatch):
+    """A name on the Hub looks like a path, but there are no local files that could change while it is prepared."""
+    asked = []
+
+    class Commit:
+        sha = "c0ffee"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: asked.append(1) or Commit)
+    rows = datasets.Dataset.from_dict({"text": [document(n) for n in range(8)]}).to_iterable_dataset()
+    monkeypatch.setattr(Source, "load_hugging_face", lambda _: rows)
+    corpus = corpus_of("organisation/name", format="hugging-face")
+    assert prepare(corpus, 32).counts["train_documents"] == 5
+    assert len(asked) == 1
+
+
+def test_text_in_utf16_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(8):
+        (tmp_path / "texts" / f"{number}.txt").write_bytes(document(number).encode("utf-16"))
+    assert "it looks like UTF-16" in refusal(corpus_of(tmp_path / "texts"))
 
 
 def test_names_that_are_no_utf8(tmp_path):
