@@ -124,8 +124,9 @@ class AdaptiveOptions(SourceOptions):
     """What teaches the gates."""
     gain_margin: float = 0.0
     """Nats that a step has to gain to be labelled worth it: the price of a step where gates learn from labels."""
-    gain_weight: float = 1.0
-    """Weight of the labels' cross-entropy, which is a sum over a token's executed steps."""
+    gain_weight: float = 0.1
+    """Weight of the labels' cross-entropy, which is a sum over a token's executed steps. Small, so that its gradient
+    does not use up the norm at which all gradients together are clipped; Adam's steps do not depend on it otherwise."""
     gate_warmup: float = 0.0
     """Share of the training budget in which all gates count as 1: every position takes all steps, the last state is
     read, nothing presses. Gates that learn from labels do so from the start; others stay at router_bias until then."""
@@ -188,7 +189,7 @@ class AdaptiveOptions(SourceOptions):
         if self.explore:
             idle.pop("steps_seed", None)
         if not self.gate_target.labels:
-            idle |= {"gain_margin": 0.0, "gain_weight": 1.0}
+            idle |= {"gain_margin": 0.0, "gain_weight": 0.1}
         if not self.gate_warmup:
             idle["warmup_loss"] = WarmupLoss.LAST
         return replace(self, **idle)

@@ -22,10 +22,10 @@ class UsageError(ValueError):
 
 
 EXAMPLES = {
-    "evaluate": "haltscale evaluate quickstart/adaptive-0.6m --tasks lambada,piqa --controls --dial",
-    "generate": 'haltscale generate quickstart/adaptive-0.6m "The state of the union"',
-    "serve": "haltscale serve quickstart/adaptive-0.6m --port 8300",
-    "export": "haltscale export quickstart/adaptive-0.6m ./exported",
+    "evaluate": "haltscale evaluate state-of-the-union/adaptive-0.6m --tasks lambada,piqa --controls --dial",
+    "generate": 'haltscale generate state-of-the-union/adaptive-0.6m "The state of the union"',
+    "serve": "haltscale serve state-of-the-union/adaptive-0.6m --port 8300",
+    "export": "haltscale export state-of-the-union/adaptive-0.6m ./exported",
 }
 MODEL_HELP = (
     "STUDY/RUN in the store (the beginning of a run's key will do); STUDY/RUN@STEP or STUDY/RUN@latest for a training"
@@ -157,6 +157,7 @@ COLUMNS = {
     "flops_realised": "FLOPs/token",
     "seconds": "s/token",
     "own": "trained with",
+    "minus_learned": "minus learned",
 }
 """What the terminal shows of controls and dial; the rest is in the JSON."""
 
@@ -172,19 +173,24 @@ def _show(name: str, result: dict[str, Any]) -> None:
         columns = [key for key in COLUMNS if key in rows[0]]
         table = Table(*(COLUMNS[key] for key in columns), title=Text(name), title_justify="left")
         for row in rows:
-            table.add_row(*(Text(_number(row[key])) for key in columns))
+            shown = (_gap(row[key]) if key == "minus_learned" else _number(row[key]) for key in columns)
+            table.add_row(*map(Text, shown))
     else:
         table = Table("", "value", title=Text(name), title_justify="left", show_header=False)
         for key, value in result.items():
             if isinstance(value, int | float | str):
                 table.add_row(Text(key.replace("_", " ")), Text(_number(value)))
     Console().print(table)
-    for row in result.get("arms", ()):
-        if gap := row["minus_learned"]:
-            told = f"{row['name']} minus learned: {gap['mean']:+.4f} nats"
-            if gap["low"] is not None:
-                told += f", 95 % from {gap['low']:+.4f} to {gap['high']:+.4f} ({gap['documents']} documents)"
-            print(told)
+    if documents := result.get("tokens_by_document"):
+        print(f"intervals: 95 %, by a bootstrap over {len(documents)} documents")
+
+
+def _gap(gap: dict[str, Any] | None) -> str:
+    """A paired difference with its interval, where there is one."""
+    if gap is None:
+        return ""
+    ends = "" if gap["low"] is None else f" [{gap['low']:+.4f}, {gap['high']:+.4f}]"
+    return f"{gap['mean']:+.4f}{ends}"
 
 
 def _number(value: Any) -> str:

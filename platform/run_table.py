@@ -62,7 +62,8 @@ def row(view: RunView) -> dict[str, Any]:
         planned for is ``planned_tokens``): ``budget`` (realised FLOPs that the study planned for it, if it did),
         ``configuration`` (a digest of the identity without the seed), ``parameters``, ``parameters_recurrent`` and
         ``parameters_once`` (parameters that are used per pass, and per token), :data:`RESULTS`, ``easy_steps`` and
-        ``hard_steps``, and ``error``. Missing figures are None.
+        ``hard_steps``; of text whose need is known ``needy_accuracy``, ``needy_steps`` and ``need_rank_correlation``;
+        and ``error``. Missing figures are None.
     """
     record = mapping(view.record)
     identity = mapping(record.get("identity")) or mapping(view.spec.get("identity"))
@@ -84,11 +85,22 @@ def row(view: RunView) -> dict[str, Any]:
         **{name: figure(record.get(name)) for name in RESULTS},
         "easy_steps": figure(halting.get("well_predicted_mean_steps")),
         "hard_steps": figure(halting.get("badly_predicted_mean_steps")),
+        **_need(mapping(record.get("need"))),
         "error": words(mapping(view.status).get("error")) or view.problem,
         "budget": figure(identity.get("flops")),
         "planned_tokens": figure(identity.get("tokens")) or None,
         "configuration": configuration(identity),
         **rest_of(identity),
+    }
+
+
+def _need(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of text whose need for latent steps is known."""
+    needy = mapping(found.get("needy"))
+    return {
+        "needy_accuracy": figure(needy.get("accuracy")),
+        "needy_steps": figure(needy.get("mean_steps")),
+        "need_rank_correlation": figure(found.get("rank_correlation")),
     }
 
 

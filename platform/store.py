@@ -16,7 +16,7 @@
             checkpoints/           training checkpoints, one folder a step, one shard a rank (see checkpoints.py)
             evaluations/<name>.json        later evaluations of the finished model: tasks, controls, dial, corpora
             evaluations/step-<step>/<name>.json    the same of a training checkpoint
-            model/                 the finished model: model.safetensors, config.json, tokenizer.json
+            model/                 the finished model: safetensors, its config, tokenizer, tokenizer_config.json
             record.json            the result; written last and atomically. A run without it is unfinished.
 
 The root is a local folder or any fsspec URL (``s3://bucket/runs``). Every JSON document carries ``schema``; a reader

@@ -76,8 +76,9 @@ def drivers(script: str) -> list[psutil.Process]:
 
 
 def training_workers() -> list[psutil.Process]:
-    """The processes of this machine in which a model is trained."""
-    return [process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process)]
+    """The processes of this machine in which a model is trained: Ray Train's, or a trial's own."""
+    titles = ("RayTrainWorker", "ray::_trial_here")
+    return [process for process in psutil.process_iter() if any(title in command_line(process) for title in titles)]
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:

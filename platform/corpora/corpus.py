@@ -115,6 +115,8 @@ class Corpus:
 
     def problems(self) -> list[str]:
         """Everything that a glance shows would stop the corpus from being prepared."""
+        if wrong := self._type_problems():
+            return [printable(f"corpus {self.name}: {problem}") for problem in wrong]
         found = [f"tokenizer: {problem}" for problem in self.tokenizer.problems()]
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
             found.append(f"name {self.name!r} names a folder: use letters, digits, '-', '_' and '.'")
@@ -144,6 +146,25 @@ class Corpus:
                 found += self._too_few(name, [file.name for file in source.files])
         return [printable(f"corpus {self.name}: {problem}") for problem in found]
 
+    def _type_problems(self) -> list[str]:
+        """Fields that hold something of another type than they should."""
+        whole_numbers = {name: getattr(self, name) for name in ("validation_documents", "probe_characters")}
+        found = [
+            f"{name} must be a whole number (got {value!r})"
+            for name, value in whole_numbers.items()
+            if not isinstance(value, int) or isinstance(value, bool)
+        ]
+        for name, value in (("name", self.name), ("probe_document", self.probe_document)):
+            if not isinstance(value, str):
+                found.append(f"{name} must be a text (got {value!r})")
+        if not isinstance(self.sources, Mapping) or not all(
+            isinstance(name, str) and isinstance(source, Source) for name, source in self.sources.items()
+        ):
+            found.append(f"sources must be Source objects by name (got {self.sources!r})")
+        if not isinstance(self.tokenizer, BytePairs | Pretrained):
+            found.append(f"tokenizer must be BytePairs or Pretrained (got {self.tokenizer!r})")
+        return found
+
     def _too_few(self, source: str, names: list[str]) -> list[str]:
         found = []
         needed = self.validation_documents + 2
@@ -162,6 +183,8 @@ class Corpus:
         Raises:
             CorpusError: files or the tokenizer cannot be read.
         """
+        if wrong := self._type_problems():
+            raise CorpusError(self.name, wrong)
         sources, problems = {}, []
         for name, source in self.sources.items():
             try:

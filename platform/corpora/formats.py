@@ -213,9 +213,11 @@ def _repeated(text: str, fields: tuple[str, ...]) -> str | None:
 
 def _read_csv(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
     (file,) = shard.files
-    delimiter = source.delimiter or ("\t" if ".tsv" in file.name.lower() else ",")
+    delimiter = source.delimiter or ("\t" if ".tsv" in file.name.rsplit("/", 1)[-1].lower() else ",")
     with named_errors(file), source.open(file) as stream:
         first = read_at_most(stream, max(CHUNK_BYTES, len(BOM)))
+        if not first:
+            counted["empty_file"] += 1
         unmarked = _without_bom(first, 0, counted)
         scanner = CsvScanner(
             itertools.chain([unmarked], iter(lambda: stream.read(CHUNK_BYTES), b"")),
@@ -406,6 +408,8 @@ def _lines(source: Readable, file: File, shard: Shard, counted: Counter[str]) ->
             else:
                 parts = []
             offset += len(chunk)
+        if not offset:
+            counted["empty_file"] += 1
         if own and held > source.longest_document_bytes:
             counted["too_long"] += 1
         elif own and held:

@@ -114,7 +114,11 @@ def _enough_for(batch: int, prepared: PreparedCorpus) -> PreparedCorpus:
 
 
 def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, stop: threading.Event) -> PreparedCorpus:
-    folder = corpus.cache(context)
+    try:
+        folder = corpus.cache(context)
+    except CorpusError:
+        _refuse(corpus)  # with everything that is wrong
+        raise
 
     def there() -> PreparedCorpus | None:
         prepared = _opened(corpus, context)
@@ -122,8 +126,7 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
 
     if prepared := there():
         return prepared
-    if problems := corpus.problems():
-        raise CorpusError(corpus.name, [problem.removeprefix(f"corpus {corpus.name}: ") for problem in problems])
+    _refuse(corpus)
     try:
         with _alone(folder, stop):
             if prepared := there():  # another process may have been faster
@@ -142,6 +145,12 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
         message = f"the cache {folder.parent} cannot be written ({error.strerror}): free space, or point"
         kept = "HALTSCALE_HOME elsewhere; what is finished is kept, and preparing again goes on from there"
         raise CorpusError(corpus.name, [f"{message} {kept}"]) from error
+
+
+def _refuse(corpus: Corpus) -> None:
+    if problems := corpus.problems():
+        prefix = f"corpus {corpus.name}: "
+        raise CorpusError(corpus.name, [problem.removeprefix(prefix) for problem in problems])
 
 
 def _opened(corpus: Corpus, context: int) -> PreparedCorpus | None:

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 Uint32 = npt.NDArray[np.uint32]
 Result = dict[str, Any]
 
-ALTERED = ("replaced_utf8", "byte_order_mark", "unknown_tokens", "dropped_characters")
-"""What is counted of documents that are kept; everything else that is counted is left out."""
+ALTERED = ("replaced_utf8", "byte_order_mark", "unknown_tokens", "dropped_characters", "empty_file")
+"""What is counted beside documents that are left out: these are kept, or are none."""
 LEAST_TOKENS = 2
 """A shorter document is skipped and counted as ``too_short``."""
 BATCH_CHARACTERS = 1 << 20

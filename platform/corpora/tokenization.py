@@ -47,7 +47,13 @@ class BytePairs:
     """It is trained on about so many bytes: the beginnings of up to 16 shards of each source, evenly spread."""
 
     def problems(self) -> list[str]:
-        found = []
+        found = [
+            f"{name} must be a whole number (got {value!r})"
+            for name, value in (("vocab_size", self.vocab_size), ("sample_bytes", self.sample_bytes))
+            if not isinstance(value, int) or isinstance(value, bool)
+        ]
+        if found:
+            return found
         if self.vocab_size < 257:
             found.append(f"vocab_size is {self.vocab_size}; 256 bytes and end-of-text need 257")
         if self.sample_bytes < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,15 +85,15 @@ class NeedTally:
         most = max(steps for _, steps in self._cells)
         rows = []
         for need in sorted({need for need, _ in self._cells}):
-            row = self._over(lambda n, need=need: n == need)
+            row = self._over({need})
             assert row is not None
             counts = [self._cells.get((need, steps), np.zeros(3))[0] for steps in range(most + 1)]
             row["steps_histogram"] = [float(count / sum(counts)) for count in counts]
             rows.append({"need": None if need == UNPREDICTABLE else need, **row})
-        return {"by_need": rows, "rank_correlation": self._rank_correlation(), "needy": self._over(lambda n: n > 0)}
+        return {"by_need": rows, "rank_correlation": self._rank_correlation(), "needy": self._over(range(1, 100))}
 
-    def _over(self, wanted: Callable[[int], bool]) -> dict[str, Any] | None:
-        cells = {key: cell for key, cell in self._cells.items() if wanted(key[0])}
+    def _over(self, needs: Collection[int]) -> dict[str, Any] | None:
+        cells = {key: cell for key, cell in self._cells.items() if key[0] in needs}
         if not cells:
             return None
         tokens, correct, nats = np.sum(list(cells.values()), axis=0).tolist()

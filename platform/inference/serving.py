@@ -1,6 +1,6 @@
 r"""A completion server for one model, in the words of OpenAI's API, on loopback alone.
 
-    haltscale serve quickstart/adaptive-0.6m
+    haltscale serve state-of-the-union/adaptive-0.6m
     curl http://127.0.0.1:8300/v1/completions -H 'Content-Type: application/json' \
         -d '{"prompt": "The state of", "max_tokens": 20}'
 

@@ -1,4 +1,4 @@
-"""Ray Train: one run, trained by a group of workers, from its spec to its record.
+"""One run from its spec to its record: by a group of Ray Train's workers, or in the process that asks.
 
 One of the few modules that import Ray. The worker function ties the parts together; each of them also works without
 Ray. A run goes on from its last checkpoint by itself: after a worker's death, and in a new job after the driver's.
@@ -6,9 +6,11 @@ Ray. A run goes on from its last checkpoint by itself: after a worker's death, a
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,43 @@ def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
     trainer.fit()
 
 
+def resources_here(execution: ExecutionConfig) -> dict[str, float] | None:
+    """What a process must hold of its node to train a run by itself (:func:`fit_here`); None for runs of several
+    workers, which need :func:`fit`."""
+    if execution.workers > 1:
+        return None
+    held = {"cpu": execution.cpus_per_worker - RESERVED_CPUS}
+    return held | ({"gpu": execution.gpus_per_worker} if execution.gpus_per_worker else {})
+
+
+def fit_here(spec: RunSpec, *, report: Callable[[dict[str, Any]], object]) -> None:
+    """Train one run of one worker in this very process, to its record: no controller, no group of workers, and torch
+    and DeepSpeed are imported once for all runs of the process. The result is that of :func:`fit`, to the last bit.
+
+    A run that raises is tried again from its last checkpoint, ``max_failures`` times. If the process dies, whoever
+    started it calls again in another one; the run goes on from its last checkpoint then too.
+
+    Args:
+        spec: the run.
+        report: told at every checkpoint its ``step``, and at every evaluation of a tuning run also ``share`` and
+            ``loss``.
+    """
+    execution = ExecutionConfig.from_dict(spec.execution)
+    if execution.workers > 1:
+        raise ValueError(f"workers must be 1 to train in one process (got {execution.workers}): use fit")
+    node = ray.get_runtime_context().get_node_id()
+    for left in reversed(range(execution.max_failures + 1)):
+        try:
+            _train_run(spec, Surroundings(rank=0, world=1, report=report, nodes=lambda: [node]))
+            return
+        except Exception:
+            if not left:
+                raise
+            log.exception("%s: failed; trying again from its last checkpoint, %d times more", spec.label, left)
+        finally:
+            gc.collect()  # DeepSpeed's engine is full of cycles, and the next run needs its memory
+
+
 def _nodes(world: int) -> list[str]:
     """The Ray node of each rank."""
     nodes = [""] * world
@@ -111,10 +150,35 @@ def _nodes(world: int) -> list[str]:
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
-    """What every worker of a run does."""
-    spec = RunSpec(**config)
+    """What every worker of a group does."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    surroundings = Surroundings(
+        rank=rank,
+        world=world,
+        report=ray.train.report,
+        nodes=partial(_nodes, world),
+        is_preempted=lambda: ray.train.get_preemption_info() is not None,
+    )
+    _train_run(RunSpec(**config), surroundings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a run asks of whatever it runs in."""
+
+    rank: int
+    world: int
+    report: Callable[[dict[str, Any]], object]
+    """Told by all ranks at the same places."""
+    nodes: Callable[[], list[str]]
+    """Where each rank is; all ranks ask at once, when their process group is open."""
+    is_preempted: Callable[[], bool] = lambda: False
+    """Whether this node will be taken away; all ranks ask at once."""
+
+
+def _train_run(spec: RunSpec, around: Surroundings) -> None:
+    rank = around.rank
     run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
     torch.set_num_threads(execution.cpus_per_worker)
     corpus = PreparedCorpus.open(Path(spec.corpus_folder), spec.corpus_weights)
@@ -127,7 +191,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     recorder.own()
     torch.distributed.barrier()  # no rank looks for checkpoints while an earlier attempt may still write one
     try:
-        _train(spec, run, execution, corpus, recorder, rank=rank, world=world)
+        _train(spec, run, execution, corpus, recorder, around)
     except TrainingDivergedError as diverged:
         recorder.fail(str(diverged), state=RunState.DIVERGED, cause=Cause.PERMANENT)
     except RunCappedError as capped:
@@ -145,12 +209,10 @@ def _train(
     execution: ExecutionConfig,
     corpus: PreparedCorpus,
     recorder: RunRecorder,
-    *,
-    rank: int,
-    world: int,
+    around: Surroundings,
 ) -> None:
     """Train from the newest checkpoint to the record."""
-    store = recorder.store
+    rank, world, store = around.rank, around.world, recorder.store
     checkpoints = Checkpoints(store, spec.study, spec.key, rank=rank, world=world)
     model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
     branch = (
@@ -158,7 +220,7 @@ def _train(
     )
     parent, saved = branch or ("", None)
     engine, progress = start(model, run, execution, checkpoints, saved)
-    recorder.begin(progress.step, share(run, progress.spent), nodes=_nodes(world), parent=parent)
+    recorder.begin(progress.step, share(run, progress.spent), nodes=around.nodes(), parent=parent)
     is_preempted = False
 
     def prune(progress: Progress) -> None:
@@ -172,14 +234,14 @@ def _train(
         if is_preempted:
             checkpoints.wait()
         prune(progress)
-        ray.train.report({"step": progress.step})
+        around.report({"step": progress.step})
 
     def evaluate(progress: Progress) -> None:
         with readable(engine) as (whole, shared):
             together = {"rank": rank, "world": world} if shared else {}
             row = evaluate_run(whole, corpus, run, progress, recorder, **together).row
         if spec.role == "tuning":  # for the scheduler, which may end the run here
-            ray.train.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
+            around.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
 
     def batches() -> Iterator[Batch]:
         first = progress.step
@@ -201,7 +263,7 @@ def _train(
         nonlocal is_preempted
         recorder.log(row, share(run, progress.spent), events=progress.events)
         write(row)
-        is_preempted = ray.train.get_preemption_info() is not None  # asks all ranks, as this is called on all
+        is_preempted = around.is_preempted()
 
     hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
     sinks = open_sinks(

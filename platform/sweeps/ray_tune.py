@@ -34,6 +34,7 @@ from ray.tune.integration.ray_train import TuneReportCallback  # noqa: E402
 
 from haltscale.platform.corpora import ray_data  # noqa: E402
 from haltscale.platform.corpora.corpus import PreparedCorpus  # noqa: E402
+from haltscale.platform.execution import ExecutionConfig  # noqa: E402
 from haltscale.platform.recorder import RunRecorder  # noqa: E402
 from haltscale.platform.runs import ray_train  # noqa: E402
 from haltscale.platform.store import ENDED, RunState, RunStore, haltscale_home  # noqa: E402
@@ -157,8 +158,9 @@ def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving 
         grace_period=halving.first,
         reduction_factor=halving.factor,
     )
+    here = ray_train.resources_here(ExecutionConfig.from_dict(specs[0].execution))
     tuner = tune.Tuner(
-        tune.with_resources(_trial, {"cpu": TRIAL_CPUS}),
+        tune.with_resources(_trial_here, here) if here else tune.with_resources(_trial, {"cpu": TRIAL_CPUS}),
         param_space={"spec": tune.grid_search([spec.to_dict() for spec in specs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrency,
@@ -169,7 +171,7 @@ def _tune(specs: list[ray_train.RunSpec], *, concurrency: int, halving: Halving 
         run_config=tune.RunConfig(
             name=f"{specs[0].study}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(haltscale_home() / "tune"),
-            # A trial records its own failures; what Tune sees fail is the death of a trial's driver, or of its node.
+            # A trial records its own failures; what Tune sees fail is the death of its process, or of its node.
             failure_config=tune.FailureConfig(max_failures=specs[0].execution["max_failures"]),
             verbose=0,
         ),
@@ -188,12 +190,32 @@ def _trial_name(trial: Any) -> str:
 
 
 def _trial(config: dict[str, Any]) -> dict[str, Any] | None:
-    """One trial: drives one Ray Train run. A failure is recorded in the run's own folder, where it belongs."""
+    """One trial: drives one Ray Train run of several workers."""
     spec = ray_train.RunSpec(**config["spec"])
-    try:
+    with _failures_recorded(spec):
         ray_train.fit(spec, callbacks=[TuneReportCallback()])
+    return _ended(spec)
+
+
+def _trial_here(config: dict[str, Any]) -> dict[str, Any] | None:
+    """One trial: trains a run of one worker in this process, which trains the next one afterwards."""
+    spec = ray_train.RunSpec(**config["spec"])
+    with _failures_recorded(spec):
+        ray_train.fit_here(spec, report=tune.report)
+    return _ended(spec)
+
+
+@contextlib.contextmanager
+def _failures_recorded(spec: ray_train.RunSpec) -> Iterator[None]:
+    """A failure is recorded in the run's own folder, where it belongs; the other trials go on."""
+    try:
+        yield
     except Exception as error:
+        log.exception("%s failed", spec.label)
         _record_failure(spec, error)
+
+
+def _ended(spec: ray_train.RunSpec) -> dict[str, Any] | None:
     if RunStore(spec.store).run(spec.study, spec.key).state is RunState.FINISHED:
         return None
     return {"failed": True, "loss": math.inf, "share": 1.0}  # to a scheduler, as bad as can be

@@ -71,7 +71,8 @@ def test_evaluate_writes_what_it_prints(store, run_folder, prepared, tmp_path, c
     for name, result in printed.items():
         assert {key: stored[name][key] for key in result} == result
     shown = call(capsys, *arguments, "--controls")
-    assert "shuffled minus learned" in shown
+    assert "minus learned" in shown
+    assert re.search(r"posthoc-change .*[+-]0\.\d{4} \[", shown)
     assert "gold bits per byte" in shown
 
 

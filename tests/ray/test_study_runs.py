@@ -16,10 +16,11 @@ import pytest
 from toys import write_study, write_texts
 
 from haltscale.platform import cluster
-from haltscale.platform.corpora.corpus import PreparedCorpus, sotu
+from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.order import global_batches
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training.progress import Progress
+from haltscale.studies import known_need
 
 from jobs import command_line, drivers, environment, run, submit, training_workers, wait_for
 from looping import timeless
@@ -169,26 +170,29 @@ def test_all_errors_at_once_and_nothing_starts(head: cluster.Head, tmp_path: Pat
 def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
     store = RunStore()
     views = list(store.runs("quickstart"))
-    assert [view.state for view in views] == [RunState.FINISHED] * 6
-    assert "not the paper's gain" in quickstart
+    assert [view.state for view in views] == [RunState.FINISHED] * 5
+    assert "one or two latent steps by construction" in quickstart
+    assert "rank" in quickstart
     assert "haltscale dashboard" in quickstart
     promised = {
         *("tokens", "passes_per_token", "flops_realised", "flops_paper", "wall_seconds", "tokens_per_second"),
-        *("versions", "git_commit", "loss", "perplexity", "bits_per_byte", "mean_steps", "steps_histogram"),
+        *("versions", "git_commit", "loss", "perplexity", "bits_per_byte", "mean_steps", "steps_histogram", "need"),
     }
     for view in views:
         assert promised <= set(view.record)
-        assert view.record["tokens"] == 8192
+        steps = view.record["steps"]
+        assert view.record["tokens"] == steps * known_need.BASE.batch_tokens
         assert view.record["versions"]["torch"]
         assert sum(view.record["steps_histogram"]) == pytest.approx(1)
         assert Path(store.path("quickstart", view.key, "model", "model.safetensors")).exists()
         assert list(Path(store.path("quickstart", view.key, "checkpoints")).glob("step-*"))
         evaluations = store.evaluations("quickstart", view.key)
-        assert evaluations["step"].tolist() == [8] == store.probe_steps("quickstart", view.key)
-        assert store.halting_steps("quickstart", view.key) == [8]
-        assert store.halting_cube("quickstart", view.key, 8)["tokens"].sum() == view.record["tokens_evaluated"]
-        probe = store.probe("quickstart", view.key, 8)
+        assert evaluations["step"].tolist() == [steps] == store.probe_steps("quickstart", view.key)
+        assert store.halting_steps("quickstart", view.key) == [steps]
+        assert store.halting_cube("quickstart", view.key, steps)["tokens"].sum() == view.record["tokens_evaluated"]
+        probe = store.probe("quickstart", view.key, steps)
         assert (probe["exit"].map(sum) - 1).abs().max() < 1e-3
+        assert {row["need"] for row in view.record["need"]["by_need"]} == {None, 0, 1, 2}
         adaptive = view.record["identity"]["method"] == "adaptive"
         assert (view.record["passes_per_token"] > 1) is adaptive
 
@@ -196,12 +200,13 @@ def test_quickstart_leaves_what_it_promises(quickstart: str) -> None:
 def test_every_run_saw_the_same_sequences_in_the_same_order(quickstart: str) -> None:
     store = RunStore()
     records = [view.record for view in store.runs("quickstart")]
-    corpus = PreparedCorpus.open(sotu(vocab_size=4096).cache(256))
+    corpus = PreparedCorpus.open(known_need.study().corpus.cache(known_need.LOOKUPS.length))
     assert corpus is not None
-    expected = Progress()
-    for ids in global_batches(seed=0, mixture=corpus.mixture, batch=4, first_step=0, steps=8):
-        expected.saw(ids)
-    assert {record["sequence_digest"] for record in records} == {expected.sequence_digest}
+    for steps in {record["steps"] for record in records}:
+        expected = Progress()
+        for ids in global_batches(seed=0, mixture=corpus.mixture, batch=known_need.BATCH, first_step=0, steps=steps):
+            expected.saw(ids)
+        assert {r["sequence_digest"] for r in records if r["steps"] == steps} == {expected.sequence_digest}
 
 
 def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> None:

@@ -23,13 +23,15 @@ RUNS = {
     "isoflop": 5 * 4 * 3,
     "main_comparison": 2 * (8 + 2 + 2 * 4),
     "main_ladder": 3 * (8 + 2 + 2 * 4),
-    "quickstart": 6,
+    "known_need": 3 * (2 + 3),
+    "quickstart": 2 + 3,
     # 15 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
     # the fixed control of each adaptive run, and the 26 other settings at one point.
     "reference": 15 * len({*reference.rates()} - {"fixed"}) + 15 * 2 - 6 * ("mor" in reference.rates()) + 26,
     "reference_tuning": 9 * 4 + 10 * 3 + 3 + 5,
     "router_ablation": 3 * (1 + 2 + 1) + 3 * 2,
     "seed_noise": 3 * 2 * 8,
+    "state_of_the_union": 6,
     "tau_sweep": 1 + 3,
 }
 """Runs and controls of each study."""

@@ -20,7 +20,7 @@ from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpu
 from haltscale.platform.corpora.formats import Format
 from haltscale.platform.corpora.prepare import prepare
 from haltscale.platform.corpora.sources import Source
-from haltscale.platform.corpora.tokenization import Pretrained
+from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 
 
 def document(number: int) -> str:
@@ -416,6 +416,44 @@ def test_a_choice_in_words_is_the_choice(tmp_path):
         "invalid_utf8 must be one of error, replace (got 'ignore')"
         in Source(path="/x", invalid_utf8="ignore").problems()
     )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": 3},
+        {"validation_documents": "2"},
+        {"validation_documents": True},
+        {"probe_characters": 2.5},
+        {"probe_document": None},
+        {"sources": ["/data"]},
+        {"sources": {"s": "/data"}},
+        {"tokenizer": "bytes"},
+    ],
+)
+def test_a_field_of_another_type_is_a_sentence(tmp_path, wrong):
+    values = {"name": "x", "sources": {"s": Source(path=tmp_path)}, "tokenizer": Pretrained(name="bytes"), **wrong}
+    (problem,) = Corpus(**values).problems()
+    assert f"{next(iter(wrong))} must be " in problem
+    assert " must be " in refusal(Corpus(**values))
+
+
+def test_preparing_says_everything_that_is_wrong_at_once(tmp_path):
+    sources = {"a": Source(path=tmp_path / "nowhere"), "b": Source(path="relative")}
+    corpus = Corpus(name="x", sources=sources, tokenizer=BytePairs(vocab_size="many"), validation_documents=2)
+    message = refusal(corpus)
+    assert "vocab_size must be a whole number (got 'many')" in message
+    assert "nowhere does not exist" in message
+    assert "path 'relative' is not an absolute path" in message
+
+
+def test_files_without_a_byte_are_counted(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(b"")
+    lines = "".join(json.dumps({"text": document(n)}) + "\n" for n in range(8))
+    (tmp_path / "texts" / "c.jsonl").write_text(lines)
+    assert counts_of(prepare(corpus_of(tmp_path / "texts"), 32))["altered"] == {"empty_file": 2}
 
 
 # ---- stale and half-written caches ----------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 
 from haltscale.model import Method, probing
 from haltscale.model.posthoc import Score, Threshold
-from haltscale.platform.corpora.corpus import HeldOutDocument
+from haltscale.platform.corpora.corpus import HeldOutDocument, PreparedCorpus
 from haltscale.platform.evaluation.controls import best_steps, control, dial, first_tokens
+from haltscale.platform.evaluation.evaluation_jobs import training_text
 from haltscale.platform.evaluation.held_out import batches, read_batch, read_documents
 from haltscale.platform.inference.models import load_model
 
@@ -203,3 +206,21 @@ def test_a_model_that_always_goes_on_has_no_rank_correlation(model, texts):
         model.latent_loop.routers[0].score.weight.zero_()
         model.latent_loop.routers[0].score.bias.fill_(50.0)
     assert control(model, texts, context=CONTEXT)["oracle"]["rank_correlation"] is None
+
+
+def test_thresholds_are_tuned_on_training_rows(tmp_path):
+    """Spread over the corpus, no more than were asked for; none where only held-out text is kept."""
+    rows = np.arange(40 * 65).reshape(40, 65)
+    assert training_text(PreparedCorpus(folder=tmp_path, counts={"context": 64, "rows": 40}), 640) == []
+    for part in (0, 1):
+        values = pa.array(rows[20 * part : 20 * part + 20].astype(np.uint32).tolist(), pa.list_(pa.uint32()))
+        pq.write_table(pa.table({"tokens": values}), tmp_path / f"part-{part}.parquet", row_group_size=8)
+    parts = [{"file": f"part-{part}.parquet", "rows": 20} for part in (0, 1)]
+    (tmp_path / "parts.json").write_text(json.dumps(parts))
+    corpus = PreparedCorpus(folder=tmp_path, counts={"context": 64, "rows": 40})
+    found = training_text(corpus, 640)
+    assert [document.tokens.tolist() for document in found] == [
+        rows[n].tolist() for n in np.linspace(0, 39, 10).astype(int)
+    ]
+    assert len(training_text(corpus, 10**9)) == 40
+    assert len(training_text(corpus, 1)) == 1
