@@ -45,7 +45,7 @@ class HaltscaleLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
         """Tokens of a text, without end-of-text; none, and a warning, where the text cannot be encoded."""
         try:
-            return encode(self.loaded.tokenizer, string)
+            return encode(self.loaded.tokenizer, string, self.eot_token_id)
         except TextError as error:
             self._left_out(string, str(error))
             return []

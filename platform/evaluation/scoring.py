@@ -91,8 +91,8 @@ def encode_pair(tokenizer: Tokenizer, end_of_text: int, context: str, continuati
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole = encode(tokenizer, context + continuation)
-    cut = len(encode(tokenizer, context)) if context else 0
+    whole = encode(tokenizer, context + continuation, end_of_text)
+    cut = len(encode(tokenizer, context, end_of_text)) if context else 0
     return Pair([end_of_text, *whole[:cut]], whole[cut:])
 
 

@@ -41,6 +41,10 @@ class ExportError(ValueError):
     """A model cannot be exported there; the message says what to do."""
 
 
+class UnwritableError(ExportError, OSError):
+    """The folder cannot be made or filled; the message says what the system said."""
+
+
 def export(loaded: LoadedModel, target: str | Path, *, record: Mapping[str, Any] | None = None) -> Path:
     """Write a model to a new folder, whole or not at all.
 
@@ -48,7 +52,8 @@ def export(loaded: LoadedModel, target: str | Path, *, record: Mapping[str, Any]
         record: the run's, for the model card.
 
     Raises:
-        ExportError: the folder exists, or cannot be written.
+        ExportError: the folder exists.
+        UnwritableError: it cannot be written.
     """
     try:
         target = Path(target).expanduser().absolute()
@@ -60,7 +65,7 @@ def export(loaded: LoadedModel, target: str | Path, *, record: Mapping[str, Any]
         target.parent.mkdir(parents=True, exist_ok=True)
         return _write(loaded, target, record or {})
     except OSError as error:
-        raise ExportError(f"{target} cannot be written ({error}): name another folder") from error
+        raise UnwritableError(f"{target} cannot be written ({error}): name another folder") from error
 
 
 def _write(loaded: LoadedModel, target: Path, record: Mapping[str, Any]) -> Path:

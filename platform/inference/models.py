@@ -36,14 +36,17 @@ class TextError(ValueError):
     """A text cannot be made into tokens; the message says why."""
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text, without end-of-text.
+def encode(tokenizer: Tokenizer, text: str, end_of_text: int | None = None) -> list[int]:
+    """The tokens of a text, without end-of-text before it.
+
+    Args:
+        end_of_text: where its name is written in the text, that is text, as in training; None: it is the token.
 
     Raises:
         TextError: the text holds half a surrogate pair, or the tokenizer has no token for a part of it.
     """
     try:
-        ids: list[int] = encode_texts(tokenizer, [text])[0].tolist()
+        ids: list[int] = encode_texts(tokenizer, [text], end_of_text)[0].tolist()
     except TokenizerError as error:
         raise TextError(str(error)) from error
     return ids

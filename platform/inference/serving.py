@@ -267,8 +267,7 @@ class Server:
         return request, pieces(tokens, request, self.loaded.end_of_text, ended), answer
 
     def _prompt_tokens(self, request: Completion) -> int:
-        encoded = self.loaded.tokenizer.encode_batch(request.prompts, add_special_tokens=False)
-        return sum(1 + len(one.ids) for one in encoded)  # end-of-text stands before each
+        return sum(1 + len(ids) for ids in self.loaded.encode(request.prompts))  # end-of-text stands before each
 
 
 class UnknownModelError(ValueError):

@@ -60,7 +60,8 @@ def write(
         GenerationError: a prompt is empty, too long or no text, a stop is no single token, or the cache would be too
             large.
     """
-    encoded = [_encoded(loaded, f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
+    end = loaded.end_of_text
+    encoded = [_encoded(loaded, f"prompt {index}", prompt, end) for index, prompt in enumerate(prompts)]
     empty = [index for index, ids in enumerate(encoded) if not ids]
     if empty or not prompts:
         raise GenerationError(f"prompt {empty[0] if empty else 0} is empty: give the model a text to continue")
@@ -92,14 +93,14 @@ def _decoded(loaded: LoadedModel, prompts: list[list[int]], emitted: Iterator[An
         yield WrittenToken(prompt=one.sequence, token_id=one.token, text=text, steps=one.steps, nll=one.nll)
 
 
-def _encoded(loaded: LoadedModel, what: str, text: str) -> list[int]:
+def _encoded(loaded: LoadedModel, what: str, text: str, end_of_text: int | None = None) -> list[int]:
     if len(text) > longest_text(loaded):  # before it is tokenised, which takes seconds for megabytes
         raise GenerationError(
             f"{what} has {len(text):,} characters, more than any text of the model's context of"
             f" {loaded.model.config.context} tokens"
         )
     try:
-        return encode(loaded.tokenizer, text)
+        return encode(loaded.tokenizer, text, end_of_text)
     except TextError as error:
         raise GenerationError(f"{what}: {error}") from error
 

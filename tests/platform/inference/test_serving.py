@@ -316,3 +316,10 @@ def test_the_verb(finished, tmp_path):
 def _outer_address() -> str:
     """Another address of this machine; on Linux all of 127/8 is one, and no server on 127.0.0.1 answers there."""
     return "127.0.0.2"
+
+
+def test_the_name_of_end_of_text_in_a_prompt_is_text(address, loaded):
+    """As in training: a prompt cannot begin another document."""
+    name = loaded.tokenizer.id_to_token(loaded.end_of_text)
+    found = complete(address, prompt=f"a{name}b", max_tokens=1, temperature=0)
+    assert found["usage"]["prompt_tokens"] == 1 + len(loaded.encode([f"a{name}b"])[0]) > 4
