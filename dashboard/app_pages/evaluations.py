@@ -137,7 +137,7 @@ def dials(found: dict[str, dict[str, dict]]) -> None:
 
 
 def controls(found: dict[str, dict[str, dict]]) -> None:
-    """The learned halting of one checkpoint against shuffled, fixed and full."""
+    """The learned halting of one checkpoint against other sources of steps."""
     rows = []
     for label, every in found.items():
         for arm in mapping(every.get("controls")).get("arms") or []:
@@ -155,8 +155,8 @@ def controls(found: dict[str, dict[str, dict]]) -> None:
             )
     if rows:
         st.subheader("One checkpoint, its steps dealt otherwise", anchor=False)
-        layout.table(pd.DataFrame(rows), key="arms", alt="Learned halting against shuffled, fixed and full")
-        st.caption("Paired differences over the same tokens with 95 % intervals; above 0 the learned router is better.")
+        layout.table(pd.DataFrame(rows), key="arms", alt="Learned halting against other sources of steps")
+        st.caption("Paired over documents, with 95 % intervals; above 0 the learned router is better.")
 
 
 layout.live(body)

@@ -31,6 +31,7 @@ from haltscale.platform.analysis import (
     usable,
 )
 from haltscale.platform.analysis.estimates import LEVEL, Estimate
+from haltscale.platform.arms import OLD_CONTROLS, controls_of, shown
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps import report
 from haltscale.studies import reference, reference_tuning
@@ -132,7 +133,8 @@ def against(frame: pd.DataFrame, pairs: list[tuple[str, str]]) -> str:
             better = int((found["difference"] < 0).sum())
             budgets = found.groupby("budget")["difference"].mean()
             trend = ", ".join(f"{difference:+.3f} at {budget:.0e}" for budget, difference in budgets.items())
-            rows.append([f"{method} − {control}", f"{better} of {len(found)}", told(value), verdict(value), trend])
+            decided = "none: old control" if control in OLD_CONTROLS else verdict(value)
+            rows.append([f"{method} − {control}", f"{better} of {len(found)}", told(value), decided, trend])
     return table(["", "lower at", "mean difference, nats/token", "verdict", "by budget, FLOPs"], rows)
 
 
@@ -151,7 +153,8 @@ def halting(frame: pd.DataFrame) -> str:
             ]
             cells.append(f"{same['loss'].iloc[0]:.3f} at {same['mean_steps'].iloc[0]:.2f}" if len(same) else "–")
         rows.append(cells)
-    return table(["point", "steps", "easy", "hard", "learned", "shuffled at steps", "fixed at steps"], rows)
+    old = [f"{shown(control)} at steps" for control in OLD_CONTROLS[::-1]]
+    return table(["point", "steps", "easy", "hard", "learned", *old], rows)
 
 
 def same_weights(store: RunStore, frame: pd.DataFrame) -> str:
@@ -215,9 +218,8 @@ def exponents(frame: pd.DataFrame) -> str:
     if isinstance(recurrence, Refusal):
         return table(["method", "quantity", "value"], [*rows, ["all", "phi, worth of a pass", told(recurrence)]])
     rows += [[method, "phi, worth of a pass", told(phi)] for method, phi in recurrence.phi.items()]
-    for control in ("shuffled", "fixed"):
-        if {"adaptive", control} <= set(recurrence.phi):
-            rows.append(["adaptive", f"phi minus {control}'s", told(recurrence.advantage("adaptive", control))])
+    for control in controls_of("adaptive", recurrence.phi):
+        rows.append(["adaptive", f"phi minus {control}'s", told(recurrence.advantage("adaptive", control))])
     return table(["method", "quantity", "value"], rows)
 
 
@@ -282,8 +284,8 @@ def answer(frame: pd.DataFrame) -> str:
     """The study's question, and what its controls say, in a sentence each."""
     asked = {
         "vanilla": "At equal realised FLOPs, the loss of adaptive is",
-        "shuffled": "Beside a router whose decisions are carried out at other tokens, it is",
-        "fixed": "Beside equally many steps at every token, it is",
+        "adaptive/shuffled": "Beside its own steps at other tokens, it is",
+        "adaptive/fixed": "Beside its own steps spread evenly, it is",
     }
     lines = []
     for control, beginning in asked.items():
@@ -291,6 +293,7 @@ def answer(frame: pd.DataFrame) -> str:
         value = mean_difference(found["difference"])
         number = value.reason if isinstance(value, Refusal) else f"{told(value)} nats/token over {len(found)} points"
         lines.append(f"- {beginning} **{verdict(value)}**: {number}.")
+    lines.append("- The published *shuffled* and *fixed* are old controls, which enter no verdict (docs/controls.md).")
     return "\n".join(lines)
 
 
@@ -305,7 +308,9 @@ def figures(store: RunStore) -> str:
         "What has run": published(store),
         "Held-out loss, nats per token": losses(frame),
         "Is it worth its FLOPs?": against(frame, [(method, "vanilla") for method in others]),
-        "Is it where, or how long?": against(frame, [("adaptive", "shuffled"), ("adaptive", "fixed")])
+        "Is it where, or how long?": against(
+            frame, [("adaptive", control) for control in ("adaptive/shuffled", "adaptive/fixed", "shuffled", "fixed")]
+        )
         + "\n\n"
         + halting(frame),
         "Same weights, other halting": same_weights(store, frame),
