@@ -14,8 +14,9 @@ from haltscale.studies import known_need
 def study() -> Study:
     """The study; ``python -m haltscale.studies.quickstart`` runs it."""
     return replace(
-        known_need.study(seeds=(0,)),
+        known_need.study(),
         name="quickstart",
+        sweep=known_need.sweep(seeds=(0,)),
         question="Does a small model learn where latent steps are needed, and what is that worth?",
         note=(
             "needy: tokens that need one or two latent steps by construction; rank corr.: Spearman's, between the steps"
