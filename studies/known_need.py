@@ -19,7 +19,7 @@ STEPS, BATCH = 1000, 64
 SEEDS = (11, 12, 13)
 LEARNS = {
     "mixture": "last",  # one state is read, so that what the gates decide is what happens
-    "gate_target": "gain",
+    "gate_target": "stopping",
     "gain_margin": 0.05,
     "router": "mlp",
     "router_detached": True,
@@ -50,7 +50,7 @@ def sweep(seeds: tuple[int, ...] = SEEDS) -> Sweep:
 
 
 def paper(seeds: tuple[int, ...] = SEEDS) -> Sweep:
-    """Adaptive as the paper has it: gates that the loss teaches from the start, and a penalty weighted by confidence."""
+    """Adaptive as the paper has it: the loss teaches the gates from the start, and confidence weighs the penalty."""
     return grid(method="adaptive", l_max=LOOKUPS.most, lam=[0.0, 0.01, 0.1], tau=0.05, seed=seeds)
 
 
