@@ -1,6 +1,6 @@
 """How long the property tests search: `make fuzz` for a night, a few seconds in the usual run.
 
-A test here takes its settings from the profile: ``@settings.get_profile("fuzz")`` above ``@given``. `make fuzz` also makes
+A test here takes its settings from the profile: ``@settings.get_profile("fuzz")`` above ``@given``. `make fuzz` makes
 it the default, for tests that derive their own from ``settings()``.
 """
 

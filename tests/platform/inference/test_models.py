@@ -198,5 +198,5 @@ def test_prompts_are_encoded_as_training_encoded_documents(folder):
     loaded = load_model(with_tokenizer(folder, made))
     assert loaded.tokenizer.encode("1 2 3 4").ids == [2, 3, 4, 5]
     assert loaded.encode(["1 2 3 4", "5"]) == [[2, 3, 4, 5], [6]]
-    with pytest.raises(TokenizerError, match="character 2 is half a surrogate pair"):
+    with pytest.raises(TokenizerError, match="half a surrogate pair"):
         loaded.encode(["1 \ud83d"])
