@@ -211,10 +211,10 @@ def test_export_tells_where(store, run_folder, tmp_path, capsys):
 def test_the_commands_of_the_page(store, author, finished, prepared, home, tmp_path, capsys, monkeypatch):
     """docs/evaluation.md, on a small run of the same name whose corpus is where a study would have put it."""
     key, identity = "adaptive-0.6m-0123456789ab", {"context": 64}
-    author.plan("quickstart", [key], corpus={"name": "tiny", "fingerprint": "f"})
-    author.spec("quickstart", key, "adaptive", **identity)
-    author.record("quickstart", key, loss=4.0)
-    finished(folder=Path(store.path("quickstart", key, "model")))
+    author.plan("state-of-the-union", [key], corpus={"name": "tiny", "fingerprint": "f"})
+    author.spec("state-of-the-union", key, "adaptive", **identity)
+    author.record("state-of-the-union", key, loss=4.0)
+    finished(folder=Path(store.path("state-of-the-union", key, "model")))
     (home / "corpora").mkdir(parents=True)
     prepared.rename(home / "corpora" / "tiny-f-64")
     for place in (
@@ -241,7 +241,7 @@ def test_the_commands_of_the_page(store, author, finished, prepared, home, tmp_p
         program, *arguments = shlex.split(line)
         assert program == "haltscale"
         assert call(capsys, *arguments)
-    assert len(store.later_evaluations("quickstart", key)) == 9
+    assert len(store.later_evaluations("state-of-the-union", key)) == 9
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
