@@ -19,7 +19,7 @@ from haltscale.platform.schedule import Spent, learning_rate
 from haltscale.platform.training import loop
 from haltscale.platform.training.engine import full_weights
 from haltscale.platform.training.mfu import peak_flops
-from haltscale.platform.training.monitors import TrainingDivergedError
+from haltscale.platform.training.monitors import RunCappedError, TrainingDivergedError
 from haltscale.platform.training.progress import Progress
 
 from looping import (
@@ -331,3 +331,13 @@ def test_a_loss_that_is_lost_stops_the_run_before_it_is_logged(options):
         go(engine, run, poisoned(), listener=listener)
     assert [row["step"] for row in listener.rows] == [1, 2]
     assert listener.at("checkpoint") == []
+
+
+def test_a_run_that_has_had_its_time_saves_and_ends():
+    """With a checkpoint, so that a higher limit resumes it."""
+    listener = Listener()
+    with pytest.raises(RunCappedError, match="1 hours of training are over at step 1: raise max_hours to resume"):
+        go(engine_of(RUN), RUN, batches(RUN), Progress(seconds=3601.0), listener=listener, max_hours=1.0)
+    assert listener.at("checkpoint") == [1]
+    progress, _ = go(engine_of(RUN), RUN, batches(RUN), Progress(seconds=3601.0), max_hours=2.0)
+    assert progress.step == STEPS
