@@ -167,19 +167,33 @@ def _schedule(record: Mapping[str, Any]) -> tuple[tuple[float, ...], ...]:
 
 
 def labels(runs: list[RunConfig]) -> dict[RunConfig, str]:
-    """A label for each run; where several share one, what tells them apart is added."""
+    """A label for each run; where several share one, as few settings are added as tell them apart."""
     alike: dict[str, list[RunConfig]] = {}
     for run in runs:
         alike.setdefault(run.label, []).append(run)
     found = {}
     for label, group in alike.items():
         settings = {run: _settings(run) for run in group}
-        first = settings[group[0]]
-        differing = [name for name in first if any(other.get(name) != first[name] for other in settings.values())]
+        names = _telling(list(settings.values()))
         for run in group:
-            more = [f"{name} {_short(settings[run].get(name))}" for name in differing]
+            more = [f"{name} {_short(settings[run].get(name))}" for name in names]
             found[run] = " · ".join([label, *more])
     return found
+
+
+def _telling(settings: list[dict[str, Any]]) -> list[str]:
+    """Names of as few settings as tell these apart: each tells the most of what is left, choices before numbers."""
+    chosen: list[str] = []
+
+    def apart(names: list[str]) -> int:
+        return len({str([one.get(name) for name in names]) for one in settings})
+
+    def worth(name: str) -> tuple[int, bool]:
+        return apart([*chosen, name]), isinstance(settings[0][name], StrEnum)
+
+    while apart([*chosen, best := max(settings[0], key=worth)]) > apart(chosen):
+        chosen.append(best)
+    return sorted(chosen, key=list(settings[0]).index)
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
