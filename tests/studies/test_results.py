@@ -12,21 +12,27 @@ import pytest
 
 from haltscale.platform.analysis.estimates import Estimate, Refusal
 from haltscale.platform.store import RunState, RunStore
+from haltscale.platform.sweeps.report import control_differences
 from haltscale.studies import reference
 
 FOLDER = Path(__file__).parents[2] / "studies" / "results"
 MOST_BYTES = 12e6
 
 
-@pytest.fixture(scope="module")
-def report() -> ModuleType:
-    """studies/results/report.py."""
-    spec = importlib.util.spec_from_file_location("results_report", FOLDER / "report.py")
+def loaded(name: str) -> ModuleType:
+    """A module of studies/results."""
+    spec = importlib.util.spec_from_file_location(f"results_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    """studies/results/report.py."""
+    return loaded("report")
 
 
 def test_the_page_says_what_the_records_say(report: ModuleType) -> None:
@@ -41,10 +47,36 @@ def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> 
     assert "%" not in prose.replace("95 %", "")
 
 
+def test_the_page_of_known_need_says_what_the_records_say() -> None:
+    module = loaded("need_report")
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert module.written(page, module.figures(RunStore(FOLDER))) == page, module.BEGIN
+
+
+def test_the_verdicts_of_known_need() -> None:
+    """What the page concludes, from the records: with need, the router finds it, and its choice is worth what the
+    controls lack; without need, it takes no step, and nothing is worth anything."""
+    store = RunStore(FOLDER)
+    module = loaded("need_report")
+    found = module.arms(store, "known-need")
+    for view in found["adaptive, labels"]:
+        assert view.record["need"]["rank_correlation"] > 0.7
+    differences = control_differences(store, "known-need").set_index("control")
+    assert (differences["seeds"] == 3).all()
+    for kind in ("shuffled", "fixed"):
+        assert differences.loc[kind, "problem"] == "", "equal steps"
+    assert (differences["low"] > 0).all(), "adaptive is ahead of every control, dense too"
+    twin = module.arms(store, "known-need-twin")
+    for view in twin["adaptive, labels"]:
+        assert view.record["mean_steps"] < 0.05
+
+
 def test_the_records_are_whole_and_small() -> None:
     store = RunStore(FOLDER)
-    assert store.studies() == ["reference", "reference-tuning"]
-    for study, role in (("reference", "comparison"), ("reference-tuning", "tuning")):
+    roles = {"reference": "comparison", "reference-tuning": "tuning"}
+    roles |= dict.fromkeys(["known-need", "known-need-twin"], "comparison")
+    assert store.studies() == sorted(roles)
+    for study, role in roles.items():
         runs = list(store.runs(study))
         assert runs
         assert {run.state for run in runs} == {RunState.FINISHED}
