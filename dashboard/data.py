@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from haltscale.dashboard import style
 from haltscale.platform import run_table
 from haltscale.platform.analysis.runs import parameters_named
-from haltscale.platform.arms import arm
+from haltscale.platform.arms import OLD_CONTROLS, arm, controls_of, is_control, shown
 from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
@@ -65,9 +66,12 @@ class StudyView:
     """Seconds since 1970."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
     runs: pd.DataFrame
-    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``steps_histogram``, and the
-    fields of the runs' identities."""
+    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``steps_histogram``,
+    ``need`` (``NeedTally.result``; empty where the need for steps is not known), and the fields of the runs'
+    identities."""
     problems: tuple[Problem, ...] = ()
+    owner: str = ""
+    """The process that is running the study, and its last heartbeat; empty where none is."""
 
     @property
     def active(self) -> bool:
@@ -105,7 +109,10 @@ NUMBERS = (
         "shade",
         "finished_at",
     ),
+    *("needy_accuracy", "needy_steps", "need_rank_correlation"),
 )
+UNROUTED = ("looped", "pause", "ponder", "ponder2")
+"""Methods that take steps and have no router: every token gets as many."""
 FACETS = ("method", "size", "lam", "beta", "l_max", "seed")
 """What the runs can be filtered by."""
 
@@ -135,7 +142,7 @@ def _frame(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     rows = rows.copy()
     for name in rows.columns:
-        if name not in ("steps_histogram", "split"):
+        if name not in ("steps_histogram", "split", "need"):
             rows[name] = pd.to_numeric(rows[name], errors="coerce")
     if "steps_histogram" in rows:
         rows["steps_histogram"] = rows["steps_histogram"].map(fractions)
@@ -257,7 +264,9 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "well_steps": number(halting.get("well_predicted_mean_steps")),
         "badly_steps": number(halting.get("badly_predicted_mean_steps")),
         "steps_histogram": fractions(record.get("steps_histogram") if record else last.get("steps_histogram")),
+        "need": mapping(record.get("need") if record else last.get("need")),
     }
+    row |= {name: number(value) for name, value in run_table.need_figures(row["need"]).items()}
     if math.isnan(row["passes"]):
         row["passes"] = 1 + row["mean_steps"]
 
@@ -283,6 +292,8 @@ def silence(seconds: float | None) -> str:
     """How long ago a run gave its last sign of life, in words."""
     if seconds is None:
         return "an unknown time"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
@@ -292,7 +303,7 @@ def silence(seconds: float | None) -> str:
 
 def empty_runs() -> pd.DataFrame:
     """A runs frame with every column and no row."""
-    columns = dict.fromkeys((*TEXT, "steps_histogram"), "object") | dict.fromkeys(NUMBERS, "float64")
+    columns = dict.fromkeys((*TEXT, "steps_histogram", "need"), "object") | dict.fromkeys(NUMBERS, "float64")
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
 
 
@@ -335,7 +346,17 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
         corpus=mapping(document.get("corpus")),
         runs=frame,
         problems=tuple(problems),
+        owner=_owner(store, name),
     )
+
+
+def _owner(store: RunStore, name: str) -> str:
+    """Who is running a study."""
+    try:
+        holder = store.holder(name)
+    except UNREADABLE:
+        return ""
+    return "" if holder is None or holder.is_dead() else holder.description
 
 
 def _row(store: RunStore, view: RunView, memo: Memo) -> dict[str, Any]:
@@ -376,7 +397,7 @@ def series_names(runs: pd.DataFrame) -> list[str]:
     values = runs.groupby("method")[list(symbols)].nunique()
     names = []
     for run in runs[["method", *symbols]].to_dict("records"):
-        parts = [str(run["method"])]
+        parts = [shown(str(run["method"]))]
         for name, symbol in symbols.items():
             if pd.notna(run[name]) and (name == "lam" or values.loc[run["method"], name] > 1):
                 parts.append(f"{symbol} {run[name]:g}")
@@ -388,10 +409,17 @@ def facets(runs: pd.DataFrame) -> dict[str, list[str]]:
     """The values of each of :data:`FACETS`, as text: methods in the study's order, the rest ascending."""
     known = runs[runs["method"] != "unknown"]
     found = {
-        "method": list(dict.fromkeys(known["method"])),
+        "method": in_order(known["method"]),
         "size": sorted(set(known["size"]), key=lambda size: (size_order(size), size)),
     }
     return found | {name: [f"{value:g}" for value in sorted(known[name].dropna().unique())] for name in FACETS[2:]}
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Arms in the order of the study, each followed by its replay controls."""
+    names = list(dict.fromkeys(map(str, methods)))
+    subjects = [name for name in names if not (is_control(name) and name.partition("/")[0] in names)]
+    return [one for name in subjects for one in (name, *controls_of(name, names))]
 
 
 def select(view: StudyView, **chosen: Sequence[str]) -> StudyView:
@@ -413,6 +441,19 @@ def analysed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(tokens=runs["tokens_done"], passes_per_token=runs["passes"])
 
 
+def telling(runs: pd.DataFrame, keys: Collection[str]) -> str:
+    """The run that a page about halting opens with, of some keys: one whose steps a router gives, finished if possible,
+    else one that takes steps, else any; of several the last in the study's order."""
+    known = runs[runs["key"].isin(list(keys))]
+    steps = known[known["l_max"].gt(0)]
+    unrouted = [name for name in set(steps["method"]) if is_control(name) or name in (*OLD_CONTROLS, *UNROUTED)]
+    routed = steps[~steps["method"].isin(unrouted)]
+    for choice in (routed[routed["state"] == "finished"], routed, steps[steps["state"] == "finished"], steps, known):
+        if len(choice):
+            return str(choice["key"].iloc[-1])
+    return next(iter(keys))
+
+
 def plotted(runs: pd.DataFrame, kind: FlopsKind) -> pd.DataFrame:
     """The runs that have a place in the scaling figure: a finite perplexity and a positive count of FLOPs."""
     return runs[runs["perplexity"].gt(0) & runs[f"flops_{kind}"].gt(0) & sound(runs)]
@@ -427,6 +468,58 @@ def best(runs: pd.DataFrame) -> pd.Series | None:
 def sound(runs: pd.DataFrame) -> pd.Series:
     """Which runs may be drawn at all: diverged and damaged ones are listed, not drawn."""
     return ~runs["state"].isin(["diverged", "damaged"])
+
+
+def needed(runs: pd.DataFrame) -> pd.DataFrame:
+    """Steps given against steps needed, of runs on text whose need is known: a row per arm and need, seeds pooled.
+
+    Returns:
+        ``arm`` (its method, with the options, the size and the tokens where they differ), ``method``, ``runs``,
+        ``need`` (NaN: no computation predicts the token), ``tokens``, ``accuracy``, ``loss`` (nats), ``mean_steps``,
+        ``steps_histogram`` and ``rank_correlation`` (the mean of the runs' own). Means are over the tokens of all
+        runs. Arms that take steps come first, each followed by its replay controls; needs ascend, the NaN first.
+    """
+    kept = runs[sound(runs) & runs["need"].map(bool).astype(bool)]
+    lengths = kept.groupby("series")["tokens"].nunique()
+    found = []
+    stepping = set(kept.loc[kept["mean_steps"].gt(0), "method"])
+    order = sorted(in_order(kept["method"]), key=lambda method: method not in stepping)
+    kept = kept.sort_values("method", key=lambda methods: methods.map(order.index), kind="stable")
+    series_of = kept.groupby("method")["series"].nunique()
+    for (method, series, size, tokens), members in kept.groupby(
+        ["method", "series", "size", "tokens"], sort=False, dropna=False
+    ):
+        parts = [series if series_of[method] > 1 else shown(str(method))]
+        parts += [size] if kept["size"].nunique() > 1 else []
+        parts += [f"{style.compact(number(tokens))} tokens"] if lengths[series] > 1 else []
+        cells: dict[float, list[Mapping[str, Any]]] = {}
+        for found_of in members["need"]:
+            for row in map(mapping, found_of["by_need"] if isinstance(found_of.get("by_need"), list) else []):
+                need = -1.0 if row.get("need", "") is None else number(row.get("need"))
+                if need >= -1 and number(row.get("tokens")) > 0 and fractions(row.get("steps_histogram")):
+                    cells.setdefault(need, []).append(row)
+        for need in sorted(cells):
+            weights = np.array([number(row["tokens"]) for row in cells[need]])
+            histograms = [fractions(row["steps_histogram"]) for row in cells[need]]
+            longest = max(map(len, histograms))
+            padded = np.array([[*one, *[0.0] * (longest - len(one))] for one in histograms])
+            found.append(
+                {
+                    "arm": " · ".join(map(str, parts)),
+                    "method": str(method),
+                    "runs": len(members),
+                    "need": math.nan if need < 0 else need,
+                    "tokens": float(weights.sum()),
+                    **{
+                        name: float(np.average([number(row.get(name)) for row in cells[need]], weights=weights))
+                        for name in ("accuracy", "loss", "mean_steps")
+                    },
+                    "steps_histogram": np.average(padded, axis=0, weights=weights).tolist(),
+                    "rank_correlation": float(members["need_rank_correlation"].mean()),
+                }
+            )
+    columns = ("arm", "method", "runs", "need", "tokens", "accuracy", "loss", "mean_steps", "steps_histogram")
+    return pd.DataFrame(found, columns=[*columns, "rank_correlation"])
 
 
 def thinking(runs: pd.DataFrame) -> pd.DataFrame:

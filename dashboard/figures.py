@@ -284,9 +284,9 @@ def _steps(step: int) -> str:
     return f"{step} step" if step == 1 else f"{step} steps"
 
 
-def short(label: str) -> str:
+def short(label: str, most: int = 48) -> str:
     """A label for an axis: escaped, and cut when it would eat the figure."""
-    return html.escape(label if len(label) <= 48 else f"{label[:47]}…")
+    return html.escape(label if len(label) <= most else f"{label[: most - 1]}…")
 
 
 def layout(figure: go.Figure, *, height: int, legend_title: str = "", top: int = 56) -> go.Figure:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from haltscale.dashboard import style
-from haltscale.dashboard.data import number, size_order
-from haltscale.dashboard.figures import MANY_RUNS, MOST_LEGEND, MUTED, layout, log_axis
+from haltscale.dashboard.data import in_order, number, size_order
+from haltscale.dashboard.figures import MANY_RUNS, MOST_LEGEND, MUTED, layout, log_axis, short
 from haltscale.platform import arms
 
 DIMENSIONS = {
@@ -138,7 +139,8 @@ def controls(runs: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     kept = runs[runs["loss"].notna() & runs["mean_steps"].notna()]
     kept = kept.assign(order=kept["size"].map(size_order)).sort_values(["order", "mean_steps"])
-    methods = list(dict.fromkeys(kept["method"]))
+    methods = in_order(runs["method"])
+    kept = kept.sort_values("method", key=lambda names: names.map(methods.index), kind="stable")
     named: set[str] = set()
     for (method, size, tokens), part in kept.groupby(["method", "size", "tokens"], sort=False, dropna=False):
         index = methods.index(method)
@@ -163,6 +165,131 @@ def controls(runs: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title="mean latent steps per token", rangemode="tozero")
     figure.update_yaxes(title="validation loss, nats/token")
     return layout(figure, height=400)
+
+
+def need_name(need: float) -> str:
+    """What a token needs, in words."""
+    if pd.isna(need):
+        return "unpredictable"
+    return "none" if need == 0 else f"{need:.0f} step" if need == 1 else f"{need:.0f} steps"
+
+
+def _ascending(needs: pd.Series) -> list[str]:
+    return [need_name(need) for need in sorted(needs.unique(), key=lambda need: -1 if pd.isna(need) else need)]
+
+
+PANELS_PER_ROW = 5
+PANEL_PIXELS, PANEL_GAP = 130, 70
+
+
+def steps_by_need(rows: pd.DataFrame) -> go.Figure:
+    """Share of tokens by the latent steps that they got, a bar per need, a panel per arm.
+
+    Args:
+        rows: of :func:`haltscale.dashboard.data.needed`.
+    """
+    figure = go.Figure()
+    groups = list(rows.groupby("arm", sort=False))
+    if not groups:
+        return layout(figure, height=200)
+    down = -(-len(groups) // PANELS_PER_ROW)
+    across = -(-len(groups) // down)
+    tall = down * (PANEL_PIXELS + PANEL_GAP) - PANEL_GAP
+    figure = make_subplots(
+        rows=down,
+        cols=across,
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        vertical_spacing=PANEL_GAP / tall if down > 1 else 0,
+        subplot_titles=[short(str(arm), 30) for arm, _ in groups],
+    )
+    most = max(map(len, rows["steps_histogram"])) - 1
+    for index, (arm, members) in enumerate(groups):
+        for step in range(most + 1):
+            share = [100 * one[step] if step < len(one) else 0.0 for one in members["steps_histogram"]]
+            color = style.step_color(step, most)
+            figure.add_bar(
+                orientation="h",
+                x=share,
+                y=[need_name(need) for need in members["need"]],
+                name=f"{step} step" if step == 1 else f"{step} steps",
+                legendgroup=str(step),
+                showlegend=index == 0,
+                marker={"color": color, "line": {"width": 1, "color": MUTED}},
+                text=[str(step) if value >= 12 else "" for value in share],
+                textposition="inside",
+                insidetextanchor="middle",
+                textangle=0,
+                textfont={"color": style.ink_on(color), "size": 12},
+                customdata=members["tokens"],
+                hovertemplate=f"{html.escape(str(arm))}<br>need: %{{y}} (%{{customdata:,}} tokens)<br>"
+                f"%{{x:.3g}} % got {step}<extra></extra>",
+                row=index // across + 1,
+                col=index % across + 1,
+            )
+    needs = _ascending(rows["need"])[::-1]
+    figure.update_layout(barmode="stack", bargap=0.2)
+    figure.update_xaxes(range=[0, 100], tickvals=[0, 50, 100], ticksuffix=" %")
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=needs, automargin=True)
+    figure.update_yaxes(title="steps needed", col=1)
+    figure.update_annotations(font={"size": 13})
+    layout(figure, height=tall + 120, legend_title="latent steps given", top=84)
+    return figure.update_layout(legend={"traceorder": "normal", "y": 1 + 26 / tall})
+
+
+MEASURES = {"accuracy": "share that is right", "loss": "loss, nats/token"}
+
+
+def measure_by_need(rows: pd.DataFrame, measure: str) -> go.Figure:
+    """One of :data:`MEASURES` by the latent steps that the token needs, a bar per arm.
+
+    Args:
+        rows: of :func:`haltscale.dashboard.data.needed`.
+    """
+    figure = go.Figure()
+    for index, (arm, members) in enumerate(rows.groupby("arm", sort=False)):
+        first = members["method"].iloc[0]
+        figure.add_bar(
+            x=[need_name(need) for need in members["need"]],
+            y=members[measure],
+            name=short(str(arm)),
+            marker={
+                "color": style.method_color(str(first)),
+                "pattern": {"shape": PATTERNS[index % len(PATTERNS)], "fillmode": "overlay", "size": 6},
+                "line": {"width": 1, "color": MUTED},
+            },
+            customdata=members[["tokens", "mean_steps"]],
+            hovertemplate=f"{html.escape(str(arm))}<br>need: %{{x}} (%{{customdata[0]:,}} tokens)<br>"
+            f"{MEASURES[measure]}: %{{y:.3g}}<br>%{{customdata[1]:.3g}} latent steps<extra></extra>",
+        )
+    figure.update_layout(barmode="group", bargap=0.25)
+    figure.update_xaxes(
+        title="steps needed", type="category", categoryorder="array", categoryarray=_ascending(rows["need"])
+    )
+    figure.update_yaxes(title=MEASURES[measure], range=[0, 1] if measure == "accuracy" else None, rangemode="tozero")
+    return layout(figure, height=360)
+
+
+def need_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm: ``Arm``, ``Runs``, ``Rank corr.``, and accuracy, nats and latent steps by need.
+
+    Args:
+        rows: of :func:`haltscale.dashboard.data.needed`.
+    """
+    found = []
+    for arm, members in rows.groupby("arm", sort=False):
+        row = {"Arm": arm, "Runs": members["runs"].iloc[0], "Rank corr.": members["rank_correlation"].iloc[0]}
+        for title, measure in (("Accuracy", "accuracy"), ("Nats", "loss"), ("Steps", "mean_steps")):
+            row |= {
+                f"{title}, {need_name(need)}": value
+                for need, value in zip(members["need"], members[measure], strict=True)
+            }
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+PATTERNS = ("", "/", ".", "x", "-", "\\", "+", "|")
+"""Fillings of bars, so that no figure depends on colour alone."""
 
 
 def inference(runs: pd.DataFrame, kind: str) -> go.Figure:

@@ -209,7 +209,10 @@ def _add_law(figure: go.Figure, method: str, law: LawFit, measure: Measure, larg
 
 
 def _name_sizes(figure: go.Figure, shown: pd.DataFrame, flops: str) -> None:
-    """Write the sizes under the markers: once per series when they are few, else once each under the best run."""
+    """Write the sizes under the markers: once per series when they are few, else once each under the best run. Not
+    where all are of one size."""
+    if shown["size"].nunique() < 2:
+        return
     lowest = shown.sort_values("y")
     named = lowest.drop_duplicates(["series", "size"])  # seeds stand too close for a name each
     if len(named) > MOST_NAMES:

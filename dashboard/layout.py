@@ -184,6 +184,12 @@ def heading(view: StudyView, title: str) -> None:
     st.markdown(question + badges)
 
 
+def owner(view: StudyView) -> None:
+    """Say which process is running the study, while one is."""
+    if view.owner:
+        st.caption(f":material/terminal: Run by {plain(view.owner)}.")
+
+
 def flops_kind() -> FlopsKind:
     """The reader's choice of how FLOPs are counted; one choice for all pages, as it stands in the address."""
     choice = st.segmented_control(

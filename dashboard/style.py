@@ -7,6 +7,8 @@ from functools import lru_cache
 
 from plotly.colors import sample_colorscale
 
+from haltscale.platform.arms import is_control
+
 METHOD_COLORS = {
     "adaptive": "#0072B2",
     "vanilla": "#8C8C8C",
@@ -32,6 +34,7 @@ STATE_COLORS = {
     "planned": "gray",
     "stalled": "orange",
     "stopped": "gray",
+    "capped": "yellow",
     "failed": "red",
     "diverged": "violet",
     "damaged": "red",
@@ -42,6 +45,7 @@ STATE_ICONS = {
     "planned": ":material/schedule:",
     "stalled": ":material/pause_circle:",
     "stopped": ":material/stop_circle:",
+    "capped": ":material/timer_off:",
     "failed": ":material/error:",
     "diverged": ":material/trending_up:",
     "damaged": ":material/broken_image:",
@@ -75,8 +79,17 @@ READABLE = """<style>
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+CONTROL_GREYS = {"shuffled": "#b4b4b4", "fixed": "#6e6e6e"}
+"""What a replay control's colour is its subject's mixed with, half and half."""
+
+
 def method_color(method: str) -> str:
-    """The method's colour; a method that is new here gets one by its name, the same on every page."""
+    """The arm's colour; a method that is new here gets one by its name, the same on every page. A replay control has
+    its subject's, greyed."""
+    if is_control(method):
+        subject, _, source = method.partition("/")
+        own, grey = method_color(subject), CONTROL_GREYS[source]
+        return "#" + "".join(f"{(int(own[i : i + 2], 16) + int(grey[i : i + 2], 16)) // 2:02x}" for i in (1, 3, 5))
     return METHOD_COLORS.get(method) or OTHER_COLORS[sum(method.encode()) % len(OTHER_COLORS)]
 
 

@@ -8,6 +8,7 @@ const make = (tag, className, text) => {
 }
 
 const three = value => (value === null || value === undefined ? "–" : Number(value).toPrecision(3))
+const needs = need => (need ? `, needs ${need === "–" ? "none: unpredictable" : need}` : "")
 const steps = count => (count === 1 ? "1 latent step" : `${count} latent steps`)
 
 const legend = data => {
@@ -67,6 +68,7 @@ const describe = (data, panel, token, position) => {
   const fact = (name, value) => facts.append(make("dt", "", name), make("dd", "", value))
   fact("position", String(position))
   fact("latent steps", `${token.steps} of ${data.most}`)
+  if (token.need) fact("needed", token.need === "–" ? "unpredictable" : token.need)
   fact("expected", three(token.expected))
   fact("NLL", `${three(token.nll)} nats`)
   fact("probability", token.nll === null ? "–" : `${three(100 * Math.exp(-token.nll))} %`)
@@ -93,7 +95,7 @@ export default function ({ data, parentElement }) {
     const color = data.levels[token.level]
     const element = make("span", "token")
     element.setAttribute("role", "option")
-    element.setAttribute("aria-label", `${token.text}, ${steps(token.steps)}, NLL ${three(token.nll)} nats`)
+    element.setAttribute("aria-label", `${token.text}, ${steps(token.steps)}${needs(token.need)}, NLL ${three(token.nll)} nats`)
     element.setAttribute("aria-selected", "false")
     element.tabIndex = position === 0 ? 0 : -1 // one tab stop; arrows move inside
     element.dataset.position = String(position)

@@ -78,6 +78,12 @@ class Colour(StrEnum):
         }[self]
 
 
+def legend(events: pd.DataFrame, colour: Colour) -> str:
+    """Name and unit of the number under a token."""
+    both = colour is Colour.STEPS and "need" in events
+    return "latent steps before the token / steps that it needs (–: unpredictable)" if both else colour.legend
+
+
 SURPRISAL_EDGES = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0)
 GAIN_EDGES = (-0.5, -0.1, -0.01, 0.01, 0.1, 0.5)
 GAIN_COLORS = ("#b2182b", "#e08068", "#f4c4ad", "#f2f2f2", "#b3d2e5", "#5a9fcd", "#1f66a8")
@@ -110,20 +116,22 @@ def payload(events: pd.DataFrame, *, identifier: str, colour: Colour = Colour.ST
     levels = np.where(np.isnan(values), 0, np.searchsorted(edges, np.nan_to_num(values), side="right"))
     tokens = []
     columns = ("text", "steps", "nll", "expected_steps", "reach", "exit", "nll_by_step")
-    rows = zip(*(shown[name] for name in columns), values, levels, strict=True)
-    for text, steps, nll, expected, reach, leave, by_step, value, level in rows:
+    needs = [needed(need) for need in shown["need"]] if "need" in shown else [""] * len(shown)
+    rows = zip(*(shown[name] for name in columns), needs, values, levels, strict=True)
+    for text, steps, nll, expected, reach, leave, by_step, need, value, level in rows:
         tokens.append(
             {
                 "text": visible(text),
                 "break": isinstance(text, str) and "\n" in text,
                 "steps": int(steps),
+                "need": need,
                 "nll": _rounded(nll),
                 "expected": _rounded(expected),
                 "reach": _masses(reach),
                 "exit": _masses(leave),
                 "by_step": _masses(by_step),
                 "level": int(level),
-                "shown": _under(colour, value),
+                "shown": _under(colour, value) + (f"/{need}" if need and colour is Colour.STEPS else ""),
             }
         )
     counts = np.bincount(levels, minlength=len(colors)) if len(levels) else np.zeros(len(colors), dtype=int)
@@ -132,13 +140,23 @@ def payload(events: pd.DataFrame, *, identifier: str, colour: Colour = Colour.ST
         "most": most,
         "tokens": tokens,
         "left_out": len(events) - len(shown),
-        "legend": colour.legend,
+        "legend": legend(events, colour),
         "levels": [
             {"background": color, "ink": style.ink_on(color), "name": name, "count": int(count)}
             for color, name, count in zip(colors, names, counts, strict=True)
         ],
         "palette": [{"background": color, "ink": style.ink_on(color)} for color in steps_colors],
     }
+
+
+UNPREDICTABLE = "–"
+
+
+def needed(need: object) -> str:
+    """The latent steps that a token needs; :data:`UNPREDICTABLE` where no computation predicts it, empty where that is
+    not known."""
+    found = number(need)
+    return "" if math.isnan(found) else UNPREDICTABLE if found < 0 else f"{found:.0f}"
 
 
 def _ranges(edges: Sequence[float]) -> list[str]:

@@ -85,7 +85,7 @@ def row(view: RunView) -> dict[str, Any]:
         **{name: figure(record.get(name)) for name in RESULTS},
         "easy_steps": figure(halting.get("well_predicted_mean_steps")),
         "hard_steps": figure(halting.get("badly_predicted_mean_steps")),
-        **_need(mapping(record.get("need"))),
+        **need_figures(mapping(record.get("need"))),
         "error": words(mapping(view.status).get("error")) or view.problem,
         "budget": figure(identity.get("flops")),
         "planned_tokens": figure(identity.get("tokens")) or None,
@@ -94,8 +94,8 @@ def row(view: RunView) -> dict[str, Any]:
     }
 
 
-def _need(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of text whose need for latent steps is known."""
+def need_figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation's ``need`` (``NeedTally.result``); None where the text's need is not known."""
     needy = mapping(found.get("needy"))
     return {
         "needy_accuracy": figure(needy.get("accuracy")),

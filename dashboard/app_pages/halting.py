@@ -16,6 +16,7 @@ ICON = ":material/hourglass_top:"
 ORDER = 4
 MOST_ROWS = 24
 MOST_PAIRS = 10
+MOST_ARMS = 8
 INTERVAL = ("mean", "low", "high")
 
 
@@ -29,6 +30,7 @@ def body(view: StudyView) -> None:
             icon=":material/hourglass_empty:",
         )
         return
+    needs(view)
     every_run(counted)
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
@@ -37,6 +39,67 @@ def body(view: StudyView) -> None:
         beside_controls(view)
     one_run(view, counted)
     layout.honest(view)
+
+
+def needs(view: StudyView) -> None:
+    """Steps given against steps needed, where the text says what each token needs."""
+    rows = data.needed(view.runs)
+    if rows.empty:
+        return
+    arms_of = list(dict.fromkeys(rows["arm"]))
+    shown = rows[rows["arm"].isin(arms_of[:MOST_ARMS])]
+    with st.container(border=True):
+        st.subheader("Steps given against steps needed", anchor=False)
+        layout.chart(
+            halting_figures.steps_by_need(shown),
+            shown,
+            key="steps-by-need",
+            title="Share of validation tokens by latent steps given, by steps needed",
+            alt="; ".join(
+                f"{row['arm']}, need {halting_figures.need_name(row['need'])}: {style.three(row['mean_steps'])} steps"
+                for row in shown.to_dict("records")
+            ),
+        )
+        st.caption(
+            "In this text the latent steps that a token needs are known by construction. No computation predicts an "
+            "*unpredictable* token: every step spent on it is wasted. A router that chooses well gives as many "
+            "steps as are needed; its replay controls take as many, elsewhere."
+            + (
+                f" The first {MOST_ARMS} of {len(arms_of)} arms: filter in the sidebar."
+                if len(arms_of) > MOST_ARMS
+                else ""
+            )
+        )
+        for column, (measure, title) in zip(st.columns(2), halting_figures.MEASURES.items(), strict=True):
+            with column:
+                layout.chart(
+                    halting_figures.measure_by_need(shown, measure),
+                    shown,
+                    key=f"{measure}-by-need",
+                    title=f"Validation tokens by steps needed: {title}",
+                    alt="; ".join(
+                        f"{row['arm']}, need {halting_figures.need_name(row['need'])}: {style.three(row[measure])}"
+                        for row in shown.to_dict("records")
+                    ),
+                )
+        table = halting_figures.need_table(rows)
+        layout.table(
+            table,
+            key="need-table",
+            alt="Rank correlation, accuracy, loss and latent steps by arm and by steps needed",
+            column_config={
+                "Arm": st.column_config.TextColumn(pinned=True),
+                **{
+                    name: st.column_config.NumberColumn(format="%.2f" if name.startswith("Steps") else "%.3f")
+                    for name in table.columns[2:]
+                },
+                "Rank corr.": st.column_config.NumberColumn(
+                    format="%.3f",
+                    help="Spearman's, between the steps that tokens need (an unpredictable one: 0) and those that they "
+                    "get, over all tokens; the mean over the runs. None where one of the two never varies.",
+                ),
+            },
+        )
 
 
 def every_run(counted: pd.DataFrame) -> None:
@@ -135,9 +198,7 @@ def one_run(view: StudyView, counted: pd.DataFrame) -> None:
     shelf = store()
     labels = dict(zip(counted["key"], counted["label"], strict=True))
     keys = list(labels)
-    finished = [key for key, state in zip(keys, counted["state"], strict=True) if state == "finished"]
-    telling = [key for key in finished[:MOST_ROWS] if data.halting_steps(shelf, view.name, key)]
-    first = [*telling, *finished, *keys][0]
+    first = data.telling(counted, [key for key in keys if data.halting_steps(shelf, view.name, key)] or keys)
     left, right = st.columns(2)
     with left:
         key = st.selectbox(

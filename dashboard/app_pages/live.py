@@ -1,6 +1,7 @@
 """Runs as they train: progress, time left, curves, how the steps spread over time, and why a run stopped."""
 
 import math
+import time
 
 import pandas as pd
 import streamlit as st
@@ -14,11 +15,14 @@ ICON = ":material/monitoring:"
 ORDER = 1.5
 MOST_CURVES = 12
 MOST_CARDS = 12
-ORDER_OF_STATES = ["running", "stalled", "failed"]
+SILENT_SECONDS = 30.0
+"""Without a sign of life, after which a running run says so; its lease is renewed every few seconds."""
+ORDER_OF_STATES = ["running", "stalled", "failed", "diverged", "capped"]
 
 
 def body(view: StudyView) -> None:
     layout.heading(view, "Live runs")
+    layout.owner(view)
     runs = view.runs
     going = runs[runs["state"].isin(ORDER_OF_STATES)]
     if len(going):
@@ -50,6 +54,9 @@ def card(run: pd.Series) -> None:
 
 def progress_text(run: pd.Series) -> str:
     parts = [f"step {run['step']:,.0f} of {run['steps']:,.0f}"]
+    silent = time.time() - run["heartbeat"]
+    if run["state"] == "running" and silent > SILENT_SECONDS:
+        parts.append(f"silent for {data.silence(silent)}")
     if math.isfinite(run["seconds_left"]):
         parts.append(f"{style.duration(run['seconds_left'])} left")
     if math.isfinite(run["loss"]):

@@ -15,6 +15,8 @@ ICON = ":material/science:"
 ORDER = 1
 MOST_STUDIES = 30
 MOST_FAILURES = 12
+ENDED = ["finished", "diverged", "capped", "stopped"]
+TROUBLED = ["failed", "stalled", "damaged", "diverged", "capped"]
 NUMBER = st.column_config.NumberColumn
 
 
@@ -22,6 +24,7 @@ def body(view: StudyView) -> None:
     layout.heading(view, "Studies")
     others(view)
     st.subheader(layout.plain(view.name), anchor=False)
+    layout.owner(view)
     cost(view)
     if view.note:
         st.caption(f":material/info: {layout.plain(view.note)}")
@@ -37,7 +40,7 @@ def others(view: StudyView) -> None:
     for name in shown:
         one = store().view(name)
         states = one.runs["state"].value_counts()
-        ended = int(states.reindex(["finished", "diverged", "stopped"]).fillna(0).sum())
+        ended = int(states.reindex(ENDED).fillna(0).sum())
         rows.append(
             {
                 "study": name,
@@ -45,7 +48,7 @@ def others(view: StudyView) -> None:
                 "progress": ended / len(one.runs) if len(one.runs) else math.nan,
                 "runs": len(one.runs),
                 "running": int(states.get("running", 0)),
-                "wrong": int(states.reindex(["failed", "stalled", "damaged", "diverged"]).fillna(0).sum()),
+                "wrong": int(states.reindex(TROUBLED).fillna(0).sum()),
                 "flops": float(one.runs["flops_realised"].sum()),
                 "hours": float(one.runs["wall_seconds"].sum()) / 3600,
                 "last": last_sign(one.runs),
@@ -61,7 +64,7 @@ def others(view: StudyView) -> None:
             "progress": st.column_config.ProgressColumn("Runs ended", min_value=0, max_value=1, format="percent"),
             "runs": NUMBER("Runs"),
             "running": NUMBER("Running"),
-            "wrong": NUMBER("In trouble", help="failed, stalled, damaged or diverged"),
+            "wrong": NUMBER("In trouble", help=f"{', '.join(TROUBLED[:-1])} or {TROUBLED[-1]}"),
             "flops": NUMBER("Training FLOPs, realised", format="scientific"),
             "hours": NUMBER("Training, h", format="%.2f"),
             "last": st.column_config.DatetimeColumn("Last sign of life", format="distance"),
@@ -140,6 +143,11 @@ def runs(view: StudyView) -> None:
         "bits_per_byte": NUMBER("Bits/byte", format="%.3f"),
         "mean_steps": NUMBER("Latent steps", format="%.2f"),
         "passes": NUMBER("Passes/token", format="%.2f"),
+        "needy_accuracy": NUMBER("Needy accuracy", format="%.3f", help="Of the tokens that need a latent step."),
+        "needy_steps": NUMBER("Needy steps", format="%.2f", help="Latent steps of the tokens that need one."),
+        "need_rank_correlation": NUMBER(
+            "Rank corr.", format="%.3f", help="Spearman's, between steps needed and steps given, over all tokens."
+        ),
         **{f"flops_{kind}": NUMBER(f"FLOPs, {kind}", format="scientific") for kind in data.FlopsKind},
         "wall_seconds": NUMBER("Training, s", format="%d"),
         "tokens_per_second": NUMBER("Tokens/s", format="compact"),

@@ -58,7 +58,7 @@ def text(
         key = st.selectbox(
             "Run",
             keys,
-            index=keys.index(preferred(view.runs, keys)),
+            index=keys.index(data.telling(view.runs, keys)),
             format_func=lambda key: labels.get(key, key),
             key=f"run{which}",
             bind="query-params",
@@ -78,8 +78,8 @@ def text(
             tokens.payload(events, identifier=f"{view.name}/{key}/{step}", colour=colour), key=f"token-map{which}"
         )
         st.caption(
-            f"Colour and number: {colour.legend}. Click a token for its way through the steps. Spaces, line breaks and "
-            "control characters are spelled out; the text is shown as it is, never interpreted."
+            f"Colour and number: {tokens.legend(events, colour)}. Click a token for its way through the steps. Spaces, "
+            "line breaks and control characters are spelled out; the text is shown as it is, never interpreted."
         )
     if which or st.session_state.get("beside"):
         return
@@ -157,17 +157,6 @@ def corpus(view: StudyView, key: str) -> None:
 @st.cache_data(max_entries=32, show_spinner="Searching …")
 def _search(events: str, stamp: str, tokenizer: str, order: str, text: str) -> pd.DataFrame:
     return search(Path(events), Path(tokenizer), Order(order), text=text)
-
-
-def preferred(runs: pd.DataFrame, keys: list[str]) -> str:
-    """The run to open with: of those that may think, finished ones first, then the latest in the study's order."""
-    candidates = runs[runs["key"].isin(keys)]
-    thinking = candidates[candidates["l_max"].gt(0)]
-    finished = thinking[thinking["state"] == "finished"]
-    for choice in (finished, thinking, candidates):
-        if len(choice):
-            return str(choice["key"].iloc[-1])
-    return keys[0]
 
 
 layout.live(body)

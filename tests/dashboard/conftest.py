@@ -57,8 +57,11 @@ class Author:
     ) -> None:
         study = more.pop("study", STUDY)
         options = {"lam": lam, "beta": 1.0, "l_max": L_MAX, "tau": 0.01} if method == "adaptive" else {}
-        label = f"{method} · {size}" + (f" · λ {lam:g}" if options and lam is not None else "")
-        identity = {"method": method, "size": size, "seed": 0, "tokens": TOKENS, "context": 256, "options": options}
+        arm, identity = method, {"method": method, "size": size, "seed": more.pop("seed", 0), "tokens": TOKENS}
+        if steps_from := more.pop("steps_from", None):
+            arm, options = f"{method}/{steps_from}", options | {"steps_from": steps_from}
+        label = f"{arm} · {size}" + (f" · λ {lam:g}" if options and lam is not None else "")
+        identity |= {"context": 256, "options": options}
         spec = {"label": label, "study": study, "key": key, "identity": identity, "execution": {"workers": 2}} | more
         self.store.write_json(self.store.path(study, key, "spec.json"), spec)
 
@@ -119,7 +122,15 @@ class Author:
         self.store.append_lines(self.store.path(STUDY, key, "evaluations.jsonl"), [row])
         self.probe(key, step=row["step"], histogram=row["steps_histogram"])
 
-    def probe(self, key: str, *, step: int, histogram: list[float], words: tuple[str, ...] | None = None) -> None:
+    def probe(
+        self,
+        key: str,
+        *,
+        step: int,
+        histogram: list[float],
+        words: tuple[str, ...] | None = None,
+        needs: tuple[int, ...] | None = None,
+    ) -> None:
         pieces = list(words or [])
         for word in [] if words else PROSE.replace("\n", " \n ").split(" "):
             pieces += ["\n"] if word == "\n" else [f" {word[:5]}", *([word[5:]] if word[5:] else [])]
@@ -142,7 +153,7 @@ class Author:
             )
         path = Path(self.store.probe_path(STUDY, key, step))
         path.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_parquet(path)
+        pd.DataFrame(rows).assign(**({"need": needs} if needs else {})).to_parquet(path)
 
     def finish(self, key: str, *, size: str = "1.8m", lam: float | None = 0.3, **more: Any) -> None:
         row = self.numbers(size, lam, 1.0)
@@ -177,6 +188,50 @@ class Author:
         self.plan(keys)
         return keys
 
+    def known_need_study(self) -> list[str]:
+        """Text whose need is known: the plain model, two seeds of adaptive, its replay controls; returns the keys.
+
+        Adaptive gives every token what it needs; its controls as many steps, blindly.
+        """
+        needed = {None: [1.0, 0.0, 0.0], 0: [1.0, 0.0, 0.0], 1: [0.0, 1.0, 0.0], 2: [0.0, 0.0, 1.0]}
+        tokens = {None: 6000, 0: 2000, 1: 1000, 2: 1000}
+        shared = [0.8, 0.1, 0.1]
+        arms = {
+            "plain": (None, {need: [1.0] for need in needed}, (0.1, 0.9, 0.5, 0.25)),
+            "routed": ("router", needed, (0.1, 0.95, 0.9, 0.8)),
+            "routed-2": ("router", needed, (0.1, 0.95, 0.7, 0.6)),
+            "even": ("fixed", dict.fromkeys(needed, shared), (0.1, 0.9, 0.5, 0.3)),
+            "blind": ("shuffled", dict.fromkeys(needed, shared), (0.1, 0.9, 0.5, 0.3)),
+        }
+        for key, (steps_from, histograms, accuracies) in arms.items():
+            method, lam = ("vanilla", None) if steps_from is None else ("adaptive", 0.0)
+            self.begin(key, method=method, size="0.6m", lam=lam, steps_from=steps_from, seed=int(key == "routed-2"))
+            rows = [
+                {
+                    "need": need,
+                    "tokens": tokens[need],
+                    "accuracy": accuracy,
+                    "loss": 3.0 * (1 - accuracy),
+                    "mean_steps": float(sum(step * share for step, share in enumerate(histograms[need]))),
+                    "steps_histogram": histograms[need],
+                }
+                for need, accuracy in zip(histograms, accuracies, strict=True)
+            ]
+            needy = {"tokens": 2000, "accuracy": sum(accuracies[2:]) / 2, "loss": 1.0, "mean_steps": 1.5}
+            found = {
+                "by_need": rows,
+                "rank_correlation": {"router": 1.0, None: None}.get(steps_from, 0.0),
+                "needy": needy,
+            }
+            words, needs = ("a>b ", "b>c ", "1?a ", "c ", "0?a ", "b "), (-1, -1, -1, 1, -1, 0)
+            self.probe(key, step=400, histogram=[0.4, 0.3, 0.3], words=words, needs=needs)
+            histogram = [1.0] if steps_from is None else shared
+            self.finish(
+                key, size="0.6m", lam=lam, need=found, steps_histogram=histogram, mean_steps=0.3 * bool(steps_from)
+            )
+        self.plan([*arms])
+        return [*arms]
+
     def troubled_study(self) -> list[str]:
         """A study with a run in every state that can go wrong, beside finished ones."""
         keys = self.finished_study()
@@ -191,6 +246,11 @@ class Author:
         self.status("failed", state="failed", step=200, error="RuntimeError: worker 1 ran out of memory at step 200")
         self.begin("diverged", size="0.6m", lam=3.0)
         self.finish("diverged", size="0.6m", lam=3.0, loss=None, perplexity=None, bits_per_byte=None)
+        self.begin("capped", size="0.6m", lam=3.0)
+        self.train("capped", size="0.6m", lam=3.0, progress=0.5)
+        self.status("capped", state="capped", step=200, error="60 s of training are over; a higher limit resumes it")
+        self.begin("apart", size="0.6m", lam=4.0)
+        self.status("apart", state="diverged", step=20, error="its loss is not finite at step 20")
         self.begin("damaged", size="0.6m", lam=0.5)
         Path(self.store.path(STUDY, "damaged", "status.json")).write_text('{"schema": 1, "state": "runn')
         self.begin("newer", size="0.6m", lam=0.6)
@@ -198,7 +258,8 @@ class Author:
         self.begin("silent", size="1.8m", lam=0.5)
         self.finish("silent", size="1.8m", lam=0.5)  # a result without telemetry or probes
         self.begin("planned", size="4.2m", lam=3.0)
-        keys += ["running", "stalled", "failed", "diverged", "damaged", "newer", "silent", "planned", "never-begun"]
+        keys += ["running", "stalled", "failed", "diverged", "capped", "apart", "damaged", "newer"]
+        keys += ["silent", "planned", "never-begun"]
         self.plan(keys)
         return keys
 

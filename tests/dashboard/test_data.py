@@ -1,14 +1,16 @@
 """The store as DataFrames: every state a run can be in, and no damage that spreads."""
 
 import math
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from haltscale.dashboard import data
+from haltscale.dashboard import data, style
 from haltscale.dashboard.data import FlopsKind
-from haltscale.platform.store import StoreError
+from haltscale.platform.lease import Lease
+from haltscale.platform.store import RunState, StoreError
 
 STUDY = "quick"
 
@@ -57,13 +59,21 @@ def test_every_state_is_told_apart_and_says_why(author):
     author.troubled_study()
     runs = by_key(data.load_study(author.store, STUDY))
     expected = {name: name for name in ("running", "stalled", "failed", "diverged", "damaged", "planned")}
-    expected |= {"newer": "damaged", "silent": "finished", "never-begun": "planned"}
+    expected |= {
+        "capped": "capped",
+        "apart": "diverged",
+        "newer": "damaged",
+        "silent": "finished",
+        "never-begun": "planned",
+    }
     assert dict(runs.loc[list(expected), "state"]) == expected
     assert "ran out of memory" in runs.loc["failed", "note"]
     assert "15 min" in runs.loc["stalled", "note"]
     assert "is damaged" in runs.loc["damaged", "note"]
     assert "schema 99" in runs.loc["newer", "note"]
     assert "not a number" in runs.loc["diverged", "note"]
+    assert "a higher limit resumes it" in runs.loc["capped", "note"]
+    assert "not finite" in runs.loc["apart", "note"]
 
 
 def test_damage_is_listed_and_harms_no_other_run(author):
@@ -235,6 +245,93 @@ def test_what_is_drawn(author):
     assert {"running", "stalled", "failed"} <= keys
     assert keys.isdisjoint({"diverged", "damaged", "newer", "planned", "never-begun"})
     assert set(data.thinking(runs)["method"]) == {"adaptive"}
+
+
+def test_every_state_of_a_run_has_its_colour_and_icon():
+    states = {*RunState, "damaged"}
+    assert {*style.STATE_COLORS} == {*style.STATE_ICONS} == states
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(None, "an unknown time"), (12.4, "12 s"), (900, "15 min"), (9e3, "2 h")]
+)
+def test_silence_in_words(seconds, words):
+    assert data.silence(seconds) == words
+
+
+def test_a_study_says_who_runs_it_while_somebody_does(author):
+    author.plan(["a"])
+    assert data.load_study(author.store, STUDY).owner == ""
+    lease = Lease(author.store, author.store.path(STUDY))
+    lease.acquire()
+    try:
+        assert str(os.getpid()) in data.load_study(author.store, STUDY).owner
+    finally:
+        lease.release()
+    assert data.load_study(author.store, STUDY).owner == ""
+
+
+def test_steps_against_needs_are_pooled_over_seeds_and_kept_apart_by_arm(author):
+    author.known_need_study()
+    rows = data.needed(data.load_study(author.store, STUDY).runs)
+    assert list(dict.fromkeys(rows["arm"])) == ["adaptive", "adaptive/shuffled", "adaptive/fixed", "vanilla"]
+    routed = rows[rows["arm"] == "adaptive"]
+    assert routed["need"].iloc[0] != routed["need"].iloc[0]  # NaN: unpredictable
+    assert list(routed["need"].iloc[1:]) == [0, 1, 2]
+    assert list(routed["runs"]) == [2] * 4
+    assert list(routed["tokens"]) == [12_000, 4000, 2000, 2000]
+    assert list(routed["accuracy"]) == pytest.approx([0.1, 0.95, 0.8, 0.7])
+    assert list(routed["steps_histogram"].iloc[-1]) == [0, 0, 1]
+    assert set(routed["rank_correlation"]) == {1.0}
+    assert rows.loc[rows["arm"] == "vanilla", "rank_correlation"].isna().all()
+
+
+def test_a_running_run_shows_the_needs_of_its_last_evaluation(author):
+    author.known_need_study()
+    path = Path(author.store.path(STUDY, "routed", "record.json"))
+    need = author.store.read_json(str(path))["need"]
+    path.unlink()
+    for step, tokens in ((100, 5), (200, 7)):
+        latest = {**need, "by_need": [{**need["by_need"][2], "tokens": tokens}]}
+        row = {"split": "validation", "step": step, "tokens": 1000 * step, "loss": 1.0, "need": latest}
+        author.store.append_lines(author.store.path(STUDY, "routed", "evaluations.jsonl"), [row])
+    rows = data.needed(data.load_study(author.store, STUDY).runs.query("key == 'routed'"))
+    assert (list(rows["need"]), list(rows["tokens"])) == ([1], [7])
+
+
+@pytest.mark.parametrize(
+    "need", ["many", {"by_need": "rows"}, {"by_need": [7, {"need": 1, "tokens": None}]}, {"by_need": []}]
+)
+def test_nonsense_about_needs_is_passed_over(author, need):
+    author.whole_run("odd")
+    author.finish("odd", need=need)
+    author.plan(["odd"])
+    assert data.needed(data.load_study(author.store, STUDY).runs).empty
+
+
+def test_texts_without_needs_have_none(author):
+    author.finished_study()
+    assert data.needed(data.load_study(author.store, STUDY).runs).empty
+
+
+def test_arms_are_followed_by_their_controls():
+    names = ["vanilla", "adaptive/fixed", "adaptive", "shuffled", "looped", "adaptive/shuffled", "mor/fixed"]
+    found = ["vanilla", "adaptive", "adaptive/shuffled", "adaptive/fixed", "shuffled", "looped", "mor/fixed"]
+    assert data.in_order([*names, "adaptive"]) == found
+
+
+def test_pages_about_halting_open_on_a_run_that_a_router_stops(author):
+    keys = author.known_need_study()
+    runs = data.load_study(author.store, STUDY).runs
+    assert data.telling(runs, keys) == "routed-2"
+    assert data.telling(runs, ["plain", "even", "blind"]) == "blind"
+    assert data.telling(runs, ["plain"]) == "plain"
+
+
+def test_old_controls_are_called_what_they_are(author):
+    author.whole_run("k", method="shuffled")
+    author.plan(["k"])
+    assert data.load_study(author.store, STUDY).runs["series"].iloc[0] == "shuffled (old control)"
 
 
 def test_sizes_sort_by_their_number():

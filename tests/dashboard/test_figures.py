@@ -1,12 +1,13 @@
 """Figures, by the data in them."""
 
+import colorsys
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from haltscale.dashboard import data, figures, law_figures, style
+from haltscale.dashboard import data, figures, halting_figures, law_figures, style
 from haltscale.dashboard.data import FlopsKind
 
 STUDY = "quick"
@@ -51,6 +52,73 @@ def test_easy_and_hard_pairs(runs):
     assert well.name == "well predicted"
     assert all(low < high for low, high in zip(well.x, badly.x, strict=True))
     assert well.marker.symbol != badly.marker.symbol
+
+
+@pytest.fixture
+def needs(author) -> pd.DataFrame:
+    author.known_need_study()
+    return data.needed(data.load_study(author.store, STUDY).runs)
+
+
+def test_steps_by_need_has_a_panel_per_arm_and_bars_that_add_up(needs):
+    figure = halting_figures.steps_by_need(needs)
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == ["adaptive", "adaptive/shuffled", "adaptive/fixed", "vanilla"]
+    by_panel: dict[str, list] = {}
+    for trace in figure.data:
+        by_panel.setdefault(trace.xaxis, []).append(trace)
+    assert len(by_panel) == 4
+    for traces in by_panel.values():
+        assert np.sum([trace.x for trace in traces], axis=0) == pytest.approx(100)
+        assert [list(trace.y) for trace in traces] == [["unpredictable", "none", "1 step", "2 steps"]] * 3
+    assert [list(trace.x) for trace in by_panel["x"]] == [[100, 100, 0, 0], [0, 0, 100, 0], [0, 0, 0, 100]]
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["0 steps", "1 step", "2 steps"]
+    assert [trace.marker.color for trace in by_panel["x"]] == [style.step_color(step, 2) for step in range(3)]
+
+
+def test_more_arms_than_a_row_holds_go_on_in_the_next(needs):
+    many = pd.concat([needs.assign(arm=needs["arm"] + f" {index}") for index in range(2)])
+    figure = halting_figures.steps_by_need(many)
+    assert len({trace.xaxis for trace in figure.data}) == 8
+    assert len({axis.domain for axis in figure.select_yaxes()}) == 2
+
+
+@pytest.mark.parametrize("measure", list(halting_figures.MEASURES))
+def test_measures_by_need_are_the_arms_own(needs, measure):
+    figure = halting_figures.measure_by_need(needs, measure)
+    assert [trace.name for trace in figure.data] == ["adaptive", "adaptive/shuffled", "adaptive/fixed", "vanilla"]
+    for trace in figure.data:
+        assert list(trace.y) == list(needs.loc[needs["arm"] == trace.name, measure])
+    assert len({(trace.marker.color, trace.marker.pattern.shape) for trace in figure.data}) == 4
+    assert list(figure.layout.xaxis.categoryarray) == ["unpredictable", "none", "1 step", "2 steps"]
+
+
+def test_the_table_of_needs_has_a_row_per_arm(needs):
+    table = halting_figures.need_table(needs).set_index("Arm")
+    assert list(table.index) == ["adaptive", "adaptive/shuffled", "adaptive/fixed", "vanilla"]
+    assert table.loc["adaptive", "Rank corr."] == 1
+    assert table.loc["adaptive", "Accuracy, 2 steps"] == pytest.approx(0.7)
+    assert table.loc["adaptive/shuffled", "Steps, unpredictable"] == pytest.approx(0.3)
+
+
+def test_figures_of_no_needs_are_empty(needs):
+    none = needs.iloc[:0]
+    assert not halting_figures.steps_by_need(none).data
+    assert not halting_figures.measure_by_need(none, "loss").data
+    assert halting_figures.need_table(none).empty
+
+
+def test_controls_follow_their_subject_in_colours_of_its_kind(author):
+    author.known_need_study()
+    figure = halting_figures.controls(data.load_study(author.store, STUDY).runs.query("mean_steps > 0"))
+    assert [trace.name for trace in figure.data] == ["adaptive", "adaptive/shuffled", "adaptive/fixed"]
+    colors = {name: style.method_color(name) for name in ("adaptive", "adaptive/shuffled", "adaptive/fixed", "vanilla")}
+    assert len(set(colors.values())) == 4
+    hue = {
+        name: colorsys.rgb_to_hsv(*(int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0] for name, c in colors.items()
+    }
+    for name in ("adaptive/shuffled", "adaptive/fixed"):
+        assert hue[name] == pytest.approx(hue["adaptive"], abs=0.02)
 
 
 def test_probe_figures(author):

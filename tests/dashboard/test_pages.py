@@ -8,6 +8,7 @@ from pages import FOLDER, PAGES, TITLES, charts, open_page, text
 from streamlit.testing.v1 import AppTest
 
 from haltscale.dashboard import launch
+from haltscale.platform.lease import Lease
 
 STUDY = "quick"
 
@@ -50,7 +51,7 @@ def test_a_study_in_trouble(author, name):
     author.troubled_study()
     page = open_page(name)
     assert page.title[0].value == TITLES[name]
-    for state in ("1 running", "1 stalled", "1 failed", "1 diverged", "2 damaged", "2 planned"):
+    for state in ("1 running", "1 stalled", "1 failed", "2 diverged", "1 capped", "2 damaged", "2 planned"):
         assert state in text(page)
 
 
@@ -143,8 +144,8 @@ def test_studies_list_every_run_what_went_wrong_and_the_other_studies(author):
     page = open_page("studies", study=STUDY)
     studies, runs = (frame.value for frame in page.dataframe)
     assert list(studies["study"]) == [STUDY, "another"]
-    assert studies["wrong"].iloc[0] == 5
-    assert len(runs) == 18
+    assert studies["wrong"].iloc[0] == 7  # stalled, failed, capped, two diverged, two damaged
+    assert len(runs) == 20
     assert {"CSV", "Parquet"} <= {button.label for button in page.get("download_button")}
     assert "remove the run's folder to train it again" in text(page)
     assert "schema 99" in text(page)
@@ -159,6 +160,8 @@ def test_runs_show_progress_time_left_and_errors(author):
     assert "4 min 10 s left" in bar.text
     assert "ran out of memory" in text(page)
     assert "silent for 15 min" in text(page)
+    for why in ("a higher limit resumes it", "its loss is not finite at step 20"):
+        assert why in text(page)
     assert "2 planned, not begun" in [expander.label for expander in page.expander]
 
 
@@ -169,6 +172,48 @@ def test_chosen_curves_and_a_run_without_metrics(author):
     assert not page.exception
     assert "No training metrics: adaptive · 1.8m · λ 0.5" in text(page)
     assert {trace["name"] for trace in charts(page)[0]["data"]} == {"vanilla · 0.6m"}
+
+
+@pytest.mark.parametrize("name", ["studies", "live"])
+def test_who_runs_a_study_is_named_while_it_does(author, name):
+    author.plan(["a"])
+    lease = Lease(author.store, author.store.path(STUDY), who="someone")
+    lease.acquire()
+    try:
+        assert "Run by someone since" in text(open_page(name))
+    finally:
+        lease.release()
+    assert "Run by" not in text(open_page(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"), [("studies", 0), ("live", 0), ("scaling", 1), ("sweeps", 2), ("halting", 6), ("tokens", 2)]
+)
+def test_a_study_of_known_need(author, name, figures, caplog):
+    author.known_need_study()
+    page = open_page(name)
+    assert len(charts(page)) == figures
+    assert not page.error
+    assert not page.warning
+    assert "default hashing method failed" not in caplog.text
+    assert ("Steps given against steps needed" in text(page)) == (name == "halting")
+
+
+def test_needs_are_shown_only_where_they_are_known(author):
+    author.finished_study()
+    assert "Steps given against steps needed" not in text(open_page("halting"))
+    assert "steps that it needs" not in text(open_page("tokens"))
+
+
+def test_a_study_of_known_need_shows_its_figures_and_opens_on_the_router(author):
+    author.known_need_study()
+    studies = open_page("studies").dataframe[1].value
+    assert list(studies["need_rank_correlation"].dropna()) == [1, 1, 0, 0]
+    halting = open_page("halting")
+    assert halting.selectbox(key="halting-run").value == "routed-2"
+    tokens = open_page("tokens")
+    assert tokens.selectbox(key="run").value == "routed-2"
+    assert "steps that it needs" in text(tokens)
 
 
 def shown_tokens(page: AppTest) -> str:

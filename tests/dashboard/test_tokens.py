@@ -75,6 +75,7 @@ def test_payload_of_a_probe_with_missing_values(author):
         "by_step": [],
         "level": 0,
         "shown": "0",
+        "need": "",
     }
 
 
@@ -97,6 +98,20 @@ def test_a_token_carries_the_number_behind_its_colour(author, colour, shown, lev
     assert [token["level"] for token in payload["tokens"]] == levels
     assert sum(level["count"] for level in payload["levels"]) == 4
     assert len({level["background"] for level in payload["levels"]}) == len(payload["levels"])
+
+
+def test_a_token_says_what_it_needs_where_that_is_known(author):
+    author.begin("k")
+    author.probe("k", step=1, histogram=[0.0, 1.0], words=("2?a ", "c ", "d "), needs=(-1, 2, 0))
+    events = data.probe(author.store, "quick", "k", 1)
+    found = tokens.payload(events, identifier="x")
+    assert [(token["need"], token["shown"]) for token in found["tokens"]] == [("–", "1/–"), ("2", "1/2"), ("0", "1/0")]
+    assert "needs" in found["legend"]
+    other = tokens.payload(events, identifier="x", colour=tokens.Colour.SURPRISAL)
+    assert "/" not in other["tokens"][0]["shown"]
+    assert other["tokens"][1]["need"] == "2"
+    unknown = tokens.payload(events.drop(columns="need"), identifier="x")
+    assert [(token["need"], token["shown"]) for token in unknown["tokens"]] == [("", "1")] * 3
 
 
 def test_a_long_probe_is_cut_and_says_so(author):
