@@ -40,7 +40,7 @@ _QUESTION = re.compile(r"(\d+)\?(\w)")
 class ChainedLookups:
     """Documents of one kind; see the module."""
 
-    symbols: int = 6
+    symbols: int = 7
     """In the cycle, 3 to 26."""
     most: int = 2
     """Latent steps that the hardest question needs; questions need 0 to so many, equally often."""

@@ -79,7 +79,7 @@ def test_need_is_read_off_the_text() -> None:
         ({"symbols": 2}, "symbols = 2"),
         ({"most": 10}, "most = 10"),
         ({"questions": 0.5}, "questions = 0.5"),
-        ({"questions": 19}, "at most 18"),
+        ({"questions": 22}, "at most 21"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_refused(changes: dict, message: str) -> None:
