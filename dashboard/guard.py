@@ -15,7 +15,7 @@ HOSTS = ("127.0.0.1", "localhost")
 POLICY = "; ".join(
     [
         "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",  # Streamlit's components and Vega compile expressions
+        "script-src 'self' 'unsafe-inline' blob:",  # Streamlit's page has inline scripts; its components are blobs
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "font-src 'self' data:",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page, sync_playwright
 
 from haltscale.dashboard.launch import ADDRESS, command, environment, free_port
 
@@ -60,9 +60,30 @@ def answers(url: str) -> bool:
         return False
 
 
+PROBED = ("/_stcore/health", "/_stcore/host-config")
+"""Streamlit's page looks for its server below the page's own address first, and gets a 404 there."""
+
+
 @contextmanager
-def browser_page(address: str, *, dark: bool = False, width: int = 1440, height: int = 900) -> Iterator[Page]:
-    """A page of a headless Chromium."""
+def browser_page(
+    address: str, *, dark: bool = False, width: int = 1440, height: int = 900, complaints: list[str] | None = None
+) -> Iterator[Page]:
+    """A page of a headless Chromium.
+
+    Args:
+        complaints: gets what the browser complains of: errors of scripts, of the console, and whatever the page's
+            content policy refuses. None: a complaint raises when all is done.
+
+    Raises:
+        RuntimeError: the browser complained.
+    """
+    found: list[str] = [] if complaints is None else complaints
+
+    def listen(message: ConsoleMessage) -> None:
+        url = message.location.get("url", "")
+        if message.type == "error" and not ("404" in message.text and url.endswith(PROBED)):
+            found.append(f"{message.text} ({url})")
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
         try:
@@ -72,11 +93,15 @@ def browser_page(address: str, *, dark: bool = False, width: int = 1440, height:
                 device_scale_factor=float(os.environ.get("HALTSCALE_SHOT_SCALE", "1.5")),
             )
             page = context.new_page()
+            page.on("console", listen)
+            page.on("pageerror", lambda error: found.append(str(error)))
             page.set_default_timeout(60_000)
             page.goto(address)
             yield page
         finally:
             browser.close()
+    if complaints is None and found:
+        raise RuntimeError("the browser complained:\n" + "\n".join(found))
 
 
 def settled(page: Page) -> None:
