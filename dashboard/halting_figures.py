@@ -1,4 +1,4 @@
-"""Figures of where the thinking went and whether it paid: pure functions, at most 10,000 points each."""
+"""Figures of how latent steps were allocated and whether they paid: pure functions, at most 10,000 points each."""
 
 from __future__ import annotations
 
