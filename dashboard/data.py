@@ -408,13 +408,13 @@ def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
     """What the fields of a run's identity are that differ among the runs of its label; three at most."""
     known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "code"} - {*OPTIONS}
     fields = runs[[name for name in runs if name not in known]].map(_written)
-    found = pd.Series("", index=runs.index)
-    for _, same in fields.groupby(labels):
+    found = [""] * len(runs)
+    for places in fields.reset_index(drop=True).groupby(labels).groups.values():
+        same = fields.iloc[list(places)]
         differing = [name for name in same if same[name].nunique() > 1][:3]
-        found[same.index] = [
-            " · ".join(f"{name} {row[name]}" for name in differing if row[name]) for _, row in same.iterrows()
-        ]
-    return list(found)
+        for place, row in zip(places, same[differing].to_dict("records"), strict=True):
+            found[int(place)] = " · ".join(f"{name} {value}" for name, value in row.items() if value)
+    return found
 
 
 def series_names(runs: pd.DataFrame) -> list[str]:
@@ -506,12 +506,12 @@ def needed(runs: pd.DataFrame) -> pd.DataFrame:
         runs. Arms that take steps come first, each followed by its replay controls; needs ascend, the NaN first.
     """
     kept = runs[sound(runs) & runs["need"].map(bool).astype(bool)]
-    lengths = kept.groupby("series")["tokens"].nunique()
+    lengths = kept.groupby("series")["tokens"].nunique().to_dict()
     found = []
     stepping = set(kept.loc[kept["mean_steps"].gt(0), "method"])
     order = sorted(in_order(kept["method"]), key=lambda method: method not in stepping)
     kept = kept.sort_values("method", key=lambda methods: methods.map(order.index), kind="stable")
-    series_of = kept.groupby("method")["series"].nunique()
+    series_of = kept.groupby("method")["series"].nunique().to_dict()
     for (method, series, size, tokens), members in kept.groupby(
         ["method", "series", "size", "tokens"], sort=False, dropna=False
     ):
