@@ -375,20 +375,46 @@ _NONE = pd.DataFrame()
 
 
 def _unique(runs: pd.DataFrame) -> list[str]:
-    """Labels that name a run in a selection: those that occur twice get their tokens, seed, or the end of their key."""
+    """Labels that name a run in a selection: those that occur twice get their tokens, their seed, the fields of their
+    identities that differ, or the end of their key."""
     labels = [str(label) for label in runs["label"]]
     keys = [str(key) for key in runs["key"]]
     tokens = [f"{style.compact(count)} tokens" for count in runs["tokens"]]
     seeds = [f"seed {seed:g}" for seed in runs["seed"]]
-    for suffixes in (tokens, seeds, [key[-6:] for key in keys], keys):
-        kinds: dict[str, set[str]] = {}
-        for label, suffix in zip(labels, suffixes, strict=True):
-            kinds.setdefault(label, set()).add(suffix)
-        labels = [
-            f"{label} · {suffix}" if len(kinds[label]) > 1 else label
-            for label, suffix in zip(labels, suffixes, strict=True)
-        ]
-    return labels
+    labels = _apart(_apart(labels, tokens), seeds)
+    labels = _apart(labels, _differences(runs, labels))
+    return _apart(_apart(labels, [key[-6:] for key in keys]), keys)
+
+
+def _apart(labels: list[str], suffixes: list[str]) -> list[str]:
+    """The labels, those that occur with several suffixes with theirs."""
+    kinds: dict[str, set[str]] = {}
+    for label, suffix in zip(labels, suffixes, strict=True):
+        kinds.setdefault(label, set()).add(suffix)
+    return [
+        f"{label} · {suffix}" if len(kinds[label]) > 1 and suffix else label
+        for label, suffix in zip(labels, suffixes, strict=True)
+    ]
+
+
+def _written(value: object) -> str:
+    """A value of an identity in a label; empty where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
+    """What the fields of a run's identity are that differ among the runs of its label; three at most."""
+    known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "code"} - {*OPTIONS}
+    fields = runs[[name for name in runs if name not in known]].map(_written)
+    found = [""] * len(runs)
+    for places in fields.reset_index(drop=True).groupby(labels).groups.values():
+        same = fields.iloc[list(places)]
+        differing = [name for name in same if same[name].nunique() > 1][:3]
+        for place, row in zip(places, same[differing].to_dict("records"), strict=True):
+            found[int(place)] = " · ".join(f"{name} {value}" for name, value in row.items() if value)
+    return found
 
 
 def series_names(runs: pd.DataFrame) -> list[str]:
@@ -480,12 +506,12 @@ def needed(runs: pd.DataFrame) -> pd.DataFrame:
         runs. Arms that take steps come first, each followed by its replay controls; needs ascend, the NaN first.
     """
     kept = runs[sound(runs) & runs["need"].map(bool).astype(bool)]
-    lengths = kept.groupby("series")["tokens"].nunique()
+    lengths = kept.groupby("series")["tokens"].nunique().to_dict()
     found = []
     stepping = set(kept.loc[kept["mean_steps"].gt(0), "method"])
     order = sorted(in_order(kept["method"]), key=lambda method: method not in stepping)
     kept = kept.sort_values("method", key=lambda methods: methods.map(order.index), kind="stable")
-    series_of = kept.groupby("method")["series"].nunique()
+    series_of = kept.groupby("method")["series"].nunique().to_dict()
     for (method, series, size, tokens), members in kept.groupby(
         ["method", "series", "size", "tokens"], sort=False, dropna=False
     ):

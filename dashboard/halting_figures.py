@@ -1,4 +1,4 @@
-"""Figures of where the thinking went and whether it paid: pure functions, at most 10,000 points each."""
+"""Figures of how latent steps were allocated and whether they paid: pure functions, at most 10,000 points each."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def controls(runs: pd.DataFrame) -> go.Figure:
     kept = kept.sort_values("method", key=lambda names: names.map(methods.index), kind="stable")
     named: set[str] = set()
     for (method, size, tokens), part in kept.groupby(["method", "size", "tokens"], sort=False, dropna=False):
-        index = methods.index(method)
+        index = methods.index(str(method))
         detail = html.escape(f"{size}, {style.compact(number(tokens))} tokens")
         figure.add_scatter(
             x=part["mean_steps"],

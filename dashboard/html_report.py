@@ -197,7 +197,7 @@ def _halting(view: StudyView) -> list[str]:
     if counted.empty:
         return []
     shares = figures.steps_share(counted)
-    parts = ["<h2>Where the thinking went</h2>", _figure(shares, "Share of validation tokens by latent steps")]
+    parts = ["<h2>Allocation of latent steps</h2>", _figure(shares, "Share of validation tokens by latent steps")]
     known = counted.dropna(subset=["well_steps", "badly_steps"])
     if len(known):
         parts.append(_figure(figures.easy_and_hard(known), "Mean latent steps of well- and badly-predicted tokens"))

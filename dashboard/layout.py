@@ -233,7 +233,7 @@ def chart(figure: go.Figure, behind: pd.DataFrame, *, key: str, title: str, alt:
     """
     st.plotly_chart(figure, key=key, config=PLOTLY, alt=alt)
     name = f"{st.session_state['study']}-{key}"
-    with st.container(horizontal_alignment="right"), st.popover("Take along", icon=":material/download:"):
+    with st.container(horizontal_alignment="right"), st.popover("Download", icon=":material/download:"):
         download("Data, CSV", lambda: csv(behind).encode(), f"{name}.csv", "text/csv")
         download("Data, Parquet", lambda: parquet(behind), f"{name}.parquet", "application/vnd.apache.parquet")
         download("Figure, HTML", lambda: figures.as_html(figure, title), f"{name}.html", "text/html")

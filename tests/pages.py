@@ -12,11 +12,11 @@ TITLES = {
     "studies": "Studies",
     "live": "Live runs",
     "scaling": "Loss against training compute",
-    "sweeps": "What mattered",
-    "halting": "Where the thinking went",
+    "sweeps": "Sensitivity",
+    "halting": "Allocation of latent steps",
     "tokens": "Token by token",
-    "evaluations": "What the models can do, and for how much",
-    "playground": "Watch a model think",
+    "evaluations": "Evaluations",
+    "playground": "Playground",
     "method": "Method card",
 }
 PAGES = tuple(TITLES)

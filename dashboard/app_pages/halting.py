@@ -1,4 +1,4 @@
-"""Where the thinking went and whether it paid: steps by kind of token, over training, gains, controls, calibration."""
+"""How latent steps were allocated across tokens, and whether they paid: by need, by kind of token, over training."""
 
 import pandas as pd
 import streamlit as st
@@ -21,7 +21,7 @@ INTERVAL = ("mean", "low", "high")
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Where the thinking went")
+    layout.heading(view, "Allocation of latent steps")
     counted = data.thinking(view.runs)
     if counted.empty:
         st.info(

@@ -15,8 +15,7 @@ ICON = ":material/monitoring:"
 ORDER = 1.5
 MOST_CURVES = 12
 MOST_CARDS = 12
-SILENT_SECONDS = 30.0
-"""Without a sign of life, after which a running run says so; its lease is renewed every few seconds."""
+SILENT_SECONDS = 30.0  # after which a running run says so; its lease is renewed every few seconds
 ORDER_OF_STATES = ["running", "stalled", "failed", "diverged", "capped"]
 
 

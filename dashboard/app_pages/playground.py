@@ -18,7 +18,7 @@ PROMPT = "My fellow citizens, "
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Watch a model think")
+    layout.heading(view, "Playground")
     shelf = store()
     runs = view.runs[(view.runs["state"] == "finished") & ~view.runs["parameters"].gt(MOST_PARAMETERS)]
     local = "file" in shelf.fs.protocol

@@ -14,7 +14,7 @@ from haltscale.platform.analysis import Estimate, Refusal
 TITLE = "Scaling"
 ICON = ":material/insights:"
 ORDER = 2
-VIEWS = ("Compute", "IsoFLOP", "Multipliers", "What a step is worth", "Size and data")
+VIEWS = ("Compute", "IsoFLOP", "Multipliers", "Value of a latent step", "Size and data")
 
 
 def body(view: StudyView) -> None:
@@ -40,7 +40,7 @@ def body(view: StudyView) -> None:
         isoflop(runs, kind)
     elif part == "Multipliers":
         multipliers(runs, kind)
-    elif part == "What a step is worth":
+    elif part == "Value of a latent step":
         worth(runs)
     else:
         surface(runs)

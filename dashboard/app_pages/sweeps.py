@@ -1,4 +1,4 @@
-"""What mattered in a sweep: heat maps, parallel coordinates, importance, and slices through one option."""
+"""Sensitivity of a sweep: heat maps, parallel coordinates, importance, and slices through one option."""
 
 import pandas as pd
 import streamlit as st
@@ -15,7 +15,7 @@ ORDER = 3
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "What mattered")
+    layout.heading(view, "Sensitivity")
     known = view.runs[view.runs["loss"].notna() & sound(view.runs) & (view.runs["role"] != "tuning")]
     methods = [method for method, part in known.groupby("method", sort=False) if sweep_figures.varying(part)]
     if not methods:

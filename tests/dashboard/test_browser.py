@@ -49,7 +49,7 @@ def test_a_reader_follows_a_growing_study(author, browser):
         page.wait_for_url("**flops=paper**")
 
         # The data behind the figure is a file.
-        page.get_by_role("button", name="Take along").first.click()
+        page.get_by_test_id("stPopover").get_by_role("button", name="Download").first.click()
         with page.expect_download() as download:
             page.get_by_role("button", name="Data, CSV").click()
         lines = download.value.path().read_text().splitlines()

@@ -207,6 +207,19 @@ def test_labels_that_occur_twice_get_what_tells_them_apart(author):
     assert labels == ["same · seed 0", "same · seed 1 · bbbbbb", "same · seed 1 · cccccc", "other"]
 
 
+def test_runs_of_one_label_are_told_apart_by_the_options_that_differ(author):
+    for key, more in (
+        ("a-aaaaaa", {"router": "mlp"}),
+        ("a-bbbbbb", {"router": "linear", "tau": 0.5}),
+        ("a-cccccc", {}),
+    ):
+        options = {"lam": 1.0, "l_max": 3, "mixture": "last", **more}
+        author.begin(key, identity={"method": "adaptive", "size": "0.6m", "seed": 0, "options": options}, label="same")
+    author.plan(["a-aaaaaa", "a-bbbbbb", "a-cccccc"])
+    labels = list(data.load_study(author.store, STUDY).runs["label"])
+    assert labels == ["same · router mlp", "same · tau 0.5 · router linear", "same"]
+
+
 def test_runs_of_one_label_and_different_lengths_are_told_apart_by_their_tokens(author):
     for key, tokens in (("short", 5e6), ("long", 2e9)):
         author.begin(key, identity={"method": "vanilla", "size": "0.6m", "seed": 0, "tokens": tokens}, label="same")

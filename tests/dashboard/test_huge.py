@@ -43,7 +43,7 @@ def root(benchmark, tmp_path_factory):
         ("scaling", {}, 2),
         ("scaling", {"view": "IsoFLOP"}, 1),
         ("scaling", {"view": "Multipliers"}, 1),
-        ("scaling", {"view": "What a step is worth"}, 1),
+        ("scaling", {"view": "Value of a latent step"}, 1),
         ("scaling", {"view": "Size and data"}, 1),
         ("sweeps", {}, 4),
         ("halting", {}, 7),

@@ -1,5 +1,6 @@
 """Each page in each state, from the entry point, in process."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def test_too_few_runs_are_refused_with_a_reason_in_place_of_numbers(author):
     for view, reason in (
         ("IsoFLOP", "no budget of compute has 4 model sizes"),
         ("Multipliers", "of the 6 runs"),
-        ("What a step is worth", "no method with more than one pass has 3 runs"),
+        ("Value of a latent step", "no method with more than one pass has 3 runs"),
         ("Size and data", "of the 6 runs"),
     ):
         page = open_page("scaling", view=view)
@@ -270,6 +271,13 @@ def test_labels_from_the_store_are_never_markdown(author):
     author.plan(["k"])
     page = open_page("live")
     assert any("\\*\\*bold\\*\\*" in block.value and "\\[link\\]" in block.value for block in page.markdown)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_page_shows_its_comments(name):
+    """Streamlit writes every bare string of a script but its docstring on the page."""
+    statements = ast.parse((FOLDER / "app_pages" / f"{name}.py").read_text(encoding="utf-8")).body
+    assert not [one for one in statements[1:] if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)]
 
 
 def test_every_page_says_what_it_is():
