@@ -44,11 +44,16 @@ BASE = RunConfig(
 )
 
 
-def sweep(seeds: tuple[int, ...] = SEEDS) -> Sweep:
-    """The arms; each seed is a pair across them, with one order of the text."""
+def sweep(seeds: tuple[int, ...] = SEEDS, *, kinds: tuple[str, ...] = ("shuffled", "fixed", "dense")) -> Sweep:
+    """The arms; each seed is a pair across them, with one order of the text.
+
+    Args:
+        seeds: of weights and data order.
+        kinds: of controls.
+    """
     learned = grid(method="adaptive", l_max=LOOKUPS.most, seed=seeds, **LEARNS)
     plain = grid(method="vanilla", seed=seeds)
-    return plain + learned + controls(of=learned, kinds=["shuffled", "fixed", "dense"])
+    return plain + learned + controls(of=learned, kinds=kinds)
 
 
 def paper(seeds: tuple[int, ...] = SEEDS) -> Sweep:
@@ -73,7 +78,7 @@ def study(*, needed: bool = True, seeds: tuple[int, ...] = SEEDS) -> Study:
         ),
         corpus=known_need(documents=40_000, validation_documents=400, lookups=lookups),
         base=BASE,
-        sweep=sweep(seeds) + (paper(seeds) if needed else Sweep(())),
+        sweep=sweep(seeds) + paper(seeds) if needed else sweep(seeds, kinds=("shuffled", "fixed")),
         execution=ExecutionConfig(micro_batch_sequences=BATCH, evaluations=5, checkpoints=1),
     )
 

@@ -25,7 +25,7 @@ RUNS = {
     "main_comparison": 2 * (8 + 2 + 2 * 4),
     "main_ladder": 3 * (8 + 2 + 2 * 4),
     "known_need": 3 * (2 + 3 + 2),
-    "known_need_twin": 3 * (2 + 3),
+    "known_need_twin": 3 * (2 + 2),
     "quickstart": 2 + 3,
     # 15 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
     # the fixed control of each adaptive run, and the 26 other settings at one point.
