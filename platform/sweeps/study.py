@@ -16,7 +16,7 @@ import pandas as pd
 from haltscale.platform.cluster import submission_id
 from haltscale.platform.config import ConfigError
 from haltscale.platform.lease import LeaseHeldError, held
-from haltscale.platform.store import RunState, RunStore, StoreError
+from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.sweeps import study_cli
 from haltscale.platform.sweeps.plan import StudyPlan
 from haltscale.platform.sweeps.study_cli import StudyBusyError
@@ -49,8 +49,7 @@ class Study(StudyPlan):
         if not problems and not adopt and (namesake := self.namesake(store)):
             problems = [namesake]
         if problems or self._missing(views, retry_failed=retry_failed):
-            with self._owned(store):
-                self._train(store, retry_failed=retry_failed, adopt=adopt)
+            self._train(store, retry_failed=retry_failed, adopt=adopt)
             return self.results(store)
         results = self._results(views)
         if (ended := int((results["state"] != RunState.FINISHED).sum())) and not len(self.missing(store)):
@@ -67,18 +66,14 @@ class Study(StudyPlan):
             problems = self.problems(cluster, self._views(store))
             if problems := problems or ([] if adopt else list(filter(None, [self.namesake(store)]))):
                 raise ConfigError(problems)
-            ray_tune.run_stages(self, store, retry_failed=retry_failed)
+            with self._owned(store):
+                ray_tune.run_stages(self, store, retry_failed=retry_failed)
 
     @contextlib.contextmanager
     def _owned(self, store: RunStore) -> Iterator[None]:
         """Own the study in the store meanwhile."""
         try:
-            folder = store.path(self.name)
-        except StoreError:  # problems() tells it
-            yield
-            return
-        try:
-            with held(store, folder, job=submission_id(), on_lost=_thread.interrupt_main) as lease:
+            with held(store, store.path(self.name), job=submission_id(), on_lost=_thread.interrupt_main) as lease:
                 try:
                     yield
                 except KeyboardInterrupt:

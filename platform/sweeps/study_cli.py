@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError
@@ -72,8 +72,14 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     stream = sys.stderr if options.json else sys.stdout
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
+    terminated: list[int] = []
+
+    def end_like_ctrl_c(number: int, frame: Any) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt  # which Ray hands on as it is; of SystemExit it makes another one
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, end_like_ctrl_c)
     try:
         chosen = study.overridden(options.set)
         if not chosen.source:
@@ -86,11 +92,8 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        _end_interrupted(130)
-    except SystemExit as ended:  # what Ray makes of SIGTERM
-        if ended.code == signal.SIGTERM:
-            _end_interrupted(128 + signal.SIGTERM)
-        raise
+        log.info("interrupted: finished runs are kept, unfinished ones resume from their last checkpoint")
+        sys.exit(128 + (terminated[0] if terminated else signal.SIGINT))
     report.show_results(results, title=chosen.name, note=chosen.note, as_json=options.json)
     states = chosen.status(store)["state"]
     if unfinished := int((~states.isin([RunState.FINISHED, RunState.STOPPED])).sum()):
@@ -98,15 +101,6 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         advice = "submit the study again to resume"
         advice += f" ({permanent} diverged or had their time: those only with --retry-failed)" if permanent else ""
         sys.exit(f"{unfinished} of {len(states)} runs have no result; {advice}")
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise SystemExit(signal.SIGTERM)
-
-
-def _end_interrupted(code: int) -> NoReturn:
-    log.info("interrupted: finished runs are kept, unfinished ones resume from their last checkpoint")
-    sys.exit(code)
 
 
 def _source() -> str:
