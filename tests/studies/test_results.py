@@ -66,12 +66,16 @@ def test_the_verdicts_of_known_need() -> None:
     for kind in ("shuffled", "fixed"):
         assert differences.loc[kind, "problem"] == "", "equal steps"
     assert (differences["low"] > 0).all(), "adaptive is ahead of every control, dense too"
+    for view in module.arms(store, "known-need-twin")["adaptive, labels"]:
+        assert view.record["mean_steps"] < 0.01
+    without = control_differences(store, "known-need-twin").set_index("control")
+    assert (without["difference"].abs() < 0.002).all(), "a tie"
 
 
 def test_the_records_are_whole_and_small() -> None:
     store = RunStore(FOLDER)
     roles = {"reference": "comparison", "reference-tuning": "tuning"}
-    roles |= dict.fromkeys(["known-need"], "comparison")
+    roles |= dict.fromkeys(["known-need", "known-need-twin"], "comparison")
     assert store.studies() == sorted(roles)
     for study, role in roles.items():
         runs = list(store.runs(study))
