@@ -21,10 +21,13 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
         (tmp_path / "notes" / f"{number}.txt").write_text(f"note {number}: the state of the union is strong " * 20)
     rows = [json.dumps({"body": f"page {number} of the web, as strong as it is long " * 20}) for number in range(14)]
     (tmp_path / "web.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    code, streamed = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    code, needed, streamed = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     names: dict[str, object] = {}
     exec(compile(code.replace("/data", str(tmp_path)), "docs/corpora.md", "exec"), names)
+    generated: dict[str, object] = {}
+    exec(compile(needed.replace("40_000", "500"), "docs/corpora.md", "exec"), generated)
+    assert generated["corpus"].problems() == []
     streamed = streamed.replace("s3://bucket/web/*.jsonl", str(tmp_path / "notes"))
     exec(compile(streamed, "docs/corpora.md", "exec"), names)
     assert names["corpus"].problems() == []
