@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,12 @@ from haltscale.platform.sweeps.sweep import grid
 from haltscale.studies import quickstart
 
 EXAMPLES = max(25, settings().max_examples // 4)
-quietly = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+quietly = settings(
+    max_examples=EXAMPLES,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 words = st.one_of(
     st.text(alphabet=st.characters(exclude_characters="\0"), max_size=12),

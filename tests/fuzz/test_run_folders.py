@@ -133,7 +133,12 @@ def sound_ones(store: RunStore) -> None:
     assert view.loc["going", "state"] == "stalled"
 
 
-@settings(max_examples=max(12, settings().max_examples // 8), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=max(12, settings().max_examples // 8),
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(file=st.sampled_from(FILES), harm=st.sampled_from(sorted(HARMS)), value=anything, pick=st.integers(0, 10_000))
 def test_a_damaged_file_of_a_run_costs_no_other(tmp_path_factory, file, harm, value, pick):
     root = tmp_path_factory.mktemp("store")
@@ -151,7 +156,12 @@ def test_a_damaged_file_of_a_run_costs_no_other(tmp_path_factory, file, harm, va
     shutil.rmtree(root)
 
 
-@settings(max_examples=max(6, settings().max_examples // 16), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=max(6, settings().max_examples // 16),
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(harm=st.sampled_from(sorted(HARMS)), value=anything, pick=st.integers(0, 10_000))
 def test_a_damaged_study_shows_its_runs_all_the_same(tmp_path_factory, harm, value, pick):
     root = tmp_path_factory.mktemp("store")
