@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,14 +182,25 @@ class Lease:
         if self.lost:
             raise LeaseLostError(f"{self._folder}: another process took over while this one was silent")
 
-    def release(self) -> None:
-        """End the ownership; the next owner need not wait."""
+    def release(self, *, traceless: bool = False) -> None:
+        """End the ownership; the next owner need not wait.
+
+        Args:
+            traceless: leave nothing behind: the folder was owned, and nothing was written to it.
+        """
         self._over.set()
         if self._thread:
             self._thread.join()
         with self._writing, contextlib.suppress(OSError):
             if self._number and not self.lost and self._is_newest():
-                self._write({**self._document, "released": True})
+                if traceless:
+                    self._remove(self._number)
+                else:
+                    self._write({**self._document, "released": True})
+        if traceless and self._store.is_local:
+            for folder in (f"{self._folder}/{FOLDER}", self._folder):  # those that are empty now
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
         self._number = 0
 
     # ---- what happens in the store ----------------------------------------------------------------------------------
@@ -278,19 +289,6 @@ class Lease:
             return modified(self._store.fs.info(path))
         finally:
             self._store.fs.rm_file(path)
-
-
-@contextlib.contextmanager
-def held(
-    store: Files, folder: str, *, job: str = "", wait_seconds: float = 0.0, on_lost: Callable[[], None] = lambda: None
-) -> Iterator[Lease]:
-    """Own a folder of the store until the block ends; see :meth:`Lease.acquire`."""
-    lease = Lease(store, folder, job=job)
-    lease.acquire(wait_seconds=wait_seconds, on_lost=on_lost)
-    try:
-        yield lease
-    finally:
-        lease.release()
 
 
 # ---- processes of this machine --------------------------------------------------------------------------------------

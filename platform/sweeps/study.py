@@ -8,15 +8,16 @@ from __future__ import annotations
 import _thread
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import pandas as pd
 
 from haltscale.platform.cluster import submission_id
 from haltscale.platform.config import ConfigError
-from haltscale.platform.lease import LeaseHeldError, held
-from haltscale.platform.store import RunState, RunStore
+from haltscale.platform.lease import Lease, LeaseHeldError
+from haltscale.platform.store import RunState, RunStore, RunView
 from haltscale.platform.sweeps import study_cli
 from haltscale.platform.sweeps.plan import StudyPlan
 from haltscale.platform.sweeps.study_cli import StudyBusyError
@@ -48,8 +49,11 @@ class Study(StudyPlan):
         problems = self.problems(views=views)
         if not problems and not adopt and (namesake := self.namesake(store)):
             problems = [namesake]
-        if problems or self._missing(views, retry_failed=retry_failed):
-            self._train(store, retry_failed=retry_failed, adopt=adopt)
+        if problems:
+            self._refuse(problems, views)
+        if self._missing(views, retry_failed=retry_failed):
+            with self._owned(store):
+                self._train(store, retry_failed=retry_failed, adopt=adopt)
             return self.results(store)
         results = self._results(views)
         if (ended := int((results["state"] != RunState.FINISHED).sum())) and not len(self.missing(store)):
@@ -57,6 +61,13 @@ class Study(StudyPlan):
         else:
             log.info("%s: all %d runs are finished, nothing to train", self.name, len(results))
         return results
+
+    def _refuse(self, problems: list[str], views: Mapping[str, RunView]) -> NoReturn:
+        """All that is wrong at once: what the cluster cannot hold, too."""
+        from haltscale.platform.ray_connection import connected
+
+        with connected() as cluster:
+            raise ConfigError(list(dict.fromkeys([*self.problems(cluster, views), *problems])))
 
     def _train(self, store: RunStore, *, retry_failed: bool, adopt: bool) -> None:
         from haltscale.platform.ray_connection import connected  # Ray takes seconds to import
@@ -66,27 +77,29 @@ class Study(StudyPlan):
             problems = self.problems(cluster, self._views(store))
             if problems := problems or ([] if adopt else list(filter(None, [self.namesake(store)]))):
                 raise ConfigError(problems)
-            with self._owned(store):
-                ray_tune.run_stages(self, store, retry_failed=retry_failed)
+            ray_tune.run_stages(self, store, retry_failed=retry_failed)
 
     @contextlib.contextmanager
     def _owned(self, store: RunStore) -> Iterator[None]:
         """Own the study in the store meanwhile."""
+        lease = Lease(store, store.path(self.name), job=submission_id())
         try:
-            with held(store, store.path(self.name), job=submission_id(), on_lost=_thread.interrupt_main) as lease:
-                try:
-                    yield
-                except KeyboardInterrupt:
-                    if lease.lost:
-                        raise StudyBusyError(
-                            f"another process took over study {self.name} while this one was silent: this one stops"
-                        ) from None
-                    raise
+            lease.acquire(on_lost=_thread.interrupt_main)
         except LeaseHeldError as error:
             raise StudyBusyError(
                 f"study {self.name} is {error}: follow it with `haltscale status {self.name}`, stop it with"
                 f" `haltscale cancel {self.name}` (or Ctrl-C where it runs), or run this again when it has ended"
             ) from None
+        try:
+            yield
+        except KeyboardInterrupt:
+            if lease.lost:
+                raise StudyBusyError(
+                    f"another process took over study {self.name} while this one was silent: this one stops"
+                ) from None
+            raise
+        finally:
+            lease.release(traceless=not store.fs.exists(store.path(self.name, None, "study.json")))
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The command line of a study's module: run it, or show its plan; exits with 1 where something failed."""

@@ -48,7 +48,7 @@ def shell(line: str, env: dict[str, str]) -> str:
 
 def table(output: str) -> list[str]:
     """The rows of the table of results."""
-    return re.findall(r"^\s*(?:vanilla|adaptive) · .*\d.*$", output.split("nats/token")[-1], flags=re.MULTILINE)
+    return re.findall(r"^\s*(?:vanilla|adaptive)\S* · .*\d.*$", output.split("nats/token")[-1], flags=re.MULTILINE)
 
 
 def make(line: str) -> str:

@@ -244,3 +244,14 @@ def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) 
     assert lease.Holder(number=1, document={"process": own_process | {"start": "17"}}, silent_seconds=0).is_gone
     assert not lease.Holder(number=1, document={"process": own_process | {"machine": "x"}}, silent_seconds=0).is_gone
     assert json.dumps(own_process)
+
+
+def test_an_owner_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "runs")
+    own(store).release(traceless=True)
+    assert not Path(store.path("study")).exists()
+    mine = own(store)
+    (Path(store.path("study")) / "study.json").write_text("{}")
+    mine.release(traceless=True)
+    assert [path.name for path in Path(store.path("study")).iterdir()] == ["study.json"]
+    own(store).release()
