@@ -38,7 +38,8 @@ def test_two_terminals_with_rays_of_their_own_train_each_run_once(texts: Path, t
     """No head is up: each process would start its own cluster. The second is told who has the study; when the first is
     killed, the next one takes over at once and resumes it."""
     home, store = tmp_path / "home", RunStore(tmp_path / "runs")
-    script = write_study(tmp_path / "twice.py", texts, name="twice")
+    steps = f"tokens={500 * 512}, context=64, batch_tokens=512"  # long enough for the second to find it at work
+    script = write_study(tmp_path / "twice.py", texts, name="twice", base=steps)
     variables = {**os.environ, "HALTSCALE_HOME": str(home), "NO_COLOR": "1"}
     command = [sys.executable, "-m", "haltscale.platform.cli", "run", script, "--", "--store", store.root]
     first = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
