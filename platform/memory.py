@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process.
+"""Memory that is freed stays with the process while a run trains, and goes back to the system when it ends.
 
 A training step frees what the next one takes again. glibc's malloc gives large blocks back to the kernel at once, and
 the kernel fills them with zeros, page by page, when they are taken anew: a tenth of a small model's step (LOG.md,
@@ -7,6 +7,7 @@ the kernel fills them with zeros, page by page, when they are taken anew: a tent
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -26,3 +27,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_TRIM_THRESHOLD, _MOST)) and bool(mallopt(_MMAP_THRESHOLD, _MOST))
+
+
+def release_freed_memory() -> None:
+    """Give back what this process has freed.
+
+    A process that trains run after run may train each in another thread, and a thread takes memory from an arena of its
+    own: what the last one freed is of no use to the next. Other C libraries than glibc are left alone.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -27,6 +27,7 @@ from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.initial_model import InitialModelError
+from haltscale.platform.memory import release_freed_memory
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.runs.branching import branch_point
 from haltscale.platform.runs.finalize import evaluate_run, finish
@@ -140,6 +141,7 @@ def fit_here(spec: RunSpec, *, report: Callable[[dict[str, Any]], object]) -> No
             log.exception("%s: failed; trying again from its last checkpoint, %d times more", spec.label, left)
         finally:
             gc.collect()  # DeepSpeed's engine is full of cycles, and the next run needs its memory
+            release_freed_memory()
 
 
 def _nodes(world: int) -> list[str]:
@@ -220,64 +222,67 @@ def _train(
     )
     parent, saved = branch or ("", None)
     engine, progress = start(model, run, execution, checkpoints, saved)
-    recorder.begin(progress.step, share(run, progress.spent), nodes=around.nodes(), parent=parent)
-    is_preempted = False
+    try:
+        recorder.begin(progress.step, share(run, progress.spent), nodes=around.nodes(), parent=parent)
+        is_preempted = False
 
-    def prune(progress: Progress) -> None:
-        keep = set(progress.pinned)
-        if execution.keep_best and rank == 0 and (best := recorder.best_step(checkpoints.complete())) is not None:
-            keep.add(best)
-        checkpoints.prune(keep, execution.keep_last)
+        def prune(progress: Progress) -> None:
+            keep = set(progress.pinned)
+            if execution.keep_best and rank == 0 and (best := recorder.best_step(checkpoints.complete())) is not None:
+                keep.add(best)
+            checkpoints.prune(keep, execution.keep_last)
 
-    def save(progress: Progress) -> None:
-        checkpoints.write(snapshot(engine), progress.to_dict())
-        if is_preempted:
-            checkpoints.wait()
-        prune(progress)
-        around.report({"step": progress.step})
+        def save(progress: Progress) -> None:
+            checkpoints.write(snapshot(engine), progress.to_dict())
+            if is_preempted:
+                checkpoints.wait()
+            prune(progress)
+            around.report({"step": progress.step})
 
-    def evaluate(progress: Progress) -> None:
+        def evaluate(progress: Progress) -> None:
+            with readable(engine) as (whole, shared):
+                together = {"rank": rank, "world": world} if shared else {}
+                row = evaluate_run(whole, corpus, run, progress, recorder, **together).row
+            if spec.role == "tuning":  # for the scheduler, which may end the run here
+                around.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
+
+        def batches() -> Iterator[Batch]:
+            first = progress.step
+            while run.steps is None or first < run.steps:  # how many steps a budget in FLOPs buys is not known yet
+                last = first + STEPS_PER_STREAM if run.steps is None else run.steps
+                yield from stream(
+                    corpus.folder,
+                    seed=run.seed,
+                    mixture=corpus.mixture,
+                    batch=run.batch_sequences,
+                    first_step=first,
+                    steps=last,
+                    rank=rank,
+                    world=world,
+                )
+                first = last
+
+        def log(row: dict[str, Any], progress: Progress) -> None:
+            nonlocal is_preempted
+            recorder.log(row, share(run, progress.spent), events=progress.events)
+            write(row)
+            is_preempted = around.is_preempted()
+
+        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
+        sinks = open_sinks(
+            execution.sinks if rank == 0 else (),
+            study=spec.study,
+            key=spec.key,
+            label=spec.label,
+            config=spec.identity,
+            step=progress.step,
+        )
+        with sinks as write, memory_explained(execution):
+            train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
+        checkpoints.wait()
+        weights = full_weights(engine)
         with readable(engine) as (whole, shared):
             together = {"rank": rank, "world": world} if shared else {}
-            row = evaluate_run(whole, corpus, run, progress, recorder, **together).row
-        if spec.role == "tuning":  # for the scheduler, which may end the run here
-            around.report({"step": progress.step, "share": share(run, progress.spent), "loss": row["loss"]})
-
-    def batches() -> Iterator[Batch]:
-        first = progress.step
-        while run.steps is None or first < run.steps:  # how many steps a budget in FLOPs buys is not known yet
-            last = first + STEPS_PER_STREAM if run.steps is None else run.steps
-            yield from stream(
-                corpus.folder,
-                seed=run.seed,
-                mixture=corpus.mixture,
-                batch=run.batch_sequences,
-                first_step=first,
-                steps=last,
-                rank=rank,
-                world=world,
-            )
-            first = last
-
-    def log(row: dict[str, Any], progress: Progress) -> None:
-        nonlocal is_preempted
-        recorder.log(row, share(run, progress.spent), events=progress.events)
-        write(row)
-        is_preempted = around.is_preempted()
-
-    hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
-    sinks = open_sinks(
-        execution.sinks if rank == 0 else (),
-        study=spec.study,
-        key=spec.key,
-        label=spec.label,
-        config=spec.identity,
-        step=progress.step,
-    )
-    with sinks as write, memory_explained(execution):
-        train(engine, batches(), run, progress, hooks, execution=execution, rank=rank, world=world)
-    checkpoints.wait()
-    weights = full_weights(engine)
-    with readable(engine) as (whole, shared):
-        together = {"rank": rank, "world": world} if shared else {}
-        finish(whole, weights, corpus, run, progress, recorder, spec.described(), **together)
+            finish(whole, weights, corpus, run, progress, recorder, spec.described(), **together)
+    finally:
+        engine.destroy()  # its hooks keep it alive in a process that trains the next run
