@@ -34,21 +34,34 @@ WITH: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def sweep(seeds: tuple[int, ...]) -> Sweep:
-    """Every variant at every seed."""
+def sweep(seeds: tuple[int, ...], *, recipe: Mapping[str, Any] = {}, paper: Mapping[str, Any] = {}) -> Sweep:
+    """Every variant at every seed.
+
+    Args:
+        seeds: of weights and data order.
+        recipe, paper: what the variants of each base share beside it.
+    """
     found = Sweep(())
-    for base, changes in ((RECIPE, WITHOUT), (PAPER, WITH)):
+    for base, changes in (({**RECIPE, **recipe}, WITHOUT), ({**PAPER, **paper}, WITH)):
         for change in changes.values():
             found += grid(seed=seeds, **{**base, **change})
     return found
 
 
-def study() -> Study:
-    """The study; ``python -m haltscale.studies.gate_ablation`` runs it."""
+def study(*, needed: bool = True) -> Study:
+    """The study; ``python -m haltscale.studies.gate_ablation`` runs it.
+
+    Args:
+        needed: False: on the twin, where no token needs a step.
+    """
     return replace(
-        known_need.study(),
-        name="gate-ablation",
-        question="Which departures from the paper's method let a router learn where latent steps are needed?",
+        known_need.study(needed=needed),
+        name="gate-ablation" if needed else "gate-ablation-twin",
+        question=(
+            "Which departures from the paper's method let a router learn where latent steps are needed?"
+            if needed
+            else "Which variants of the router take steps where no token needs any?"
+        ),
         sweep=sweep(known_need.SEEDS),
     )
 

@@ -21,6 +21,9 @@ from haltscale.studies import reference
 RUNS = {
     "ablation": 3 + 3 * 5 * 3 * 3,
     "gate_ablation": 3 * (8 + 6),
+    "gate_ablation_english": 3 * (1 + 8 + 6),
+    "gate_ablation_tuning": 5 * 3,
+    "gate_ablation_twin": 3 * (8 + 6),
     "isoflop": 5 * 4 * 3,
     "main_comparison": 2 * (8 + 2 + 2 * 4),
     "main_ladder": 3 * (8 + 2 + 2 * 4),
