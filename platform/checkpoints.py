@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 import uuid
@@ -33,6 +32,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from haltscale.platform.durable import sync_file, sync_folder
 from haltscale.platform.identity import canonical_json
 from haltscale.platform.store import RunStore
 
@@ -215,9 +215,9 @@ class Checkpoints:
         if not self._local:
             self._fs.put_file(str(file), target)
             return
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+        sync_file(file)
         file.replace(target)
+        sync_folder(Path(target).parent)
 
     def prune(self, keep: set[int], keep_last: int) -> None:
         """Remove, on rank 0, all but the newest ``keep_last`` complete checkpoints and the steps in ``keep``.

@@ -356,7 +356,7 @@ def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
             for run in store.runs(name)
         ]
         print(json.dumps({"schema": report.JSON_SCHEMA, "runs": rows}, indent=1))
-        _told_of_damage(store, study)
+        _raise_if_damaged(store, study)
         return
     if not names:
         print(f"no studies in {store.root}; start one: haltscale submit quickstart")
@@ -367,11 +367,11 @@ def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
             print(f"  {run.state:<9} {progress.describe(run)}")
         if study is None and (problem := store.study_problem(name)):
             print(f"  {problem}")
-    _told_of_damage(store, study)
+    _raise_if_damaged(store, study)
 
 
-def _told_of_damage(store: RunStore, study: str | None) -> None:
-    """End with a sentence where the study that was asked for cannot be read in full; its runs have been shown."""
+def _raise_if_damaged(store: RunStore, study: str | None) -> None:
+    """Raise StoreError if the requested study cannot be read in full; the runs that can be read have been shown."""
     if study and (problem := store.study_problem(study)):
         raise StoreError(problem)
 
@@ -387,7 +387,7 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
     else:
         note = "" if store.study_problem(study) else str(store.study(study).get("note", ""))
         report.show_results(frame, title=study, note=note)
-    _told_of_damage(store, study)
+    _raise_if_damaged(store, study)
 
 
 def _export_results(store: RunStore, study: str, folder: str) -> None:

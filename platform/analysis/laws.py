@@ -207,10 +207,10 @@ def fit_recurrence(
     counts = runs.loc[~single, "method"].value_counts()
     methods = sorted(str(name) for name, count in counts.items() if count >= least)
     if not methods:
-        return Refusal(reason=_told(f"no method with more than one pass has {least} runs", selection.why()))
+        return Refusal(reason=_because(f"no method with more than one pass has {least} runs", selection.why()))
     if not single.any():
         return Refusal(
-            reason=_told(
+            reason=_because(
                 "no run makes a single pass: add vanilla runs, which say what parameters are worth", selection.why()
             )
         )
@@ -255,9 +255,9 @@ def _fit(
         weights = resamples(bootstraps, len(runs), seed, least=len(form.names))
         replicates = refine(form, points, log_loss, weights, best.theta)
     except (FitError, np.linalg.LinAlgError) as error:
-        return Refusal(reason=_told(f"the optimiser failed: {error}", why))
+        return Refusal(reason=_because(f"the optimiser failed: {error}", why))
     if not np.isfinite(replicates).all():
-        return Refusal(reason=_told("the optimiser failed on a resample of the runs", why))
+        return Refusal(reason=_because("the optimiser failed on a resample of the runs", why))
     return LawFit(
         form=form,
         theta=best.theta,
@@ -277,20 +277,20 @@ def _too_little(
     """Why these runs carry no law; None where they do."""
     least = max(MIN_RUNS, parameters + 1)
     if len(runs) < least:
-        return Refusal(reason=_told(f"{len(runs)} of the {least} runs that a fit needs", why))
+        return Refusal(reason=_because(f"{len(runs)} of the {least} runs that a fit needs", why))
     for name in inputs:
         values = column(runs, name)
         count = levels(values)
         if count < MIN_BUDGETS and narrow:
-            return Refusal(reason=_told(f"{count} of the {MIN_BUDGETS} values of {name} that a fit needs", why))
+            return Refusal(reason=_because(f"{count} of the {MIN_BUDGETS} values of {name} that a fit needs", why))
         if narrow and spread_of(values) < MIN_RANGE:
             return Refusal(
-                reason=_told(f"{name} spans a factor of {spread_of(values):.2g}, a fit needs {MIN_RANGE:g}", why)
+                reason=_because(f"{name} spans a factor of {spread_of(values):.2g}, a fit needs {MIN_RANGE:g}", why)
             )
     return None
 
 
-def _told(reason: str, why: str) -> str:
+def _because(reason: str, why: str) -> str:
     return f"{reason} (left out: {why})" if why else reason
 
 
@@ -321,7 +321,7 @@ def leave_one_budget_out(frame: pd.DataFrame, x: str = "flops_realised") -> Held
     labels = budgets_of(runs, x)
     if len(set(labels)) <= MIN_BUDGETS:
         reason = f"{len(set(labels))} of the {MIN_BUDGETS + 1} budgets that leaving one out needs"
-        return Refusal(reason=_told(reason, selection.why()))
+        return Refusal(reason=_because(reason, selection.why()))
     law = _fit(runs, (x,), bootstraps=1, seed=0)
     if isinstance(law, Refusal):
         return law

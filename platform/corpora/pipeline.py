@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -41,7 +40,7 @@ from haltscale.platform.corpora.shard_jobs import (
     tokenise_shard,
 )
 from haltscale.platform.corpora.tokenization import BytePairs, TokenizerError, encode_with_places, exact
-from haltscale.platform.corpora.writing import sync_folder, whole, write_json
+from haltscale.platform.durable import replacing, sync_file, sync_folder, write_json
 from haltscale.platform.durations import clock
 
 log = logging.getLogger(__name__)
@@ -93,8 +92,7 @@ class Preparation:
     def reveal(self) -> None:
         """Publish what is ready: a reader sees all of it or nothing, also after a power cut."""
         for path in self.ready.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
         sync_folder(self.ready)
         self.ready.rename(self.folder)
         sync_folder(self.folder.parent)
@@ -174,7 +172,7 @@ class Preparation:
             text = spec.train(self._sample(spec.sample_bytes)).to_str()
         else:
             text = spec.json
-        with whole(path) as partial:
+        with replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
         return exact(text, end_of_text)
 

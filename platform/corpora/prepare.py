@@ -21,7 +21,7 @@ from haltscale.platform.corpora.corpus import WAIT_SECONDS, Corpus, CorpusError,
 from haltscale.platform.corpora.pipeline import Preparation, Runner
 from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result
 from haltscale.platform.corpora.streamed import StreamedPreparation
-from haltscale.platform.corpora.writing import write_json
+from haltscale.platform.durable import write_json
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from haltscale.platform.corpora.corpus import ends_as_parquet
 from haltscale.platform.corpora.formats import Shard, SourceError, printable
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import Losses, TokenizerError, encode, exact
-from haltscale.platform.corpora.writing import whole, write_json
+from haltscale.platform.durable import replacing, write_json
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _tokenise(job: TokeniseJob) -> Result:
     )
     position = 0
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(stack.enter_context(whole(work / f"tokens-{job.index:06d}.parquet")), "wb"))
+        file = stack.enter_context(open(stack.enter_context(replacing(work / f"tokens-{job.index:06d}.parquet")), "wb"))
         writer = stack.enter_context(pq.ParquetWriter(file, DOCUMENTS, compression="lz4"))
         for batch in _batches(documents):
             kept = []
@@ -269,7 +269,7 @@ def _batches(documents: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, A
 
 def write_dropped(work: Path, shard: int, positions: list[int]) -> None:
     """Write down which of a shard's documents are not trained on."""
-    with whole(work / f"dropped-{shard:06d}.npy") as partial, open(partial, "wb") as file:
+    with replacing(work / f"dropped-{shard:06d}.npy") as partial, open(partial, "wb") as file:
         np.save(file, np.array(sorted(positions), dtype=np.int32))
 
 
@@ -321,7 +321,7 @@ def _pack(job: PackJob) -> Result:
                 writer.add(end, tokens)
                 if writer.is_full:
                     break
-    with whole(work / f"packed-{job.index:06d}.npy") as partial, open(partial, "wb") as file:
+    with replacing(work / f"packed-{job.index:06d}.npy") as partial, open(partial, "wb") as file:
         np.save(file, counts)
     result = {"index": job.index, "file": name, "rows": job.rows, "leaked": sorted(leaked)}
     write_json(work / f"packed-{job.index:06d}.json", result)
@@ -355,7 +355,7 @@ class RowWriter:
 
     def __enter__(self) -> RowWriter:
         if self._job.rows:
-            file = self._stack.enter_context(open(self._stack.enter_context(whole(self._path)), "wb"))
+            file = self._stack.enter_context(open(self._stack.enter_context(replacing(self._path)), "wb"))
             schema = self.SCHEMA(self._job.context)
             options = {"compression": "none", "use_dictionary": False, "write_statistics": ["seq_id"]}
             self._writer = self._stack.enter_context(pq.ParquetWriter(file, schema, **options))

@@ -49,7 +49,7 @@ from haltscale.platform.corpora.formats import (
     read_at_most,
     read_tokens,
 )
-from haltscale.platform.corpora.writing import write_json
+from haltscale.platform.durable import write_json
 from haltscale.platform.identity import digest, encodable
 from haltscale.platform.store import haltscale_home
 

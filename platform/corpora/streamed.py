@@ -39,7 +39,7 @@ from haltscale.platform.corpora.shard_jobs import (
     training_documents,
     write_dropped,
 )
-from haltscale.platform.corpora.writing import write_json
+from haltscale.platform.durable import write_json
 
 log = logging.getLogger(__name__)
 

@@ -21,15 +21,15 @@ class SweepProgress:
         """
         self._store, self._study, self._planned, self._now = store, study, dict(planned_flops), now
         self._began = now()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._first_share = self._share_done(self._runs())
 
     def lines(self) -> list[str]:
         """What is new: a line for each run that ended since the last call, for each that trains, and for the sweep."""
         runs = self._runs()
-        told = [self._ended(run) for run in runs if run.key not in self._told and _has_ended(run)]
-        self._told |= {run.key for run in runs if _has_ended(run)}
-        return [*told, *(_bar(run) for run in runs if run.state is RunState.RUNNING), self._summary(runs)]
+        ended = [self._ended(run) for run in runs if run.key not in self._reported and _has_ended(run)]
+        self._reported |= {run.key for run in runs if _has_ended(run)}
+        return [*ended, *(_bar(run) for run in runs if run.state is RunState.RUNNING), self._summary(runs)]
 
     def _runs(self) -> list[RunView]:
         return [self._store.run(self._study, key) for key in self._planned]

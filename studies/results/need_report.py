@@ -6,21 +6,20 @@ python studies/results/need_report.py --write    put them into known-need.md, be
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from haltscale.platform.markdown import report_main, table
 from haltscale.platform.store import RunStore, RunView
 from haltscale.platform.sweeps import report
 from haltscale.studies import known_need
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "known-need.md"
-BEGIN, END = "<!-- figures: python studies/results/need_report.py --write -->", "<!-- end of figures -->"
+SCRIPT = "studies/results/need_report.py"
 STUDIES = {"known-need": "Text with need", "known-need-twin": "The twin, without need"}
 ORDER = ("adaptive, labels", "shuffled", "fixed", "vanilla, equal FLOPs", "vanilla, equal tokens")
 
@@ -52,11 +51,6 @@ def by_need(views: Iterable[RunView], need: int | None, figure: str) -> float:
     """The mean over seeds of a figure of the tokens that need so many steps."""
     rows = [row for view in views for row in view.record["need"]["by_need"] if row["need"] == need]
     return float(np.mean([row[figure] for row in rows])) if rows else float("nan")
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, ["---"] * len(headings), *rows])
 
 
 def slashed(values: Iterable[float], digits: int = 2) -> str:
@@ -114,24 +108,5 @@ def figures(store: RunStore) -> str:
     return "\n\n".join(parts)
 
 
-def written(page: str, found: str) -> str:
-    """The page with its figures replaced."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{found}\n\n{END}{after}"
-
-
-def main() -> None:
-    """Print the figures, or put them into the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put them into known-need.md")
-    options = parser.parse_args()
-    found = figures(RunStore(FOLDER))
-    if options.write:
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
-    else:
-        sys.stdout.write(found + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    report_main(__doc__, PAGE, SCRIPT, lambda: figures(RunStore(FOLDER)))

@@ -6,8 +6,6 @@ python studies/results/report.py --write    put them into README.md, between its
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +30,14 @@ from haltscale.platform.analysis import (
 )
 from haltscale.platform.analysis.estimates import LEVEL, Estimate
 from haltscale.platform.arms import OLD_CONTROLS, controls_of, shown
+from haltscale.platform.markdown import report_main, table
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps import report
 from haltscale.studies import reference, reference_tuning
 
 FOLDER = Path(__file__).parent
-BEGIN, END = "<!-- figures: python studies/results/report.py --write -->", "<!-- end of figures -->"
+PAGE = FOLDER / "README.md"
+SCRIPT = "studies/results/report.py"
 LEAST_POINTS = 3
 """Pairs below which a mean difference has no interval."""
 
@@ -55,12 +55,7 @@ def load(store: RunStore) -> pd.DataFrame:
     return frame
 
 
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, ["---"] * len(headings), *rows])
-
-
-def told(value: Estimate | Refusal) -> str:
+def estimated(value: Estimate | Refusal) -> str:
     """A number with its interval, or why there is none."""
     if isinstance(value, Refusal):
         return f"none: {value.reason}"
@@ -134,7 +129,7 @@ def against(frame: pd.DataFrame, pairs: list[tuple[str, str]]) -> str:
             budgets = found.groupby("budget")["difference"].mean()
             trend = ", ".join(f"{difference:+.3f} at {budget:.0e}" for budget, difference in budgets.items())
             decided = "none: old control" if control in OLD_CONTROLS else verdict(value)
-            rows.append([f"{method} − {control}", f"{better} of {len(found)}", told(value), decided, trend])
+            rows.append([f"{method} − {control}", f"{better} of {len(found)}", estimated(value), decided, trend])
     return table(["", "lower at", "mean difference, nats/token", "verdict", "by budget, FLOPs"], rows)
 
 
@@ -176,7 +171,7 @@ def same_weights(store: RunStore, frame: pd.DataFrame) -> str:
         rows.append(cells)
     if not rows:
         return "No run has been evaluated with `--controls` yet."
-    means = [told(mean_difference(pd.Series([row[name] for row in differences]))) for name in differences[0]]
+    means = [estimated(mean_difference(pd.Series([row[name] for row in differences]))) for name in differences[0]]
     headings = ["point", "steps", *(f"{name} − learned" for name in differences[0])]
     headings += ["router − oracle", "full depth − oracle", "rank correlation"]
     return table(headings, [*rows, [f"mean over {len(rows)}", "", *means, "", "", ""]])
@@ -211,15 +206,17 @@ def exponents(frame: pd.DataFrame) -> str:
             "a of L(N, D)": _of(surface, "a"),
             "b of L(N, D)": _of(surface, "b"),
         }
-        rows += [[method, quantity, told(value)] for quantity, value in found.items()]
+        rows += [[method, quantity, estimated(value)] for quantity, value in found.items()]
     if {"adaptive", "vanilla"} <= set(laws):
-        rows.append(["adaptive", "vanilla's FLOPs for the same loss", told(_worth(laws["adaptive"], laws["vanilla"]))])
+        rows.append(
+            ["adaptive", "vanilla's FLOPs for the same loss", estimated(_worth(laws["adaptive"], laws["vanilla"]))]
+        )
     recurrence = fit_recurrence(runs)
     if isinstance(recurrence, Refusal):
-        return table(["method", "quantity", "value"], [*rows, ["all", "phi, worth of a pass", told(recurrence)]])
-    rows += [[method, "phi, worth of a pass", told(phi)] for method, phi in recurrence.phi.items()]
+        return table(["method", "quantity", "value"], [*rows, ["all", "phi, worth of a pass", estimated(recurrence)]])
+    rows += [[method, "phi, worth of a pass", estimated(phi)] for method, phi in recurrence.phi.items()]
     for control in controls_of("adaptive", recurrence.phi):
-        rows.append(["adaptive", f"phi minus {control}'s", told(recurrence.advantage("adaptive", control))])
+        rows.append(["adaptive", f"phi minus {control}'s", estimated(recurrence.advantage("adaptive", control))])
     return table(["method", "quantity", "value"], rows)
 
 
@@ -246,8 +243,8 @@ def pressed(frame: pd.DataFrame) -> str:
     text = table(["λ", "β", "l_max", "nats/token", "steps"], rows)
     if isinstance(shares, Refusal):
         return f"{text}\n\nShares of the loss's variance: none, {shares.reason}."
-    said = [f"{r['parameter']} {r['share']:.0%} (chance: {r['chance']:.0%})" for r in shares.to_dict("records")]
-    return f"{text}\n\nShares of the loss's variance, each alone: {', '.join(said)}."
+    parts = [f"{r['parameter']} {r['share']:.0%} (chance: {r['chance']:.0%})" for r in shares.to_dict("records")]
+    return f"{text}\n\nShares of the loss's variance, each alone: {', '.join(parts)}."
 
 
 def tuned(store: RunStore) -> str:
@@ -282,16 +279,18 @@ def _marked(found: dict[float, float], rate: float) -> str:
 
 def answer(frame: pd.DataFrame) -> str:
     """The study's question, and what its controls say, in a sentence each."""
-    asked = {
+    openings = {
         "vanilla": "At equal realised FLOPs, the loss of adaptive is",
         "adaptive/shuffled": "Beside its own steps at other tokens, it is",
         "adaptive/fixed": "Beside its own steps spread evenly, it is",
     }
     lines = []
-    for control, beginning in asked.items():
+    for control, beginning in openings.items():
         found = paired(frame, "adaptive", control)
         value = mean_difference(found["difference"])
-        number = value.reason if isinstance(value, Refusal) else f"{told(value)} nats/token over {len(found)} points"
+        number = (
+            value.reason if isinstance(value, Refusal) else f"{estimated(value)} nats/token over {len(found)} points"
+        )
         lines.append(f"- {beginning} **{verdict(value)}**: {number}.")
     lines.append("- The published *shuffled* and *fixed* are old controls, which enter no verdict (docs/controls.md).")
     return "\n".join(lines)
@@ -314,7 +313,7 @@ def figures(store: RunStore) -> str:
         + "\n\n"
         + halting(frame),
         "Same weights, other halting": same_weights(store, frame),
-        "Seeds": f"Standard deviation between seeds, nats/token: {told(deviation)}.",
+        "Seeds": f"Standard deviation between seeds, nats/token: {estimated(deviation)}.",
         "Frontier": frontier(frame, noise),
         "Exponents": exponents(frame),
         "How hard to press": pressed(frame),
@@ -323,30 +322,5 @@ def figures(store: RunStore) -> str:
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
 
 
-def written(readme: str, text: str) -> str:
-    """README.md with the figures between its markers.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the figures into README.md")
-    options = parser.parse_args()
-    text = figures(RunStore(FOLDER))
-    if options.write:
-        readme = FOLDER / "README.md"
-        readme.write_text(written(readme.read_text(), text))
-    else:
-        sys.stdout.write(text + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    report_main(__doc__, PAGE, SCRIPT, lambda: figures(RunStore(FOLDER)))

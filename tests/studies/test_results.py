@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from haltscale.platform.analysis.estimates import Estimate, Refusal
+from haltscale.platform.markdown import END, begin, with_figures
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.sweeps.report import control_differences
 from haltscale.studies import reference
@@ -36,13 +37,13 @@ def report() -> ModuleType:
 
 
 def test_the_page_says_what_the_records_say(report: ModuleType) -> None:
-    page = (FOLDER / "README.md").read_text()
-    assert report.written(page, report.figures(RunStore(FOLDER))) == page, report.BEGIN
+    page = report.PAGE.read_text()
+    assert with_figures(page, report.SCRIPT, report.figures(RunStore(FOLDER))) == page
 
 
 def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> None:
-    before, _, rest = (FOLDER / "README.md").read_text().partition(report.BEGIN)
-    prose = before + rest.partition(report.END)[2]
+    before, _, rest = report.PAGE.read_text().partition(begin(report.SCRIPT))
+    prose = before + rest.partition(END)[2]
     assert "nats/token" not in prose
     assert "%" not in prose.replace("95 %", "")
 
@@ -50,7 +51,7 @@ def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> 
 def test_the_page_of_known_need_says_what_the_records_say() -> None:
     module = loaded("need_report")
     page = module.PAGE.read_text(encoding="utf-8")
-    assert module.written(page, module.figures(RunStore(FOLDER))) == page, module.BEGIN
+    assert with_figures(page, module.SCRIPT, module.figures(RunStore(FOLDER))) == page
 
 
 def test_the_verdicts_of_known_need() -> None:
@@ -96,12 +97,6 @@ def test_each_compared_run_has_its_methods_tuned_rate() -> None:
         if method == "shuffled" or (method == "fixed" and "fixed" not in reference.rates()):
             method = "adaptive"
         assert identity["learning_rate"] == reference.rate(reference.Method(method), identity["size"]), run.label
-
-
-def test_marks_that_are_missing_are_told(report: ModuleType) -> None:
-    assert report.written(f"a {report.BEGIN} old {report.END} b", "new") == f"a {report.BEGIN}\n\nnew\n\n{report.END} b"
-    with pytest.raises(ValueError, match="needs the lines"):
-        report.written("no marks", "new")
 
 
 def runs(**losses: list[float]) -> pd.DataFrame:
