@@ -114,7 +114,7 @@ def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, 
     }
     if old:
         return {**row, "problem": "an old control: it differs in more than where the steps are"}
-    sums = [[_document_frame(record) for record in records] for records in (controls, subjects)]
+    sums = [[document_frame(record) for record in records] for records in (controls, subjects)]
     found = paired_difference(sums[0], sums[1])
     if isinstance(found, Refusal):
         return {**row, "problem": found.reason}
@@ -130,7 +130,8 @@ def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, 
     return row
 
 
-def _document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
+def document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
+    """``tokens`` and ``nats`` of each held-out document, for :func:`~haltscale.platform.analysis.paired_difference`."""
     found = record.get("held_out_by_document") or {}
     return pd.DataFrame({name: found.get(name) or [] for name in ("tokens", "nats")}, dtype=float)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from haltscale.platform.analysis.estimates import Estimate, Refusal
+from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.markdown import END, begin, with_figures
-from haltscale.platform.store import RunState, RunStore
-from haltscale.platform.sweeps.report import control_differences
-from haltscale.studies import reference
+from haltscale.platform.store import RunState, RunStore, RunView
+from haltscale.platform.sweeps.report import control_differences, document_frame
+from haltscale.studies import gate_ablation, reference
 
 FOLDER = Path(__file__).parents[2] / "studies" / "results"
 MOST_BYTES = 12e6
@@ -36,11 +39,6 @@ def report() -> ModuleType:
     return loaded("report")
 
 
-def test_the_page_says_what_the_records_say(report: ModuleType) -> None:
-    page = report.PAGE.read_text()
-    assert with_figures(page, report.SCRIPT, report.figures(RunStore(FOLDER))) == page
-
-
 def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> None:
     before, _, rest = report.PAGE.read_text().partition(begin(report.SCRIPT))
     prose = before + rest.partition(END)[2]
@@ -48,8 +46,9 @@ def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> 
     assert "%" not in prose.replace("95 %", "")
 
 
-def test_the_page_of_known_need_says_what_the_records_say() -> None:
-    module = loaded("need_report")
+@pytest.mark.parametrize("name", ["report", "need_report", "gate_report"])
+def test_the_page_says_what_the_records_say(name: str) -> None:
+    module = loaded(name)
     page = module.PAGE.read_text(encoding="utf-8")
     assert with_figures(page, module.SCRIPT, module.figures(RunStore(FOLDER))) == page
 
@@ -76,7 +75,7 @@ def test_the_verdicts_of_known_need() -> None:
 def test_the_records_are_whole_and_small() -> None:
     store = RunStore(FOLDER)
     roles = {"reference": "comparison", "reference-tuning": "tuning"}
-    roles |= dict.fromkeys(["known-need", "known-need-twin"], "comparison")
+    roles |= dict.fromkeys(["gate-ablation", "known-need", "known-need-twin"], "comparison")
     assert store.studies() == sorted(roles)
     for study, role in roles.items():
         runs = list(store.runs(study))
@@ -158,3 +157,29 @@ def test_budgets_are_told_apart_and_pressed_settings_are_not_compared(report: Mo
     frame = report.load(store)
     assert frame["budget"].tolist() == [3e11, 1e12]
     assert frame["compared"].tolist() == [True, False]
+
+
+def test_what_the_gate_ablation_concludes() -> None:
+    """A warm-up lets the paper's router learn; the confidence weight spends its steps where nothing can be."""
+    module = loaded("gate_report")
+    store, study = RunStore(FOLDER), gate_ablation.study()
+    views = {view.key: view for view in store.runs(study.name)}
+
+    def runs(base: Mapping[str, Any], change: Mapping[str, Any]) -> list[RunView]:
+        found: list[RunView] = module.variant(study, views, {**base, **change})
+        assert len(found) == 3
+        return found
+
+    paper = {name: runs(gate_ablation.PAPER, change) for name, change in gate_ablation.WITH.items()}
+    frames = {name: [document_frame(view.record) for view in found] for name, found in paper.items()}
+    gained = paired_difference(frames["a warm-up"], frames["nothing"])
+    assert isinstance(gained, Estimate)
+    assert gained.high < -0.1
+    for view in paper["a warm-up"]:
+        unpredictable, *needs = [row["mean_steps"] for row in view.record["need"]["by_need"]]
+        assert needs == sorted(needs)
+        assert unpredictable > 1.9
+    for change in gate_ablation.WITHOUT.values():
+        if change != {"warmup_loss": "last"}:
+            for view in runs(gate_ablation.RECIPE, change):
+                assert view.record["need"]["rank_correlation"] > 0.7
