@@ -10,6 +10,7 @@ from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
+from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw
 from haltscale.platform.sweeps.spec import Halving
 from haltscale.platform.sweeps.study import Study
 from haltscale.platform.sweeps.sweep import (
@@ -24,6 +25,7 @@ from haltscale.platform.sweeps.sweep import (
     ladder,
     log_uniform,
     sample,
+    tuned,
     uniform,
     zip_,
 )
@@ -38,8 +40,10 @@ __all__ = [
     "BytePairs",
     "ChainedLookups",
     "ConfigError",
+    "Constant",
     "ControlKind",
     "Corpus",
+    "DeepSeekLaw",
     "ExecutionConfig",
     "Format",
     "Halving",
@@ -50,12 +54,14 @@ __all__ = [
     "Optimizer",
     "Precision",
     "Pretrained",
+    "Rule",
     "RunConfig",
     "RunStore",
     "Schedule",
     "Search",
     "Sink",
     "Source",
+    "StepLaw",
     "Study",
     "Sweep",
     "TuningStudy",
@@ -71,6 +77,7 @@ __all__ = [
     "log_uniform",
     "sample",
     "sotu",
+    "tuned",
     "uniform",
     "zip_",
 ]
