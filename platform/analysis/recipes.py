@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pandas as pd
 
 from haltscale.platform.analysis.runs import TUNING, texts
@@ -48,20 +46,3 @@ def recipe_warning(runs: pd.DataFrame) -> str:
         for end, found in sorted(at_end.items())
     ]
     return "; ".join(told)
-
-
-def pair_warning(recipe: Mapping[str, object], other: Mapping[str, object]) -> str:
-    """The same for two runs' records (``record["recipe"]``); replays have their subject's recipe by definition.
-
-    >>> pair_warning({"source": "tuned"}, {"source": "borrowed"})
-    'second: at a recipe that was tuned for another arm or size'
-    """
-    runs = [
-        {"arm": arm, "recipe": one.get("source") or "", "recipe_at_end": _joined(one.get("at_end"))}
-        for arm, one in (("first", recipe), ("second", other))
-    ]
-    return recipe_warning(pd.DataFrame(runs))
-
-
-def _joined(names: object) -> str:
-    return ", ".join(map(str, names)) if isinstance(names, list) else ""

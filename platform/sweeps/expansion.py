@@ -124,18 +124,17 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int, *, on_gpu: bool = Fal
             seen.setdefault(same, number)
         for number, control in controls:
             if _same(control.subject) not in seen:
-                label = control.subject.run.label if isinstance(control.subject, RunTuned) else control.subject.label
-                problems.append(
-                    f"point {number}, a {control.kind} control: the sweep has no such run to control ({label})"
-                )
+                bare = control.subject.run if isinstance(control.subject, RunTuned) else control.subject
+                missing = f"the sweep has no such run to control ({bare.label})"
+                problems.append(f"point {number}, a {control.kind} control: {missing}")
         if len({control.same() for _, control in controls}) < len(controls):
             problems.append("some controls are given twice: call controls(of=...) once for each run")
     known = [run for _, run in runs if isinstance(run, RunConfig)]
     tuned = [run for _, run in runs if isinstance(run, RunTuned)]
     if taken := {each.how.seed for each in tuned} & {run.seed for run in [*known, *(each.run for each in tuned)]}:
         problems.append(
-            f"seed {min(taken)} is that of tuning runs, and of a compared one: tuned by the data that it is compared on,"
-            " an arm is not fair; give tuned another seed"
+            f"seed {min(taken)} is that of tuning runs and of a compared run, which would be the best of several draws:"
+            " give tuned(..., seed=...) another one"
         )
     return Expansion(runs=known, tuned=tuned, controls=[control for _, control in controls], problems=problems)
 

@@ -147,11 +147,13 @@ class StudyPlan(StudySpec):
     def plan(self, store: RunStore | None = None) -> pd.DataFrame:
         """One row per run; nothing is started.
 
-        Columns: ``run`` (label); ``key``; ``role`` (``comparison``, or ``tuning``); ``state`` (:class:`~haltscale.platform.store.RunState`, ``stale`` or
-        ``waiting``); ``method``; ``size``; ``parameters``; ``tokens``; ``flops_expected`` (realised training FLOPs:
-        from the ledger where the method's depth is given, from finished runs of the same kind where a router decides,
-        else missing); ``flops_bound`` (with every latent step taken); ``memory_bytes`` (of each worker, at least);
-        ``seconds`` (at the speed of finished runs of the same method, size and execution in this study, else missing).
+        Columns: ``run`` (label); ``key``; ``role`` (``comparison``, or ``tuning``); ``state``
+        (:class:`~haltscale.platform.store.RunState`, ``stale`` or ``waiting``); ``method``; ``size``; ``parameters``;
+        ``tokens``; ``flops_expected`` (realised training FLOPs: from the ledger where the method's depth is given,
+        from finished runs of the same kind where a router decides, else missing); ``flops_bound`` (with every latent
+        step taken); ``memory_bytes`` (of each worker, at least); ``seconds`` (at the speed of finished runs of the same
+        method, size and execution in this study, else missing). Of a tuned run that waits, ``method`` to ``tokens``
+        are known, and of a control that waits nothing but its label.
 
         Raises:
             ConfigError: the study has errors.
@@ -237,7 +239,8 @@ class StudyPlan(StudySpec):
     def _results(self, views: Mapping[str, RunView], *, role: str | None = None) -> pd.DataFrame:
         role = role or self.role
         keys = [self.key(entry.run) for entry in self._planned(views) if entry.run and entry.role == role]
-        return report.table([views.get(key) or RunView.absent(self.name, key) for key in keys])
+        found = report.table([views.get(key) or RunView.absent(self.name, key) for key in keys])
+        return found if len(found) else report.table([RunView.absent(self.name, "")]).head(0)
 
     def missing(self, store: RunStore, *, retry_failed: bool = False) -> dict[str, PlannedRun]:
         """What is to be trained now, by key, cheapest first: known, without a result, and not bound to fail again.

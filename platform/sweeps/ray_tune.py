@@ -48,7 +48,8 @@ PROGRESS_SECONDS = 10.0
 
 
 def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False) -> None:
-    """Train what is missing; what its results make known (tuned runs, controls, branches, the next round) is the next stage.
+    """Train what is missing; what its results make known (tuned runs, controls, branches, the next round of a search)
+    is the next stage.
 
     Args:
         retry_failed: train those too that failed for a permanent reason.

@@ -18,6 +18,7 @@ from haltscale.model import VanillaOptions
 from haltscale.model.config import Method
 from haltscale.platform.config import RunConfig, apply_point
 from haltscale.platform.sweeps import planning
+from haltscale.platform.sweeps.rules import rounded
 from haltscale.platform.sweeps.sweep import Tuning
 
 Values = tuple[Any, ...]
@@ -78,8 +79,8 @@ def tuned_problems(tuned: RunTuned, vocab_size: int) -> list[str]:
         found += how.rule.problems(tuned.run) or how.rule.problems(tuned.trial)
     if how.rule is None and tuned.trial.shape != tuned.run.shape:
         found.append(
-            f"tuned at {tuned.trial.size} for {tuned.run.size}: give the rule by which the recipe changes with the size,"
-            " such as rule=StepLaw(), or rule=Constant() to claim that it does not"
+            f"tuned at {tuned.trial.size} for {tuned.run.size}: give the rule by which the recipe changes with the"
+            " size, such as rule=StepLaw(), or rule=Constant() to claim that it does not"
         )
     if (warmup := tuned.trial.warmup_tokens) is not None and tuned.trial.flops is None and warmup >= tuned.trial.tokens:
         found.append(
@@ -96,7 +97,7 @@ def shortened(run: RunConfig, share: float) -> RunConfig:
 
 
 def plain_of(tuned: RunTuned, vocab_size: int) -> RunTuned | None:
-    """The plain model's tuning beside a subject's: at the subject's size and tuning budget, over what a plain model has.
+    """The plain model's tuning beside a subject's: at its size and tuning budget, over what a plain model has.
 
     Its tuning runs are those of a vanilla arm of that size and budget, and are known before the subject has finished.
     None where nothing is left to tune.
@@ -218,7 +219,7 @@ def recipe_of(
     values = rule.carried(best, trial, tuned.run, vocab_size) if rule else best
     source = RecipeSource.TUNED
     if rule is not None and not best:
-        values = {name: value for name, value in _absolute(tuned.run, how, vocab_size).items()}
+        values = _absolute(tuned.run, how, vocab_size)
         source = RecipeSource.RULE
     elif borrowed:
         source = RecipeSource.BORROWED
@@ -264,7 +265,5 @@ def recipe_of(
 
 
 def _absolute(run: RunConfig, how: Tuning, vocab_size: int) -> dict[str, Any]:
-    from haltscale.platform.sweeps.rules import rounded
-
     assert how.rule is not None
     return rounded(how.rule.recipe(run, vocab_size), run) if how.rule.gives else {}

@@ -1,4 +1,4 @@
-"""Rules over sizes: how a recipe (learning rate, weight decay, batch, warm-up) follows from the shape and the budget."""
+"""Rules over sizes: how a recipe (learning rate, weight decay, batch, warm-up) follows from shape and budget."""
 
 from __future__ import annotations
 

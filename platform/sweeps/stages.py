@@ -124,7 +124,7 @@ class _Stages:
         self.waiting.append(PlannedRun(label="", run=None, control=kind, subject=run, expected=expected))
 
     def _loss(self, trial: RunConfig) -> float | None:
-        """A tuning run's held-out loss; infinite where it ended without one for good, None where it may yet have one."""
+        """A tuning run's held-out loss: infinite where it ended without one for good, None where it may yet have it."""
         view = self._views.get(self._key(trial))
         if view is None:
             return None
