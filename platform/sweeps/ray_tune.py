@@ -123,7 +123,7 @@ def _run(
             corpus_folder=str(corpora[run.context].folder),
             corpus_weights=study.corpus.weights,
             role=missing[key].role,
-            recipe=dict(missing[key].recipe) if missing[key].recipe else None,
+            recipe=dict(missing[key].recipe or {}) or None,
             planned_flops=study.flops_bound(run),
         )
         store.write_json(store.path(study.name, key, "spec.json"), spec.described())

@@ -96,4 +96,4 @@ class StepLaw(Rule):
 
 def non_embedding(run: RunConfig) -> int:
     """Weights of the plain model's blocks."""
-    return run.shape.layers * ledger.layer_row_flops(run.shape) // 2
+    return round(run.shape.layers * ledger.layer_row_flops(run.shape) / 2)

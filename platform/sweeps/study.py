@@ -55,7 +55,7 @@ class Study(StudyPlan):
             with self._owned(store):
                 self._train(store, retry_failed=retry_failed, adopt=adopt)
             return self.results(store)
-        planned = self._planned(views)
+        planned = [entry for entry in self._planned(views) if entry.role == self.role]
         states = [views[key].state if (key := self.key(entry.run)) in views else "" for entry in planned if entry.run]
         waiting = len(planned) - len(states)
         if (ended := sum(state != RunState.FINISHED for state in states)) or waiting:

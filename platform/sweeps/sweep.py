@@ -404,11 +404,18 @@ def plain_point(point: AnyPoint) -> Point:
 
 
 def _joined(one: AnyPoint, other: AnyPoint) -> AnyPoint:
-    if isinstance(one, dict):
-        return _merged(one, other) if isinstance(other, dict) else replace(other, of=_joined(one, other.of))
-    if isinstance(other, dict):
-        return replace(one, of=_joined(one.of, other))
-    raise ValueError("a product of controls or tuned points with others of them: multiply them by a grid")
+    if not isinstance(one, dict) and not isinstance(other, dict):
+        raise ValueError("a product of controls or tuned points with others of them: multiply them by a grid")
+    merged = _merged(plain_point(one), plain_point(other))
+    return _over(other if isinstance(one, dict) else one, merged)
+
+
+def _over(point: AnyPoint, plain: Point) -> AnyPoint:
+    """A point with another plain one in it."""
+    if isinstance(point, Control):
+        subject = point.of
+        return replace(point, of=replace(subject, of=plain) if isinstance(subject, Tuned) else plain)
+    return replace(point, of=plain) if isinstance(point, Tuned) else plain
 
 
 def _is_number(value: Any) -> bool:
