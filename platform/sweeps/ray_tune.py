@@ -60,14 +60,15 @@ def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False)
     }:
         now = study.ready(left)
         planned = study.planned(store)
-        waiting = sum(entry.run is None for entry in planned)
+        waits = [entry for entry in planned if entry.run is None]
+        waiting, kind = len(waits), "controls" if all(entry.control for entry in waits) else "runs"
         log.info(
             "%s: %d of %d runs are finished, %d to train%s",
             study.name,
             len(planned) - waiting - len(left),
             len(planned) - waiting,
             len(left),
-            f", {waiting} wait for them" if waiting else "",
+            f", {waiting} {kind} wait for them" if waiting else "",
         )
         run_missing(study, now, store)
         tried |= set(now)

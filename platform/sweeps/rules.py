@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from haltscale.model import ledger
+from haltscale.model import Parametrisation, ledger
 from haltscale.platform.config import RunConfig
 
 
@@ -61,6 +61,21 @@ class Constant(Rule):
 
     name: ClassVar[str] = "constant"
     source: ClassVar[str] = "an assumption"
+
+
+@dataclass(frozen=True)
+class Transfer(Rule):
+    """The same values at every width (``parametrisation="mup"``), and at every depth and number of latent steps too
+    (``"completep"``): each weight's own rate is derived from them where it is trained. Says nothing of the budget."""
+
+    name: ClassVar[str] = "transfer"
+    source: ClassVar[str] = "muP, arXiv 2203.03466; CompleteP, arXiv 2505.01618"
+
+    def problems(self, run: RunConfig) -> list[str]:
+        """The rule holds under those parametrisations only."""
+        if run.parametrisation is Parametrisation.STANDARD:
+            return ["rule transfer needs parametrisation 'mup' or 'completep' (got 'standard'): set it in the base run"]
+        return []
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_arms_are_tuned_then_compared_then_controlled(head: cluster.Head, texts:
     path = script(tmp_path / "script", texts, sweep, base=base)
     code, output = run(head, "python", path, "--store", store.root)
     assert code == 0, output
-    assert "0 of 4 runs are finished, 4 to train, 4 wait for them" in output
+    assert "0 of 4 runs are finished, 4 to train, 4 runs wait for them" in output
     tuning, compared = [], {}
     for view in store.runs("sweep"):
         assert view.state is RunState.FINISHED
