@@ -5,8 +5,8 @@ be tuned on a small model and used on a large one:
 
 - muP (Yang et al., arXiv 2203.03466): what one step changes in an activation does not depend on the width.
 - CompleteP (Dey et al., arXiv 2505.01618, table 1, alpha = 1): nor on the depth. Each residual branch counts for one
-  part in the depth. Depth here is *effective*: blocks times passes, since a loop that feeds a state back goes through its
-  blocks as often as a stack of so many layers would (a latent chain by l_max + 1, its bound).
+  part in the depth. Depth here is *effective*: blocks times passes, since a loop that feeds a state back goes through
+  its blocks as often as a stack of so many layers would (a latent chain by l_max + 1, its bound).
 
 Both equal the standard parametrisation at the base shape, the smallest step of the ladder at one pass, so a rate that
 was found there is theirs. n is the width, m the effective depth, both as multiples of the base's:
