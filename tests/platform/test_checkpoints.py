@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from haltscale.model import build_model
+from haltscale.model import Parametrisation, build_model
 from haltscale.platform import checkpoints as checkpoint_module
 from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints, Saved, Shard
 from haltscale.platform.config import Precision, RunConfig
