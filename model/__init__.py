@@ -2,6 +2,7 @@
 
 config.py          what a model is: method, shape, options; the two size ladders
 registry.py        the methods by name; build_model
+parametrisation.py how initial weights and rates change with width and depth: standard, muP, CompleteP
 language_model.py  what all methods share: embedding, head, loss, accounting, initialisation, decode_step
 backbone.py        the Llama stack, and attention plans: who sees whom in a pass
 kernels.py         hand-written gradients where autograd moved too much memory
@@ -18,7 +19,7 @@ vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, ada
 
 from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, GateTarget, Mixture, PenaltyProbability, WarmupLoss
-from haltscale.model.config import SIZES, Method, MethodOptions, ModelConfig, Shape
+from haltscale.model.config import SIZES, Method, MethodOptions, ModelConfig, Parametrisation, Shape
 from haltscale.model.decoding import DecodingState
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.halting import HaltingTrace
@@ -31,7 +32,14 @@ from haltscale.model.pause import PauseOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
 from haltscale.model.ponder3 import Ponder3Options
-from haltscale.model.registry import METHODS, MethodEntry, build_model, config_from_dict, config_problems
+from haltscale.model.registry import (
+    METHODS,
+    MethodEntry,
+    build_model,
+    config_from_dict,
+    config_problems,
+    parameter_scales,
+)
 from haltscale.model.shuffled import ShuffledOptions
 from haltscale.model.step_source import SourceOptions, StepsFrom
 from haltscale.model.vanilla import VanillaModel, VanillaOptions
@@ -58,6 +66,7 @@ __all__ = [
     "ModelConfig",
     "MorOptions",
     "Output",
+    "Parametrisation",
     "PassCounts",
     "PauseOptions",
     "PenaltyProbability",
@@ -80,4 +89,5 @@ __all__ = [
     "paper_inference_flops",
     "paper_passes",
     "paper_training_flops",
+    "parameter_scales",
 ]

@@ -140,6 +140,17 @@ def is_size(size: object) -> bool:
     return numbers and int(parts[1]) >= 32
 
 
+class Parametrisation(StrEnum):
+    """How initial weights and learning rates depend on the shape; see parametrisation.py."""
+
+    STANDARD = "standard"
+    """One learning rate for all weights; the best one falls with width and depth."""
+    MUP = "mup"
+    """muP: the best learning rate does not depend on the width."""
+    COMPLETEP = "completep"
+    """CompleteP: nor on the depth, loops included."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One model, complete: same config and seed, same initial weights and same results."""
@@ -164,6 +175,9 @@ class ModelConfig:
     """Unit-scale inputs: embeddings are initialised with std sqrt(2/(5d)) and multiplied by sqrt(2.5 d) on the way in,
     so that a token and a fed-back hidden state have the same size (PonderLM-2). The authors' vanilla model goes
     without; here every arm has it, so that a comparison is about thinking and not about scale."""
+    parametrisation: Parametrisation = Parametrisation.STANDARD
+    """Of the initial weights; training takes its rates from it too. What a forward pass computes from given weights is
+    the same in all."""
 
     def __post_init__(self) -> None:
         set_normalised(self)

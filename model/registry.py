@@ -1,8 +1,11 @@
 """The methods by name, and the one way to build a model."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from haltscale.model.adaponder import AdaponderModel, AdaponderOptions
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions
@@ -10,6 +13,7 @@ from haltscale.model.config import (
     Method,
     MethodOptions,
     ModelConfig,
+    Parametrisation,
     Shape,
     build_options,
     did_you_mean,
@@ -18,9 +22,10 @@ from haltscale.model.config import (
     key_problems,
 )
 from haltscale.model.fixed import FixedModel, FixedOptions
-from haltscale.model.language_model import LanguageModel, initialise
+from haltscale.model.language_model import LanguageModel, canonical_name, initialise
 from haltscale.model.looped import LoopedModel, LoopedOptions
 from haltscale.model.mor import MorModel, MorOptions
+from haltscale.model.parametrisation import Scale, scale_of
 from haltscale.model.pause import PauseModel, PauseOptions
 from haltscale.model.ponder import PonderModel, PonderOptions
 from haltscale.model.ponder2 import Ponder2Model, Ponder2Options
@@ -97,7 +102,20 @@ def build_model(config: ModelConfig, *, seed: int) -> LanguageModel:
         raise ValueError("\n".join(problems))
     model = METHODS[config.method].model(config)
     initialise(model, seed)
+    scales = parameter_scales(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (start := scales[name].start) != 1.0:
+                parameter.mul_(start)
     return model
+
+
+def parameter_scales(model: LanguageModel) -> dict[str, Scale]:
+    """What the model's parametrisation makes of each parameter's initial value, rate and epsilon, by name."""
+    config = model.config
+    passes = 1.0 if config.method is Method.PAUSE else METHODS[config.method].max_passes(config.options)
+    depth = sum(model.layers_per_pass(math.ceil(passes)))  # pauses stand beside a token, not behind it
+    return {name: scale_of(canonical_name(name), config, depth) for name, _ in model.named_parameters()}
 
 
 def config_problems(config: ModelConfig, *, tokenizer_size: int | None = None, longest: int | None = None) -> list[str]:
@@ -132,6 +150,14 @@ def config_problems(config: ModelConfig, *, tokenizer_size: int | None = None, l
         found.append(f"rope_theta = {config.rope_theta!r}: must be a number above 1")
     if not is_number(config.norm_eps) or not 0 < config.norm_eps < 1:
         found.append(f"norm_eps = {config.norm_eps!r}: must be a number between 0 and 1")
+    if config.parametrisation not in list(Parametrisation):
+        told = did_you_mean(config.parametrisation, Parametrisation)
+        found.append(f"parametrisation = {config.parametrisation!r}{told}")
+    elif config.parametrisation is not Parametrisation.STANDARD and config.tie_embeddings:
+        found.append(
+            f"parametrisation = {str(config.parametrisation)!r}: needs a head of its own, and tie_embeddings is set;"
+            " take 'standard'"
+        )
     for name in ("tie_embeddings", "embedding_scale"):
         if not isinstance(getattr(config, name), bool):
             found.append(f"{name} = {getattr(config, name)!r}: must be true or false")

@@ -1,6 +1,6 @@
 """The names that a study is written with, in one place."""
 
-from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method
+from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method, Parametrisation
 from haltscale.platform.config import ConfigError, Precision, RunConfig, Schedule
 from haltscale.platform.corpora.corpus import Corpus, sotu
 from haltscale.platform.corpora.formats import Format, InvalidUtf8
@@ -10,6 +10,7 @@ from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
+from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw, Transfer
 from haltscale.platform.sweeps.spec import Halving
 from haltscale.platform.sweeps.study import Study
 from haltscale.platform.sweeps.sweep import (
@@ -24,6 +25,7 @@ from haltscale.platform.sweeps.sweep import (
     ladder,
     log_uniform,
     sample,
+    tuned,
     uniform,
     zip_,
 )
@@ -38,8 +40,10 @@ __all__ = [
     "BytePairs",
     "ChainedLookups",
     "ConfigError",
+    "Constant",
     "ControlKind",
     "Corpus",
+    "DeepSeekLaw",
     "ExecutionConfig",
     "Format",
     "Halving",
@@ -48,16 +52,20 @@ __all__ = [
     "Offload",
     "OnTrouble",
     "Optimizer",
+    "Parametrisation",
     "Precision",
     "Pretrained",
+    "Rule",
     "RunConfig",
     "RunStore",
     "Schedule",
     "Search",
     "Sink",
     "Source",
+    "StepLaw",
     "Study",
     "Sweep",
+    "Transfer",
     "TuningStudy",
     "choice",
     "controls",
@@ -71,6 +79,7 @@ __all__ = [
     "log_uniform",
     "sample",
     "sotu",
+    "tuned",
     "uniform",
     "zip_",
 ]

@@ -14,6 +14,7 @@ from haltscale.model import (
     Method,
     MethodOptions,
     ModelConfig,
+    Parametrisation,
     Shape,
     VanillaOptions,
     config_problems,
@@ -99,6 +100,10 @@ class RunConfig:
     adam_beta2: float = 0.95
     clip: float = 1.0
     """Greatest gradient norm."""
+    parametrisation: Parametrisation = Parametrisation.STANDARD
+    """How initial weights and each parameter's rate, epsilon and decay depend on the shape
+    (``haltscale/model/parametrisation.py``): under ``mup`` and ``completep`` a rate that was tuned on a small model is
+    one for a large model."""
     precision: Precision = Precision.AUTO
     seed: int = 0
     """Of the initial weights and of the order of the sequences."""
@@ -139,7 +144,12 @@ class RunConfig:
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model of this run."""
         config = ModelConfig(
-            method=self.method, shape=self.shape, vocab_size=vocab_size, context=self.context, options=self.options
+            method=self.method,
+            shape=self.shape,
+            vocab_size=vocab_size,
+            context=self.context,
+            options=self.options,
+            parametrisation=self.parametrisation,
         )
         if (start := self.init_from) is None:
             return config
@@ -197,6 +207,10 @@ class RunConfig:
         if self.size != IMPORTED and named_shape(self.size) != start.shape:
             found.append(
                 f"size {self.size!r} is {named_shape(self.size)}, init_from has {start.shape}: give size {IMPORTED!r}"
+            )
+        if self.parametrisation is not Parametrisation.STANDARD:
+            found.append(
+                f"parametrisation {self.parametrisation} is of random weights, init_from has its own: take standard"
             )
         if vocab_size > start.vocab_size:
             found.append(

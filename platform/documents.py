@@ -28,8 +28,12 @@ FIELDS: dict[str, dict[str, str]] = {
         "corpus": OBJECT,
         "runs": TEXTS,
         "controls": OBJECT,
+        "tuning": TEXTS,
     },
-    "spec": {"label": TEXT, "study": TEXT, "key": TEXT, "role": TEXT, "identity": OBJECT, "execution": OBJECT},
+    "spec": {
+        **dict.fromkeys(("label", "study", "key", "role"), TEXT),
+        **dict.fromkeys(("identity", "execution", "recipe"), OBJECT),
+    },
     "status": {
         "state": TEXT,
         "error": TEXT,
@@ -39,7 +43,8 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "record": {
         **dict.fromkeys(("label", "study", "key", "git_commit"), TEXT),
-        **dict.fromkeys(("identity", "execution", "halting", "parameters", "inference_flops_per_token"), OBJECT),
+        **dict.fromkeys(("identity", "execution", "recipe", "halting", "parameters"), OBJECT),
+        **dict.fromkeys(("inference_flops_per_token",), OBJECT),
         **dict.fromkeys(("tokens", "steps", "parameters_total", "loss", "loss_standard_error", "perplexity"), NUMBER),
         **dict.fromkeys(("bits_per_byte", "mean_steps", "expected_steps", "tokens_evaluated"), NUMBER),
         **dict.fromkeys(("passes_per_token", "flops_realised", "flops_executed", "flops_paper"), NUMBER),

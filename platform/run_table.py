@@ -62,7 +62,9 @@ def row(view: RunView) -> dict[str, Any]:
         planned for is ``planned_tokens``): ``budget`` (realised FLOPs that the study planned for it, if it did),
         ``configuration`` (a digest of the identity without the seed), ``parameters``, ``parameters_recurrent`` and
         ``parameters_once`` (parameters that are used per pass, and per token), :data:`RESULTS`, ``easy_steps`` and
-        ``hard_steps``; of text whose need is known ``needy_accuracy``, ``needy_steps`` and ``need_rank_correlation``;
+        ``hard_steps``; ``recipe`` (where its settings are from: a
+        ``RecipeSource``, or empty where nothing was tuned) and ``recipe_at_end`` (what was best at an end of what was
+        tried); of text whose need is known ``needy_accuracy``, ``needy_steps`` and ``need_rank_correlation``;
         and ``error``. Missing figures are None.
     """
     record = mapping(view.record)
@@ -79,6 +81,7 @@ def row(view: RunView) -> dict[str, Any]:
         "seed": scalar(identity.get("seed")),
         **{str(n): scalar(value) for n, value in mapping(identity.get("options")).items() if n != "steps_schedule"},
         "role": words(view.spec.get("role")) or "comparison",
+        **recipe_figures(record or view.spec),
         "parameters": figure(record.get("parameters_total")),
         "parameters_recurrent": figure(recurrent),
         "parameters_once": figure(whole - recurrent),
@@ -101,6 +104,16 @@ def need_figures(found: Mapping[str, Any]) -> dict[str, Any]:
         "needy_accuracy": figure(needy.get("accuracy")),
         "needy_steps": figure(needy.get("mean_steps")),
         "need_rank_correlation": figure(found.get("rank_correlation")),
+    }
+
+
+def recipe_figures(document: Mapping[str, Any]) -> dict[str, str]:
+    """``recipe`` and ``recipe_at_end`` of a record or spec; empty where nothing was tuned."""
+    recipe = mapping(document.get("recipe"))
+    at_end = recipe.get("at_end")
+    return {
+        "recipe": words(recipe.get("source")),
+        "recipe_at_end": ", ".join(map(str, at_end)) if isinstance(at_end, list) else "",
     }
 
 

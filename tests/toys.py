@@ -12,7 +12,8 @@ EXECUTION = "evaluations=2, checkpoints=4, log_every_seconds=0.0"
 
 SCRIPT = """
 from haltscale.platform.api import (
-    BytePairs, Corpus, ExecutionConfig, Halving, RunConfig, Source, Study, TuningStudy, controls, grid, log_uniform
+    BytePairs, Corpus, ExecutionConfig, Halving, RunConfig, Source, Study, TuningStudy, controls, grid, log_uniform,
+    tuned
 )
 
 {kind}(

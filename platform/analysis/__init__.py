@@ -19,6 +19,7 @@ from haltscale.platform.analysis.laws import (
     fit_surface,
     leave_one_budget_out,
 )
+from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import Selection, usable
 from haltscale.platform.analysis.sweeps import SeedNoise, importance, seed_noise, slices
 
@@ -42,6 +43,7 @@ __all__ = [
     "leave_one_budget_out",
     "optimal_exponent",
     "pareto",
+    "recipe_warning",
     "seed_noise",
     "slices",
     "usable",

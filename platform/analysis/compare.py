@@ -9,6 +9,7 @@ import pandas as pd
 
 from haltscale.platform.analysis.estimates import Estimate, Floats, Refusal, interval, quiet
 from haltscale.platform.analysis.laws import LawFit
+from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import column
 
 POINTS = 40
@@ -28,6 +29,8 @@ class Multiplier:
     of both methods reach: no extrapolation."""
     mean: Estimate
     """Geometric mean over the table."""
+    warning: str = ""
+    """Why the comparison may be unfair: an arm that is not at a recipe of its own; see :func:`recipe_warning`."""
 
 
 @quiet
@@ -82,7 +85,13 @@ def equivalent(method: LawFit | Refusal, reference: LawFit | Refusal) -> Multipl
     means = np.where(known, compared, 0.0).sum(axis=1) / known.sum(axis=1)  # over what the resample can compare
     least, most = _either_way(means)
     mean = Estimate(value=float(np.exp(value[0][kept].mean())), low=float(least), high=float(most))
-    return Multiplier(x=method.form.inputs[0], table=table, mean=mean)
+    both = pd.concat(
+        [
+            law.runs.assign(arm=law.runs.get("method", name))
+            for name, law in (("the method", method), ("the reference", reference))
+        ]
+    )
+    return Multiplier(x=method.form.inputs[0], table=table, mean=mean, warning=recipe_warning(both))
 
 
 @quiet

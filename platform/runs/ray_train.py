@@ -60,8 +60,9 @@ class RunSpec:
     corpus_weights: dict[str, float | None]
     """Of the corpus's sources, where they are mixed."""
     role: str = "comparison"
-    """``tuning`` for a run of a tuning study: its settings were chosen by looking at the held-out loss, so that it has
-    no place in a comparison."""
+    """``tuning`` for a run by whose held-out loss settings are chosen, so that it has no place in a comparison."""
+    recipe: dict[str, Any] | None = None
+    """Where the run's settings are from, if they were tuned: for the record, no part of the identity."""
     planned_flops: float = 0.0
     """Upper estimate of the training FLOPs, for the time left of a sweep."""
 
@@ -70,7 +71,8 @@ class RunSpec:
 
     def described(self) -> dict[str, Any]:
         """What ``spec.json`` and ``record.json`` say about the run."""
-        return {name: getattr(self, name) for name in ("label", "study", "key", "role", "identity", "execution")}
+        names = ["label", "study", "key", "role", "identity", "execution", *(["recipe"] if self.recipe else [])]
+        return {name: getattr(self, name) for name in names}
 
 
 def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:

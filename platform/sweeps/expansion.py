@@ -11,7 +11,9 @@ from haltscale.model import METHODS, Method, RouterKind, SourceOptions, StepsFro
 from haltscale.platform.config import ConfigError, RunConfig, apply_point, current_identity, run_key
 from haltscale.platform.store import RunState, RunView
 from haltscale.platform.sweeps import planning
-from haltscale.platform.sweeps.sweep import Budget, Control, ControlKind, Point, Sweep
+from haltscale.platform.sweeps.recipes import RunTuned, shortened, tuned_problems
+from haltscale.platform.sweeps.spec import COMPARISON
+from haltscale.platform.sweeps.sweep import Budget, Control, ControlKind, Point, Sweep, Tuned, plain_point
 
 PLAIN = {Method.VANILLA: "it is the plain model that the control would be"}
 UNROUTED = {
@@ -30,19 +32,27 @@ class PlanState(StrEnum):
     """Not trained as it is now, but finished under another version of the code or of the corpus, which is kept apart
     and not mixed in."""
     WAITING = "waiting"
-    """A control whose subject has not finished: what it is to be is not known yet."""
+    """A control whose subject, or a tuned run whose tuning, has not finished: what it is to be is not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run of a study, or a control that is yet to become one."""
+    """One run of a study, or what is yet to become one."""
 
     label: str
     run: RunConfig | None
     """None while it waits."""
+    role: str = COMPARISON
+    """``tuning`` for a run that only serves to find a recipe."""
     control: ControlKind | None = None
     subject: RunConfig | None = None
-    """Of a control: the run that it belongs to."""
+    """Of a control: the run that it belongs to, where that is known."""
+    recipe: Mapping[str, Any] | None = None
+    """Where its settings are from, for its record (:func:`~haltscale.platform.sweeps.recipes.recipe_of`)."""
+    expected: RunConfig | None = None
+    """Of a tuned run that waits: what it will be but for its recipe."""
+    of: str = ""
+    """Of one that waits: the label of what it waits for."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,13 @@ class RunControl:
     """A control of a run."""
 
     kind: ControlKind
-    subject: RunConfig
+    subject: RunConfig | RunTuned
     learning_rate: float | None
-    """Peak; None: the subject's."""
+    """Peak; None: the subject's, or one that is tuned where the subject is."""
+
+    def same(self) -> tuple[Any, ...]:
+        """Equal for what is the same control."""
+        return self.kind, _same(self.subject)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +75,20 @@ class Expansion:
 
     runs: list[RunConfig]
     """Those that are known from the sweep alone, in its order."""
+    tuned: list[RunTuned]
+    """Those that are known when their tuning runs have finished."""
     controls: list[RunControl]
+    """Those that are known when their subjects have finished."""
     problems: list[str]
+
+    @property
+    def alike(self) -> list[RunConfig]:
+        """All runs as far as they are known from the sweep, to check what execution and memory they need."""
+        return [*self.runs, *(run for tuned in self.tuned for run in (tuned.run, tuned.trial))]
+
+
+def _same(subject: RunConfig | RunTuned) -> Any:
+    return subject.same() if isinstance(subject, RunTuned) else subject.canonical()
 
 
 def expand(sweep: Sweep, base: RunConfig, vocab_size: int, *, on_gpu: bool = False) -> Expansion:
@@ -71,36 +97,71 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int, *, on_gpu: bool = Fal
     Args:
         on_gpu: whether the runs will train on GPUs, which decides what ``precision=auto`` stands for.
     """
-    runs: list[RunConfig] = []
+    runs: list[tuple[int, RunConfig | RunTuned]] = []
     controls: list[tuple[int, RunControl]] = []
     problems: list[str] = []
     for number, point in enumerate(sweep, start=1):
-        plain = point.of if isinstance(point, Control) else point
-        run, found = _run(base, plain, vocab_size)
-        run = run.resolved(on_gpu=on_gpu)
+        plain = plain_point(point)
+        subject = point.of if isinstance(point, Control) else point
+        run, found = _known(base, subject, vocab_size, on_gpu=on_gpu)
         if isinstance(point, Control):
-            found = found or _control_problems(point, run)
+            bare = run.run if isinstance(run, RunTuned) else run
+            found = found or _control_problems(point, bare)
             if not found and point.learning_rate is not None:
-                found = replace(run, learning_rate=point.learning_rate).problems(vocab_size)
+                found = replace(bare, learning_rate=point.learning_rate).problems(vocab_size)
             controls.append((number, RunControl(point.kind, run, point.learning_rate)))
             problems += [f"point {number}, the {point.kind} control of {plain}: {problem}" for problem in found]
         else:
-            runs.append(run)
+            runs.append((number, run))
             problems += [f"point {number} {plain}: {problem}" for problem in found]
     if not problems:
-        seen: dict[RunConfig, int] = {}
-        for index, run in enumerate(runs):
-            same = run.canonical()
+        seen: dict[Any, int] = {}
+        for number, run in runs:
+            same = _same(run)
             if same in seen:
-                problems.append(f"point {index + 1} is the same run as point {seen[same] + 1}: {run.label}")
-            seen.setdefault(same, index)
+                label = run.run.label if isinstance(run, RunTuned) else run.label
+                problems.append(f"point {number} is the same run as point {seen[same]}: {label}")
+            seen.setdefault(same, number)
         for number, control in controls:
-            if control.subject.canonical() not in seen:
-                missing = f"the sweep has no such run to control ({control.subject.label})"
+            if _same(control.subject) not in seen:
+                bare = control.subject.run if isinstance(control.subject, RunTuned) else control.subject
+                missing = f"the sweep has no such run to control ({bare.label})"
                 problems.append(f"point {number}, a {control.kind} control: {missing}")
-        if len({(control.kind, control.subject.canonical()) for _, control in controls}) < len(controls):
+        if len({control.same() for _, control in controls}) < len(controls):
             problems.append("some controls are given twice: call controls(of=...) once for each run")
-    return Expansion(runs=runs, controls=[control for _, control in controls], problems=problems)
+    known = [run for _, run in runs if isinstance(run, RunConfig)]
+    tuned = [run for _, run in runs if isinstance(run, RunTuned)]
+    if taken := {each.how.seed for each in tuned} & {run.seed for run in [*known, *(each.run for each in tuned)]}:
+        problems.append(
+            f"seed {min(taken)} is that of tuning runs and of a compared run, which would be the best of several draws:"
+            " give tuned(..., seed=...) another one"
+        )
+    return Expansion(runs=known, tuned=tuned, controls=[control for _, control in controls], problems=problems)
+
+
+def _known(
+    base: RunConfig, point: Point | Tuned, vocab_size: int, *, on_gpu: bool
+) -> tuple[RunConfig | RunTuned, list[str]]:
+    """What a point says of its run, and what is wrong with it."""
+    plain = plain_point(point)
+    run, found = _run(base, plain, vocab_size)
+    run = run.resolved(on_gpu=on_gpu)
+    if not isinstance(point, Tuned):
+        return run, found
+    how = point.how
+    found += [f"{name} is tuned and given: leave it out of one" for name in how.names if name in plain]
+    place = dict(how.at)
+    budgets = ("tokens", "flops", *Budget)
+    own_budget = any(name in budgets for name in place)
+    there = {name: value for name, value in plain.items() if not (own_budget and name in budgets)}
+    trial, wrong = _run(base, {**there, **place, "seed": how.seed}, vocab_size)
+    found += [f"at {place}: {problem}" for problem in wrong] if place else []
+    tuned = RunTuned(run=run, trial=trial.resolved(on_gpu=on_gpu), how=how)
+    if found:
+        return tuned, [*found, *how.problems()]
+    if not own_budget and not how.problems():
+        tuned = replace(tuned, trial=shortened(tuned.trial, how.share))
+    return tuned, tuned_problems(tuned, vocab_size)
 
 
 def _run(base: RunConfig, point: Point, vocab_size: int) -> tuple[RunConfig, list[str]]:
@@ -143,8 +204,9 @@ def control_run(control: RunControl, record: Mapping[str, Any], vocab_size: int)
 
     Tokens are rounded to whole batches.
     """
-    kind, rate = control.kind, control.learning_rate
-    subject = control.subject if rate is None else replace(control.subject, learning_rate=rate)
+    kind, rate, subject = control.kind, control.learning_rate, control.subject
+    assert isinstance(subject, RunConfig)
+    subject = subject if rate is None else replace(subject, learning_rate=rate)
     if not record or (kind.replays and not record.get("steps_schedule")):
         return None
     if kind.replays:

@@ -22,14 +22,12 @@ from haltscale.platform.sweeps.expansion import (
     Expansion,
     PlannedRun,
     PlanState,
-    RunControl,
-    control_run,
     expand,
-    labels,
     stale_keys,
 )
 from haltscale.platform.sweeps.planning import Measured
-from haltscale.platform.sweeps.spec import COMPARISON, StudySpec
+from haltscale.platform.sweeps.spec import COMPARISON, TUNING, StudySpec
+from haltscale.platform.sweeps.stages import planned_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,8 @@ class StudyPlan(StudySpec):
 
     @property
     def runs(self) -> list[RunConfig]:
-        """The runs that the sweep names, cheapest first; controls join them as their subjects finish.
+        """The runs that the sweep names, cheapest first; tuned ones join them as their tuning runs finish, and controls
+        as their subjects do.
 
         Raises:
             ConfigError: the sweep has errors; the message lists them all.
@@ -52,7 +51,7 @@ class StudyPlan(StudySpec):
         return sorted(self._expansion.runs, key=self.flops_bound)
 
     def planned(self, store: RunStore | None = None) -> list[PlannedRun]:
-        """All runs, cheapest first, then the controls that wait for a run to finish.
+        """All runs: tuning runs, then the others, both cheapest first, then what waits for a run to finish.
 
         Raises:
             ConfigError: the sweep has errors.
@@ -60,29 +59,16 @@ class StudyPlan(StudySpec):
         return self._planned(self._views(store or RunStore()))
 
     def _planned(self, views: Mapping[str, RunView]) -> list[PlannedRun]:
-        runs = self.runs
-        present = {run.canonical() for run in runs}
-        controls: dict[RunConfig, RunControl] = {}
-        waiting = []
-        for control in self._expansion.controls:
-            view = views.get(self.key(control.subject))
-            run = control_run(control, view.record if view else {}, self.vocab_size)
-            if run is None:
-                waiting.append(control)
-            elif run.canonical() not in present:  # two subjects may share a control, or the sweep may have it already
-                present.add(run.canonical())
-                controls[run] = control
-        known = sorted([*runs, *controls], key=self.flops_bound)
-        named = labels(known)
-        found = []
-        for run in known:
-            mine = controls.get(run)
-            kind, subject = (mine.kind, mine.subject) if mine else (None, None)
-            found.append(PlannedRun(label=named[run], run=run, control=kind, subject=subject))
-        for control in waiting:
-            label = f"{control.kind} control of {named[control.subject]}"
-            found.append(PlannedRun(label=label, run=None, control=control.kind, subject=control.subject))
-        return found
+        if self._expansion.problems:
+            raise ConfigError(self._expansion.problems)
+        return planned_runs(
+            self._expansion,
+            views,
+            key=self.key,
+            cost=self.flops_bound,
+            vocab_size=self.vocab_size,
+            role=self.role,
+        )
 
     def _views(self, store: RunStore) -> dict[str, RunView]:
         """All of the study's runs in the store, those of its earlier versions too; none where its name is no name.
@@ -122,7 +108,9 @@ class StudyPlan(StudySpec):
             found.append("the sweep is empty: give it at least one point, such as grid(size='0.6m')")
         found += self._expansion.problems
         found += self.corpus.problems()
-        sound = self._expansion.runs if not self._expansion.problems else []
+        sound = self._expansion.alike if not self._expansion.problems else []
+        if self.role == TUNING and self._expansion.tuned:
+            found.append("tuned(...) tunes the arms of a comparison: leave it out of a study with role 'tuning'")
         execution = self.execution.problems(sound, cluster)
         found += execution
         room = (cluster or {}).get("node_memory", 0) if not self.execution.gpus_per_worker else 0
@@ -159,11 +147,13 @@ class StudyPlan(StudySpec):
     def plan(self, store: RunStore | None = None) -> pd.DataFrame:
         """One row per run; nothing is started.
 
-        Columns: ``run`` (label); ``key``; ``state`` (:class:`~haltscale.platform.store.RunState`, ``stale`` or
-        ``waiting``); ``method``; ``size``; ``parameters``; ``tokens``; ``flops_expected`` (realised training FLOPs:
-        from the ledger where the method's depth is given, from finished runs of the same kind where a router decides,
-        else missing); ``flops_bound`` (with every latent step taken); ``memory_bytes`` (of each worker, at least);
-        ``seconds`` (at the speed of finished runs of the same method, size and execution in this study, else missing).
+        Columns: ``run`` (label); ``key``; ``role`` (``comparison``, or ``tuning``); ``state``
+        (:class:`~haltscale.platform.store.RunState`, ``stale`` or ``waiting``); ``method``; ``size``; ``parameters``;
+        ``tokens``; ``flops_expected`` (realised training FLOPs: from the ledger where the method's depth is given,
+        from finished runs of the same kind where a router decides, else missing); ``flops_bound`` (with every latent
+        step taken); ``memory_bytes`` (of each worker, at least); ``seconds`` (at the speed of finished runs of the same
+        method, size and execution in this study, else missing). Of a tuned run that waits, ``method`` to ``tokens``
+        are known, and of a control that waits nothing but its label.
 
         Raises:
             ConfigError: the study has errors.
@@ -180,7 +170,8 @@ class StudyPlan(StudySpec):
         for entry in planned:
             run = entry.run
             if run is None:
-                rows.append({"run": entry.label, "key": "", "state": str(PlanState.WAITING)})
+                waits = {"run": entry.label, "key": "", "role": entry.role, "state": str(PlanState.WAITING)}
+                rows.append(waits | (self._sized(entry.expected) if entry.expected else {}))
                 continue
             key = keys[run]
             view = views.get(key)
@@ -193,11 +184,9 @@ class StudyPlan(StudySpec):
                 {
                     "run": entry.label,
                     "key": key,
+                    "role": entry.role,
                     "state": str(state),
-                    "method": str(run.method),
-                    "size": run.size,
-                    "parameters": run.parameters(self.vocab_size),
-                    "tokens": tokens,
+                    **self._sized(run),
                     "flops_expected": run.flops or (per_token * tokens if per_token and tokens else None),
                     "flops_bound": self.flops_bound(run),
                     "memory_bytes": planning.memory_at_least(run, self.execution, self.vocab_size),
@@ -206,9 +195,18 @@ class StudyPlan(StudySpec):
             )
         return pd.DataFrame(rows)
 
+    def _sized(self, run: RunConfig) -> dict[str, Any]:
+        """What a run is, whatever its recipe."""
+        return {
+            "method": str(run.method),
+            "size": run.size,
+            "parameters": run.parameters(self.vocab_size),
+            "tokens": run.steps * run.batch_tokens if run.steps else None,
+        }
+
     def status(self, store: RunStore | None = None) -> pd.DataFrame:
-        """One row per run, also while another process trains them: ``run``, ``key``, ``state``, ``step``, ``steps``,
-        ``loss`` (nats per token), ``mean_steps``, ``seconds_left``, ``error``.
+        """One row per run, also while another process trains them: ``run``, ``key``, ``role``, ``state``, ``step``,
+        ``steps``, ``loss`` (nats per token), ``mean_steps``, ``seconds_left``, ``error``.
 
         Raises:
             ConfigError: the sweep has errors.
@@ -222,6 +220,7 @@ class StudyPlan(StudySpec):
             row: dict[str, Any] = {
                 "run": entry.label,
                 "key": self.key(entry.run) if entry.run else "",
+                "role": entry.role,
                 "state": str(state),
             }
             row |= {name: shown.get(name) for name in ("step", "steps", "loss", "mean_steps", "seconds_left", "error")}
@@ -229,12 +228,19 @@ class StudyPlan(StudySpec):
         return pd.DataFrame(rows)
 
     def results(self, store: RunStore | None = None) -> pd.DataFrame:
-        """One row per run of this study, finished or not; see :func:`haltscale.platform.sweeps.report.results`."""
+        """One row per run of this study, finished or not; see :func:`haltscale.platform.sweeps.report.results`. Tuning
+        runs of a comparison are not among them (:meth:`tuning`)."""
         return self._results(self._views(store or RunStore()))
 
-    def _results(self, views: Mapping[str, RunView]) -> pd.DataFrame:
-        keys = [self.key(entry.run) for entry in self._planned(views) if entry.run]
-        return report.table([views.get(key) or RunView.absent(self.name, key) for key in keys])
+    def tuning(self, store: RunStore | None = None) -> pd.DataFrame:
+        """The same of the runs by which the arms of a comparison were tuned."""
+        return self._results(self._views(store or RunStore()), role=TUNING)
+
+    def _results(self, views: Mapping[str, RunView], *, role: str | None = None) -> pd.DataFrame:
+        role = role or self.role
+        keys = [self.key(entry.run) for entry in self._planned(views) if entry.run and entry.role == role]
+        found = report.table([views.get(key) or RunView.absent(self.name, key) for key in keys])
+        return found if len(found) else report.table([RunView.absent(self.name, "")]).head(0)
 
     def missing(self, store: RunStore, *, retry_failed: bool = False) -> dict[str, PlannedRun]:
         """What is to be trained now, by key, cheapest first: known, without a result, and not bound to fail again.
@@ -276,8 +282,9 @@ class StudyPlan(StudySpec):
         )
 
     def document(self, corpus_counts: Mapping[str, Any], store: RunStore) -> dict[str, Any]:
-        """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key; ``waiting`` the
-        controls whose subject has not finished."""
+        """``study.json``. ``controls`` names, for each control's key, its kind and its subject's key; ``tuning`` the
+        keys of the tuning runs; ``waiting`` what is known when another run has finished: a control with its subject's
+        key (empty where that waits too), or a run that is being tuned."""
         views = self._views(store)
 
         def folder(run: RunConfig) -> str:
@@ -299,10 +306,11 @@ class StudyPlan(StudySpec):
             "corpus": dict(corpus_counts),
             "runs": list(known),
             "controls": controls,
+            "tuning": [key for key, entry in known.items() if entry.role == TUNING and self.role != TUNING],
             "waiting": [
-                {"run": entry.label, "control": entry.control, "of": folder(entry.subject)}
+                {"run": entry.label, "control": entry.control, "of": folder(entry.subject) if entry.subject else ""}
                 for entry in planned
-                if entry.run is None and entry.subject
+                if entry.run is None
             ],
             "planned_at": time.time(),
         }

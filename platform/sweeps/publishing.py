@@ -54,7 +54,9 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
         _publish_run(store, copy, study, run.key, {"spec": run.spec, "record": run.record})
     kept = {run.key for run in runs}
     controls = {key: control for key, control in document.get("controls", {}).items() if key in kept}
-    listed = {"runs": [run.key for run in runs], "controls": controls, "published_of": len(planned)}
+    listed: dict[str, Any] = {"runs": [run.key for run in runs], "controls": controls, "published_of": len(planned)}
+    if "tuning" in document:
+        listed["tuning"] = [key for key in document["tuning"] if key in kept]
     copy.write_json(copy.path(study, None, "study.json"), {**document, **listed})
     return copy
 

@@ -48,7 +48,8 @@ PROGRESS_SECONDS = 10.0
 
 
 def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False) -> None:
-    """Train what is missing; what its results make known (controls, branches, the next round) is the next stage.
+    """Train what is missing; what its results make known (tuned runs, controls, branches, the next round of a search)
+    is the next stage.
 
     Args:
         retry_failed: train those too that failed for a permanent reason.
@@ -59,14 +60,15 @@ def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False)
     }:
         now = study.ready(left)
         planned = study.planned(store)
-        waiting = sum(entry.run is None for entry in planned)
+        waits = [entry for entry in planned if entry.run is None]
+        waiting, kind = len(waits), "controls" if all(entry.control for entry in waits) else "runs"
         log.info(
             "%s: %d of %d runs are finished, %d to train%s",
             study.name,
             len(planned) - waiting - len(left),
             len(planned) - waiting,
             len(left),
-            f", {waiting} controls wait for them" if waiting else "",
+            f", {waiting} {kind} wait for them" if waiting else "",
         )
         run_missing(study, now, store)
         tried |= set(now)
@@ -121,7 +123,8 @@ def _run(
             execution=asdict(study.execution),
             corpus_folder=str(corpora[run.context].folder),
             corpus_weights=study.corpus.weights,
-            role=study.role,
+            role=missing[key].role,
+            recipe=dict(missing[key].recipe or {}) or None,
             planned_flops=study.flops_bound(run),
         )
         store.write_json(store.path(study.name, key, "spec.json"), spec.described())

@@ -17,6 +17,8 @@ from rich.text import Text
 from haltscale.platform import run_table
 from haltscale.platform.analysis.estimates import Refusal
 from haltscale.platform.analysis.paired import paired_difference
+from haltscale.platform.analysis.recipes import recipe_warning
+from haltscale.platform.analysis.runs import TUNING
 from haltscale.platform.arms import OLD_CONTROLS, arm, is_control
 from haltscale.platform.identity import canonical_json
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
@@ -54,6 +56,8 @@ def results(store: RunStore, study: str, keys: list[str] | None = None) -> pd.Da
         return table(store.views(study, keys).values())
     found = table(store.runs(study))
     document = {} if store.study_problem(study) else store.study(study)
+    if len(found) and (planned := set(document.get("tuning") or ())):  # those that have no spec yet
+        found["role"] = found["role"].mask(found["key"].isin(planned), TUNING)
     waiting = pd.DataFrame([row for row in document.get("waiting") or [] if isinstance(row, dict)])
     return pd.concat([found, waiting.assign(key="", state="waiting")], ignore_index=True) if len(waiting) else found
 
@@ -74,8 +78,9 @@ def control_differences(store: RunStore, study: str) -> pd.DataFrame:
         A row per subject (all seeds together) and kind: ``subject`` (label), ``control`` (its kind), ``seeds``,
         ``documents``, ``subject_steps`` and ``control_steps`` (means), ``subject_flops`` and ``control_flops``
         (realised, in training), ``difference`` in nats per token with ``low`` and ``high`` (NaN where there are none),
-        and ``problem``: why the difference carries no verdict. Above 0 the subject is better. Old controls, which
-        differ in more than where their steps are, get no difference.
+        ``problem``: why the difference carries no verdict, and ``warning``: whose recipe is not its own
+        (:func:`~haltscale.platform.analysis.recipes.recipe_warning`). Above 0 the subject is better. Old controls,
+        which differ in more than where their steps are, get no difference.
     """
     try:
         pairs = store.study(study).get("controls") or {}
@@ -111,6 +116,7 @@ def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, 
         **means,
         **dict.fromkeys(["difference", "low", "high"], math.nan),
         "problem": "",
+        "warning": _recipe_warning({"the subject": subjects, f"the {kind} control": controls}),
     }
     if old:
         return {**row, "problem": "an old control: it differs in more than where the steps are"}
@@ -128,6 +134,11 @@ def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, 
     if any(one[0] == other[0] and one[1] != other[1] for one, other in zip(*orders, strict=True)):
         row["problem"] = "the runs saw other texts, or in another order"
     return row
+
+
+def _recipe_warning(sides: Mapping[str, list[Mapping[str, Any]]]) -> str:
+    rows = [{"arm": side, **run_table.recipe_figures(one)} for side, records in sides.items() for one in records]
+    return recipe_warning(pd.DataFrame(rows))
 
 
 def document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
@@ -167,6 +178,9 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bo
     if as_json:
         print_json(frame)
         return
+    every = len(frame)
+    if "role" in frame and not (frame["role"] == TUNING).all():
+        frame = frame[frame["role"] != TUNING]
     columns = {name: heading for name, heading in PRINTED.items() if name in frame}
     if "state" in columns and (frame["state"] == RunState.FINISHED).all():
         columns.pop("state")
@@ -181,6 +195,11 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bo
     for row in frame.to_dict("records"):
         if row.get("error"):
             console.print(f"{row['run']}: {row['error']}", style="red", markup=False)
+    if every > len(frame):
+        console.print(f"{every - len(frame)} tuning runs are not shown", style="dim")
+    finished = frame[frame["state"] == RunState.FINISHED] if "state" in frame else frame
+    if warning := recipe_warning(finished):
+        console.print(f"recipes: {warning}", style="dim", markup=False)
     if note:
         console.print(note, markup=False)
     console.print("See it: make dashboard (or: haltscale dashboard)", markup=False)

@@ -55,12 +55,15 @@ class Study(StudyPlan):
             with self._owned(store):
                 self._train(store, retry_failed=retry_failed, adopt=adopt)
             return self.results(store)
-        results = self._results(views)
-        if (ended := int((results["state"] != RunState.FINISHED).sum())) and not len(self.missing(store)):
-            log.info("%s: nothing to train; %d of %d runs ended without a result", self.name, ended, len(results))
+        planned = [entry for entry in self._planned(views) if entry.role == self.role]
+        states = [views[key].state if (key := self.key(entry.run)) in views else "" for entry in planned if entry.run]
+        waiting = len(planned) - len(states)
+        if (ended := sum(state != RunState.FINISHED for state in states)) or waiting:
+            waits = f", {waiting} wait for them" if waiting else ""
+            log.info("%s: nothing to train; %d of %d ended without a result%s", self.name, ended, len(planned), waits)
         else:
-            log.info("%s: all %d runs are finished, nothing to train", self.name, len(results))
-        return results
+            log.info("%s: all %d runs are finished, nothing to train", self.name, len(planned))
+        return self._results(views)
 
     def _refuse(self, problems: list[str], views: Mapping[str, RunView]) -> NoReturn:
         """All that is wrong at once: what the cluster cannot hold, too."""

@@ -95,7 +95,8 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         log.info("interrupted: finished runs are kept, unfinished ones resume from their last checkpoint")
         sys.exit(128 + (terminated[0] if terminated else signal.SIGINT))
     report.show_results(results, title=chosen.name, note=chosen.note, as_json=options.json)
-    states = chosen.status(store)["state"]
+    status = chosen.status(store)
+    states = status[status["role"] == chosen.role]["state"]  # a tuning run that diverged has told what it was to tell
     if unfinished := int((~states.isin([RunState.FINISHED, RunState.STOPPED])).sum()):
         permanent = int(states.isin([RunState.DIVERGED, RunState.CAPPED]).sum())
         advice = "submit the study again to resume"

@@ -11,6 +11,7 @@ Sweeps are built from small ones, and nothing is dropped or added silently:
     sweep.with_options(lam=[0.1, 1.0])                    over those points whose method has the option
     isoflop(sizes=[...], flops=[1e12, 1e13])              tokens solved from the FLOPs ledger
     controls(of=sweep)                                    matched to the compute of finished runs
+    tuned(sweep, over={"learning_rate": [1e-3, 2e-3]})    each arm at its own best, found before it is compared
 
 A name is a field of ``RunConfig``, an option of the point's method, or a budget (:class:`Budget`).
 """
@@ -27,8 +28,11 @@ from typing import Any
 
 from haltscale.model import METHODS, SIZES
 from haltscale.model.config import did_you_mean
+from haltscale.platform.sweeps.rules import Rule
 
 Point = dict[str, Any]
+TUNING_SEED = 100
+"""Seed of tuning runs, which no compared run may have."""
 
 
 class Budget(StrEnum):
@@ -60,22 +64,79 @@ class ControlKind(StrEnum):
         return self in (ControlKind.FIXED, ControlKind.SHUFFLED)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How the recipe of an arm is found; :func:`tuned` says what the fields mean."""
+
+    over: tuple[tuple[str, tuple[Any, ...]], ...]
+    """Names with the values to try, ascending where they are numbers."""
+    at: tuple[tuple[str, Any], ...] = ()
+    share: float = 0.25
+    rule: Rule | None = None
+    seed: int = TUNING_SEED
+    extensions: int = 2
+
+    @property
+    def names(self) -> list[str]:
+        """What is tuned."""
+        return [name for name, _ in self.over]
+
+    def problems(self) -> list[str]:
+        """What is wrong whatever the run."""
+        found = []
+        if not self.over and self.rule is None:
+            found.append("tuned needs something to try, such as over={'learning_rate': [1e-3, 2e-3, 4e-3]}, or a rule")
+        for name, values in self.over:
+            if name in UNTUNED:
+                found.append(f"over {name}: that is what is compared or what it may spend, leave it in the sweep")
+            if len(values) < 2:
+                found.append(f"over {name} has {len(values)} different values: give at least 2, or set it in the sweep")
+        if not (_is_number(self.share) and 0 < self.share <= 1):
+            found.append(f"share must be above 0 and at most 1 (got {self.share!r})")
+        for name in ("seed", "extensions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                found.append(f"{name} of tuned must be a whole number from 0 on (got {value!r})")
+        if self.rule is not None and not isinstance(self.rule, Rule):
+            found.append(f"rule must be a Rule such as Constant() or StepLaw() (got {self.rule!r})")
+        for name in dict(self.at):
+            if name in ("method", "seed") or name in self.names:
+                found.append(f"at gives the {name} of the tuning runs: it may give what differs there beside it")
+        return found
+
+
+UNTUNED = ("method", "size", "seed", "context", "tokens", "flops", "init_from", "precision", *Budget)
+"""What no recipe consists of."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A point whose recipe is known when its tuning runs have finished."""
+
+    of: Point
+    """All else."""
+    how: Tuning
+
+
 @dataclass(frozen=True)
 class Control:
     """A point that is known when its subject has finished: until then the study shows it as waiting."""
 
     kind: ControlKind
-    of: Point
+    of: Point | Tuned
     """The subject's point; it has to be in the study too."""
     learning_rate: float | None = None
-    """Peak; None: the subject's."""
+    """Peak; None: the subject's, or, for a plain control of a tuned subject, one that is tuned for it."""
+
+
+AnyPoint = Point | Tuned | Control
 
 
 @dataclass(frozen=True)
 class Sweep:
     """An ordered set of points: ``+`` is the union, ``*`` the product."""
 
-    points: tuple[Point | Control, ...]
+    points: tuple[AnyPoint, ...]
 
     def __add__(self, other: Sweep) -> Sweep:
         return Sweep(self.points + other.points)
@@ -83,19 +144,19 @@ class Sweep:
     def __mul__(self, other: Sweep) -> Sweep:
         return Sweep(tuple(_joined(a, b) for a in self.points for b in other.points))
 
-    def __iter__(self) -> Iterator[Point | Control]:
+    def __iter__(self) -> Iterator[AnyPoint]:
         return iter(self.points)
 
     def __len__(self) -> int:
         return len(self.points)
 
     def where(self, keep: Callable[[Point], bool]) -> Sweep:
-        """The points for which ``keep`` holds; a control goes with its subject.
+        """The points for which ``keep`` holds; a control goes with its subject, a tuned point without its recipe.
 
         >>> len(grid(size=["0.6m", "1.8m"], l_max=[1, 9]).where(lambda p: p["size"] == "0.6m" or p["l_max"] < 9))
         3
         """
-        return Sweep(tuple(point for point in self.points if keep(_subject(point))))
+        return Sweep(tuple(point for point in self.points if keep(plain_point(point))))
 
     def with_options(self, **axes: Any) -> Sweep:
         """Each point with the grid over those of these options that its method has; the others stay as they are.
@@ -106,16 +167,16 @@ class Sweep:
         Raises:
             ValueError: a point names no method, or no point's method has one of the options.
         """
-        if any("method" not in _subject(point) for point in self.points):
+        if any("method" not in plain_point(point) for point in self.points):
             raise ValueError("with_options asks what each point's method has: give method=... in the sweep before it")
         has = {name: {f.name for f in fields(entry.options)} for name, entry in METHODS.items()}  # type: ignore[arg-type]
-        known = set().union(*(has.get(_subject(point)["method"], set()) for point in self.points))
+        known = set().union(*(has.get(plain_point(point)["method"], set()) for point in self.points))
         if unknown := [name for name in axes if name not in known]:
             hints = ", ".join(f"{name!r}{did_you_mean(name, sorted(known))}" for name in unknown)
             raise ValueError(f"no method of this sweep has the option {hints}")
-        made: list[Point | Control] = []
+        made: list[AnyPoint] = []
         for point in self.points:
-            own = {name: value for name, value in axes.items() if name in has.get(_subject(point)["method"], ())}
+            own = {name: value for name, value in axes.items() if name in has.get(plain_point(point)["method"], ())}
             made += [_joined(point, more) for more in grid(**own).points]
         return Sweep(tuple(made))
 
@@ -196,6 +257,51 @@ def controls(
             raise ValueError(f"control {str(kind)!r} is none of {', '.join(ControlKind)}")
     subjects = [point for point in of.points if not isinstance(point, Control)]
     return Sweep(tuple(Control(ControlKind(kind), point, learning_rate) for point in subjects for kind in kinds))
+
+
+def tuned(
+    sweep: Sweep,
+    *,
+    over: Mapping[str, Sequence[Any]] | None = None,
+    at: str | Mapping[str, Any] | None = None,
+    rule: Rule | None = None,
+    share: float = 0.25,
+    seed: int = TUNING_SEED,
+    extensions: int = 2,
+) -> Sweep:
+    """The points of a sweep, each at the recipe that is best for it.
+
+    For each point (but for its seed) the study first trains the grid over ``over``, with ``seed`` and a ``share`` of
+    the point's budget, in the role ``tuning``. While the lowest held-out loss is at an end of an axis of numbers, the
+    axis is extended by its own ratio, ``extensions`` values at most. Then the point is trained with the best values.
+    Points that would tune with the same runs share them, and what the record of each compared run says of it is in its
+    ``recipe``. ``controls(of=tuned(...))``: replays keep their subject's recipe, the plain ones get their own.
+
+    Args:
+        over: fields of the run, or options of its method, with the values to try.
+        at: what differs in the tuning runs: a size, or a mapping such as ``{"size": "0.6m", "tokens": 50_000}``. With
+            a budget in it, that is the tuning runs' budget and ``share`` does not matter.
+        rule: how the best values change from the tuning runs' size and budget to the compared ones'
+            (:mod:`haltscale.platform.sweeps.rules`). Needed where ``at`` is another size; without it the values found
+            are those used. With nothing in ``over``, the rule alone gives the recipe.
+        share: of the compared run's budget.
+        seed: of the tuning runs; no compared run may have it.
+        extensions: values by which an axis may grow beyond those given.
+
+    Raises:
+        ValueError: a point is a control, or tuned already. All else is told by the study, with its other errors.
+    """
+    if not all(isinstance(point, dict) for point in sweep.points):
+        raise ValueError("tuned is of plain points: controls(of=tuned(...)), and tuned(...) once for each point")
+    axes = tuple((str(name), _ascending(_values(values))) for name, values in (over or {}).items())
+    place: Mapping[str, Any] = {"size": at} if isinstance(at, str) else at or {}
+    how = Tuning(over=axes, at=tuple(place.items()), share=share, rule=rule, seed=seed, extensions=extensions)
+    return Sweep(tuple(Tuned(dict(point), how) for point in sweep.points if isinstance(point, dict)))
+
+
+def _ascending(values: list[Any]) -> tuple[Any, ...]:
+    different = list(dict.fromkeys(values))
+    return tuple(sorted(different) if all(map(_is_number, different)) else different)
 
 
 # ---- drawn at random ------------------------------------------------------------------------------------------------
@@ -290,16 +396,30 @@ def _values(value: Any) -> list[Any]:
     return list(value) if _is_axis(value) else [value]
 
 
-def _subject(point: Point | Control) -> Point:
-    return point.of if isinstance(point, Control) else point
+def plain_point(point: AnyPoint) -> Point:
+    """What a point says itself: a control's subject, a tuned point without its recipe."""
+    while isinstance(point, Control | Tuned):
+        point = point.of
+    return point
 
 
-def _joined(one: Point | Control, other: Point | Control) -> Point | Control:
-    if isinstance(other, Control):
-        if isinstance(one, Control):
-            raise ValueError("controls of controls are not known: multiply controls by a grid")
-        return replace(other, of=_merged(one, other.of))
-    return replace(one, of=_merged(one.of, other)) if isinstance(one, Control) else _merged(one, other)
+def _joined(one: AnyPoint, other: AnyPoint) -> AnyPoint:
+    if not isinstance(one, dict) and not isinstance(other, dict):
+        raise ValueError("a product of controls or tuned points with others of them: multiply them by a grid")
+    merged = _merged(plain_point(one), plain_point(other))
+    return _over(other if isinstance(one, dict) else one, merged)
+
+
+def _over(point: AnyPoint, plain: Point) -> AnyPoint:
+    """A point with another plain one in it."""
+    if isinstance(point, Control):
+        subject = point.of
+        return replace(point, of=replace(subject, of=plain) if isinstance(subject, Tuned) else plain)
+    return replace(point, of=plain) if isinstance(point, Tuned) else plain
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> Point:

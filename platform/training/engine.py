@@ -22,6 +22,7 @@ from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, 
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
 from haltscale.platform.memory import keep_freed_memory
+from haltscale.platform.training.parameter_groups import parameter_groups
 from haltscale.platform.training.progress import Progress
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -62,10 +63,8 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
         # The loop runs a data-dependent number of times: gather its parameters once, as one leaf.
         deepspeed.utils.set_z3_leaf_modules(model, [type(loop)])
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        parameter_groups(model, run),
         lr=0.0,  # the loop sets it at every step; some of DeepSpeed's wrappers take one while they are built
         betas=(run.adam_beta1, run.adam_beta2),
         fused=execution.optimizer is Optimizer.FUSED,

@@ -24,6 +24,7 @@ from haltscale.platform.schedule import evenly, is_over, learning_rate, reached,
 from haltscale.platform.training.metrics import MetricsWindow, StepTotals, sum_over_ranks
 from haltscale.platform.training.mfu import peak_flops
 from haltscale.platform.training.monitors import RunCappedError, Watch
+from haltscale.platform.training.parameter_groups import set_rate
 from haltscale.platform.training.progress import Progress
 
 
@@ -103,8 +104,7 @@ def train(
         if batch is None or batch.step != progress.step:
             raise ValueError(f"the data stream delivered step {batch and batch.step}, step {progress.step} is due")
         rate = learning_rate(run, progress.spent, progress.expected(run, engine.module))
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(engine.optimizer.param_groups, rate)
         engine.module.begin_step(step_seed(run.seed, progress.step))
         rows = torch.as_tensor(np.ascontiguousarray(batch.tokens))
         lengths_B = (rows[:, 1:] != IGNORE_INDEX).sum(1)  # counted here: on a GPU, each piece would wait for its count

@@ -14,6 +14,7 @@ import pytest
 from haltscale.platform import cli
 from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.sweeps.expansion import PlanState
+from haltscale.platform.sweeps.recipes import RecipeSource
 from haltscale.platform.sweeps.sweep import Budget, ControlKind
 
 from jobs import ROOT
@@ -28,10 +29,13 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def train(study: Any, missing: Any, store: RunStore) -> None:
         for key, entry in missing.items():
-            record = {"tokens": entry.run.tokens, "flops_realised": 1e12, "passes_per_token": 2.5, "loss": 5.0}
+            loss = 5.0 + abs(entry.run.learning_rate - 4e-3) if study.name == "fair-arms" else 5.0
+            record = {"tokens": entry.run.tokens, "flops_realised": 1e12, "passes_per_token": 2.5, "loss": loss}
             record |= {"steps_schedule": [[0, 0.1, 0.2, 0.3, 0.4]], "steps_histogram": [0.1, 0.2, 0.3, 0.4]}
             record |= {"identity": study.identity(entry.run)}
-            store.write_json(store.path(study.name, key, "spec.json"), {"label": entry.label})
+            spec = {"label": entry.label, "role": entry.role}
+            store.write_json(store.path(study.name, key, "spec.json"), spec)
+            record |= {"recipe": entry.recipe} if entry.recipe else {}
             store.write_json(store.path(study.name, key, "record.json"), record)
 
     monkeypatch.setenv("HALTSCALE_HOME", str(tmp_path))
@@ -46,7 +50,10 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
         else:
             exec(compile(ast.Module([last], []), "cell", "exec"), names)
-    plan, figure, best = shown
+    plan, figure, fair_plan, fair_tuning, best = shown
+    assert fair_plan["state"].tolist() == ["planned"] * 6 + ["waiting"] * 6
+    assert len(fair_tuning) == 6
+    assert set(names["fair"].results()["learning_rate"]) == {4e-3}
     assert sorted(plan["state"]) == ["planned"] * 3 + ["waiting"] * 8
     finished = 3 + 1 + 1 + 2 * 2  # the two subjects are given the same record: they share a dense and a wider control
     assert names["results"]["state"].tolist() == ["finished"] * finished
@@ -58,7 +65,7 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_state_and_construct_is_on_the_page() -> None:
     for state in [*RunState, *PlanState]:
         assert f"`{state}`" in PAGE
-    for name in [*Budget, *ControlKind]:
+    for name in [*Budget, *ControlKind, *RecipeSource]:
         assert name in PAGE
 
 

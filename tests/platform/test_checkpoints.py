@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from haltscale.model import build_model
+from haltscale.model import Parametrisation, build_model
 from haltscale.platform import checkpoints as checkpoint_module
 from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints, Saved, Shard
 from haltscale.platform.config import Precision, RunConfig
@@ -80,6 +80,19 @@ def test_a_run_goes_on_at_another_zero_stage(first, then, store):
     _, later = go(engine, run, batches(run, 3), progress)
     losses = [row["loss"] for row in later.rows]
     assert losses == pytest.approx([row["loss"] for row in listener.rows[3:]], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_each_weights_own_rate_outlives_a_resumption(zero_stage, store):
+    """Under CompleteP weights have rates, epsilons and decays of their own: to the last bit again."""
+    run = replace(RUNS["adaptive"], size="3x96", parametrisation=Parametrisation.COMPLETEP, learning_rate=1e-2)
+    engine, listener = trained(run, opened(store), zero_stage=zero_stage)
+    shutil.rmtree(store.path("study", "run", "checkpoints", "step-00000006"))
+    second, progress = begin(replace(run, seed=run.seed + 1), opened(store), zero_stage=zero_stage)
+    _, later = go(second, run, batches(run, 3), progress, checkpoints=2)
+    assert timeless(later.rows) == timeless(listener.rows[3:])
+    for (name, mine), theirs in zip(full_weights(second).items(), full_weights(engine).values(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 @pytest.mark.slow

@@ -154,6 +154,40 @@ def test_controls_are_trained_after_their_subject(head: cluster.Head, texts: Pat
     assert kinds == {"vanilla": "dense", "adaptive/fixed": "fixed"}
 
 
+def test_arms_are_tuned_then_compared_then_controlled(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "runs")
+    base = "tokens=1024, context=32, batch_tokens=128, precision='fp32'"
+    arms = "tuned(grid(method=['vanilla', 'adaptive']), over={'learning_rate': [1e-3, 2e-3]}, share=0.5, extensions=1)"
+    sweep = f"{arms} + controls(of={arms}.where(lambda p: p['method'] == 'adaptive'), kinds=['dense', 'shuffled'])"
+    path = script(tmp_path / "script", texts, sweep, base=base)
+    code, output = run(head, "python", path, "--store", store.root)
+    assert code == 0, output
+    assert "0 of 4 runs are finished, 4 to train, 4 runs wait for them" in output
+    tuning, compared = [], {}
+    for view in store.runs("sweep"):
+        assert view.state is RunState.FINISHED
+        assert view.spec["role"] == view.record["role"]
+        if view.record["role"] == "tuning":
+            tuning.append(view)
+        else:
+            compared[arm(view.record["identity"])] = view.record
+    assert {(view.record["tokens"], view.record["identity"]["seed"]) for view in tuning} == {(512, 100)}
+    assert store.study("sweep")["tuning"] == [view.key for view in tuning]
+    losses = {(v.record["identity"]["method"], v.record["identity"]["learning_rate"]): v.record["loss"] for v in tuning}
+    assert len(losses) == 6, "this little training wants a higher rate: each axis grew by one"
+    for name, source in {"vanilla": "tuned", "adaptive": "tuned", "adaptive/shuffled": "subject"}.items():
+        method, recipe = name.partition("/")[0], compared[name]["recipe"]
+        best = min((loss, rate) for (of, rate), loss in losses.items() if of == method)[1]
+        assert compared[name]["identity"]["learning_rate"] == recipe["values"]["learning_rate"] == best
+        assert recipe["source"] == source
+        assert {row["learning_rate"]: row["loss"] for row in recipe["tried"]} == {
+            rate: loss for (of, rate), loss in losses.items() if of == method
+        }
+    code, output = run(head, "python", path, "--store", store.root)
+    assert code == 0, output
+    assert "nothing to train" in output
+
+
 @pytest.mark.slow
 def test_bad_runs_of_a_tuning_study_are_ended_early(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
     store = RunStore(tmp_path / "runs")
