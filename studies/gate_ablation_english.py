@@ -12,7 +12,7 @@ from haltscale.studies import gate_ablation, known_need
 
 FLOPS = 6e11
 CONTEXT, BATCH = 128, 4
-RATES = {"recipe": 1e-2, "paper": 1e-2, "vanilla": 1e-2}
+RATES = {"recipe": 2e-2, "paper": 2e-2, "vanilla": 2e-2}
 """Peak learning rates: the best of `gate_ablation_tuning`."""
 BASE = RunConfig(
     size="1x64",

@@ -74,7 +74,7 @@ def test_the_verdicts_of_known_need() -> None:
 
 def test_the_records_are_whole_and_small() -> None:
     store = RunStore(FOLDER)
-    roles = {"reference": "comparison", "reference-tuning": "tuning"}
+    roles = {"reference": "comparison", "reference-tuning": "tuning", "gate-ablation-tuning": "tuning"}
     roles |= dict.fromkeys(["gate-ablation", "known-need", "known-need-twin"], "comparison")
     assert store.studies() == sorted(roles)
     for study, role in roles.items():
