@@ -20,7 +20,7 @@ BUDGET_SPREAD = 1.2
 """Largest over smallest compute within one budget that no study planned."""
 TUNING = "tuning"
 """Role of the runs that only searched for hyperparameters: no law is fitted to them."""
-NAMES = ("key", "run", "label", "study", "state", "error", "role", "seed", "configuration")
+NAMES = ("key", "run", "label", "study", "state", "error", "role", "seed", "configuration", "setting")
 """Columns that say which run a row is and how it went; all of them but ``seed`` are no part of what was computed."""
 MEASURED = (
     *("loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from haltscale.platform import run_table
 from haltscale.platform.analysis.estimates import Refusal
+from haltscale.platform.analysis.matched import document_frame
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.arms import OLD_CONTROLS, arm, is_control
 from haltscale.platform.identity import canonical_json
@@ -114,7 +115,7 @@ def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, 
     }
     if old:
         return {**row, "problem": "an old control: it differs in more than where the steps are"}
-    sums = [[_document_frame(record) for record in records] for records in (controls, subjects)]
+    sums = [[document_frame(record) for record in records] for records in (controls, subjects)]
     found = paired_difference(sums[0], sums[1])
     if isinstance(found, Refusal):
         return {**row, "problem": found.reason}
@@ -128,11 +129,6 @@ def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, 
     if any(one[0] == other[0] and one[1] != other[1] for one, other in zip(*orders, strict=True)):
         row["problem"] = "the runs saw other texts, or in another order"
     return row
-
-
-def _document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
-    found = record.get("held_out_by_document") or {}
-    return pd.DataFrame({name: found.get(name) or [] for name in ("tokens", "nats")}, dtype=float)
 
 
 def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:
