@@ -70,6 +70,8 @@ class StudyView:
     ``need`` (``NeedTally.result``; empty where the need for steps is not known), and the fields of the runs'
     identities."""
     problems: tuple[Problem, ...] = ()
+    document: Mapping[str, Any] = field(default_factory=dict)
+    """Its study.json."""
     owner: str = ""
     """The process that is running the study, and its last heartbeat; empty where none is."""
 
@@ -271,7 +273,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         row["passes"] = 1 + row["mean_steps"]
 
     # Whatever else makes the run what it is, so that an analysis can ask for it; no column of the above is covered.
-    asked = {"configuration": common["configuration"], **run_table.rest_of(identity)}
+    asked = {"configuration": common["configuration"], "setting": common["setting"], **run_table.rest_of(identity)}
     asked |= {name: run_table.scalar(value) for name, value in options.items()}
     row |= {name: value for name, value in asked.items() if name not in row}
 
@@ -346,6 +348,7 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
         corpus=mapping(document.get("corpus")),
         runs=frame,
         problems=tuple(problems),
+        document=mapping(document),
         owner=_owner(store, name),
     )
 
@@ -397,17 +400,22 @@ def _apart(labels: list[str], suffixes: list[str]) -> list[str]:
     ]
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
     """A value of an identity in a label; empty where there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def asked_for(runs: pd.DataFrame) -> list[str]:
+    """The columns of what runs were asked for, beside :data:`OPTIONS`, size, seed and budget."""
+    known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "setting", "code"}
+    return [str(name) for name in runs if name not in known]
+
+
 def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
     """What the fields of a run's identity are that differ among the runs of its label; three at most."""
-    known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "code"} - {*OPTIONS}
-    fields = runs[[name for name in runs if name not in known]].map(_written)
+    fields = runs[[*OPTIONS, *asked_for(runs)]].map(written)
     found = [""] * len(runs)
     for places in fields.reset_index(drop=True).groupby(labels).groups.values():
         same = fields.iloc[list(places)]
@@ -419,7 +427,7 @@ def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
 
 def series_names(runs: pd.DataFrame) -> list[str]:
     """The line that each run belongs to: its method and lam, plus every other option that varies within the method."""
-    symbols = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ"}
+    symbols = style.SYMBOLS
     values = runs.groupby("method")[list(symbols)].nunique()
     names = []
     for run in runs[["method", *symbols]].to_dict("records"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
+from haltscale.dashboard.cached_store import store
 from haltscale.platform import analysis
-from haltscale.platform.analysis import HeldOut, IsoFlop, LawFit, RecurrenceFit, Refusal
+from haltscale.platform.analysis import HeldOut, IsoFlop, LawFit, RecurrenceFit, Refusal, SeedNoise
 
 BOOTSTRAPS = 200
 """On the pages; ``haltscale.platform.analysis`` defaults to 1,000."""
@@ -52,6 +53,23 @@ def isoflop(runs: pd.DataFrame, x: str) -> IsoFlop | Refusal:
 def recurrence(runs: pd.DataFrame) -> RecurrenceFit | Refusal:
     """phi of every method."""
     return analysis.fit_recurrence(runs, bootstraps=BOOTSTRAPS)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def seed_noise(runs: pd.DataFrame) -> SeedNoise | Refusal:
+    """Seed noise of a study."""
+    return analysis.seed_noise(runs)
+
+
+def documents(study: str, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Nats by held-out document of the finished runs that record them, by key."""
+    keys = [str(key) for key in runs.loc[runs["state"] == "finished", "key"]]
+    found = {}
+    for key, view in store().views(study, keys).items():
+        frame = analysis.document_frame(view.record)
+        if len(frame):
+            found[key] = frame
+    return found
 
 
 def _each(runs, fit):  # type: ignore[no-untyped-def]

@@ -171,9 +171,11 @@ def label(text: object) -> str:
     return words if re.fullmatch(r"[\w ]+([.,@/-][\w ]+)?", words) and "www." not in words else plain(words)
 
 
-def heading(view: StudyView, title: str) -> None:
-    """A page's title, the study's question, and how the study is going."""
+def heading(view: StudyView, title: str, says: str = "") -> None:
+    """A page's title, in a line what it answers, the study's question, and how the study is going."""
     st.title(title, anchor=False)
+    if says:
+        st.caption(says)
     counts = view.runs["state"].value_counts()
     badges = " ".join(
         f":{color}-badge[{style.STATE_ICONS[state]} {counts[state]} {state}]"
@@ -277,14 +279,14 @@ def choose_step(found: list[int], *, key: str) -> int:
     return found[-1] if choice == LATEST else int(choice)
 
 
-def refused(refusals: Mapping[str, str]) -> None:
+def refused(refusals: Mapping[str, str], what: str = "Not fitted") -> None:
     """Say which numbers are not there, and why."""
     if refusals:
         reasons: dict[str, list[str]] = {}
         for who, reason in refusals.items():
             reasons.setdefault(reason, []).append(who)
         lines = [f"- **{plain(', '.join(who))}**: {plain(reason)}" for reason, who in reasons.items()]
-        st.info("Not fitted:\n" + "\n".join(lines), icon=":material/block:")
+        st.info(f"{what}:\n" + "\n".join(lines), icon=":material/block:")
 
 
 def pages(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from haltscale.dashboard import style
-from haltscale.dashboard.data import NUMBERS, TEXT, size_order, sound
+from haltscale.dashboard.data import asked_for, size_order, sound
 from haltscale.dashboard.figures import MUTED, layout
 
 MOST_LINES = 200
@@ -32,8 +32,7 @@ def varying(runs: pd.DataFrame) -> list[str]:
 def judged(runs: pd.DataFrame) -> list[str]:
     """Everything that runs of one method were asked for and that differs among them: options, size and seed first, then
     any other field of their identities."""
-    own = (*TEXT, *NUMBERS, "steps_histogram", "configuration")
-    asked = [str(name) for name in runs if name not in own]
+    asked = asked_for(runs)
     return [*varying(runs), *(name for name in asked if runs[name].astype(str).nunique() > 1)]
 
 

@@ -9,6 +9,7 @@ import haltscale.dashboard
 
 FOLDER = Path(haltscale.dashboard.__file__).parent
 TITLES = {
+    "answer": "Answer",
     "studies": "Studies",
     "live": "Live runs",
     "scaling": "Loss against training compute",
@@ -34,7 +35,7 @@ def open_page(name: str, **query: str | list[str]) -> AppTest:
 
 def text(page: AppTest) -> str:
     """Everything a reader would read."""
-    kinds = (page.title, page.subheader, page.markdown, page.caption, page.info, page.warning, page.error, page.code)
+    kinds = (page.title, page.header, page.subheader, page.markdown, page.caption, page.info, page.warning, page.error, page.code)
     return "\n".join(str(element.value) for kind in kinds for element in kind).replace("\\", "")
 
 

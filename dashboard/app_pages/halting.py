@@ -49,7 +49,7 @@ def needs(view: StudyView) -> None:
     arms_of = list(dict.fromkeys(rows["arm"]))
     shown = rows[rows["arm"].isin(arms_of[:MOST_ARMS])]
     with st.container(border=True):
-        st.subheader("Steps given against steps needed", anchor=False)
+        st.header("Steps given against steps needed", anchor=False)
         layout.chart(
             halting_figures.steps_by_need(shown),
             shown,
@@ -105,7 +105,7 @@ def needs(view: StudyView) -> None:
 def every_run(counted: pd.DataFrame) -> None:
     """The distribution of steps, a bar per run."""
     with st.container(border=True):
-        st.subheader("How many latent steps the tokens got", anchor=False)
+        st.header("How many latent steps the tokens got", anchor=False)
         shown = counted.head(MOST_ROWS)
         layout.chart(
             figures.steps_share(shown),
@@ -127,7 +127,7 @@ def every_run(counted: pd.DataFrame) -> None:
 
 def easy_and_hard(counted: pd.DataFrame) -> None:
     """Whether the steps went to the tokens that are hard."""
-    st.subheader("Easy against hard tokens", anchor=False)
+    st.header("Easy against hard tokens", anchor=False)
     every = counted.dropna(subset=["well_steps", "badly_steps"])
     known = every.head(MOST_PAIRS)
     if known.empty:
@@ -152,7 +152,7 @@ def easy_and_hard(counted: pd.DataFrame) -> None:
 
 def beside_controls(view: StudyView) -> None:
     """Learned halting against the same steps taken elsewhere."""
-    st.subheader("Learned halting beside its controls", anchor=False)
+    st.header("Learned halting beside its controls", anchor=False)
     runs = view.runs[data.sound(view.runs) & view.runs["loss"].notna() & view.runs["mean_steps"].gt(0)]
     runs = runs.head(500)
     layout.chart(
@@ -194,7 +194,7 @@ def beside_controls(view: StudyView) -> None:
 
 def one_run(view: StudyView, counted: pd.DataFrame) -> None:
     """The telemetry of one run at one evaluation."""
-    st.subheader("One run, token by token in numbers", anchor=False)
+    st.header("One run, token by token in numbers", anchor=False)
     shelf = store()
     labels = dict(zip(counted["key"], counted["label"], strict=True))
     keys = list(labels)

@@ -70,7 +70,7 @@ def progress_text(run: pd.Series) -> str:
 def curves(view: StudyView) -> None:
     """Training curves of the chosen runs."""
     labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
-    st.subheader("Training curves", anchor=False)
+    st.header("Training curves", anchor=False)
     begun = list(view.runs.loc[~view.runs["state"].isin(["planned", "damaged"]), "key"])
     if not begun:
         st.info("No run has begun yet.", icon=":material/hourglass_empty:")
@@ -116,7 +116,7 @@ def spread(view: StudyView, found: dict[str, pd.DataFrame]) -> None:
     if not thinks:
         return
     with st.container(border=True):
-        st.subheader("How halting changed in training", anchor=False)
+        st.header("How halting changed in training", anchor=False)
         labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
         routed = view.runs[view.runs["key"].isin(thinks) & view.runs["l_max"].gt(0)]  # not those of fixed steps
         first = thinks.index(routed["key"].iloc[0]) if len(routed) else 0

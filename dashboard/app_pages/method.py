@@ -22,7 +22,7 @@ def body(view: StudyView) -> None:
     layout.heading(view, "Method card")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
-        st.subheader("What was counted", anchor=False)
+        st.header("What was counted", anchor=False)
         lines = [f"- **FLOPs, {kind}**: {kind.meaning}." for kind in FlopsKind]
         lines += [
             "- **Loss**: nats per token on held-out documents; **bits per byte** compares tokenizers.",
@@ -31,7 +31,7 @@ def body(view: StudyView) -> None:
         ]
         st.markdown("\n".join(lines))
     with right, st.container(border=True, height="stretch"):
-        st.subheader("How it was fitted", anchor=False)
+        st.header("How it was fitted", anchor=False)
         st.markdown(
             f"- Sum of Huber losses (δ = {DELTA:g}) of log-residuals; {STARTS} starts of L-BFGS.\n"
             f"- {100 * LEVEL:.0f} % intervals of a bootstrap over runs, {fits.BOOTSTRAPS} resamples here.\n"
@@ -43,7 +43,7 @@ def body(view: StudyView) -> None:
     provenance(view)
     left_out(view)
     with st.container(border=True):
-        st.subheader("Take the study along", anchor=False)
+        st.header("Take the study along", anchor=False)
         every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
         with st.container(horizontal=True):
             layout.download("Runs, CSV", lambda: layout.csv(every).encode(), f"{view.name}-all.csv", "text/csv")
@@ -60,7 +60,7 @@ def body(view: StudyView) -> None:
 
 def provenance(view: StudyView) -> None:
     """Code, versions and machines behind the runs."""
-    st.subheader("Where the numbers come from", anchor=False)
+    st.header("Where the numbers come from", anchor=False)
     facts: dict[tuple[str, str, str, str], int] = {}
     shelf = store()
     for run in shelf.views(view.name, [key for key in view.runs["key"] if known(shelf, view.name, key)]).values():

@@ -143,7 +143,7 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
 
 def parameters(laws: dict[str, analysis.LawFit]) -> None:
     """The laws in numbers."""
-    st.subheader(r"$L(C) = E + A\,C^{-\alpha}$", anchor=False)
+    st.header(r"$L(C) = E + A\,C^{-\alpha}$", anchor=False)
     rows = [
         {
             "method": method,
@@ -168,7 +168,7 @@ def told(one: Estimate) -> str:
 def extrapolation(runs: pd.DataFrame, x: str) -> None:
     """Whether the laws predict what they have not seen."""
     found, refused = fits.held_out(runs, x)
-    st.subheader("Does the law predict a budget that it has not seen?", anchor=False)
+    st.header("Does the law predict a budget that it has not seen?", anchor=False)
     if found:
         with st.container(border=True):
             behind = pd.concat([one.budgets.assign(method=method) for method, one in found.items()])
@@ -252,7 +252,7 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
         format_func=layout.label,
     )
     for x, title in ((f"flops_{kind}", f"Equivalent compute ({kind} FLOPs)"), ("parameters", "Equivalent parameters")):
-        st.subheader(title, anchor=False)
+        st.header(title, anchor=False)
         laws, refused = fits.power_laws(runs, x)
         found = {}
         for method, law in laws.items():
@@ -311,7 +311,7 @@ def worth(runs: pd.DataFrame) -> None:
         for control in arms.controls_of(method, found.phi)
     ]
     if rows:
-        st.subheader("Does the router beat its controls?", anchor=False)
+        st.header("Does the router beat its controls?", anchor=False)
         layout.table(pd.DataFrame(rows), key="advantage", alt="Difference of phi between methods and their controls")
     else:
         st.caption(

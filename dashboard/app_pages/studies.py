@@ -23,7 +23,7 @@ NUMBER = st.column_config.NumberColumn
 def body(view: StudyView) -> None:
     layout.heading(view, "Studies")
     others(view)
-    st.subheader(layout.plain(view.name), anchor=False)
+    st.header(layout.plain(view.name), anchor=False)
     layout.owner(view)
     cost(view)
     if view.note:

@@ -38,7 +38,7 @@ def body(view: StudyView) -> None:
     names = sweep_figures.varying(runs)
     heat_maps(runs, [name for name in ("lam", "beta", "l_max", "tau") if name in names])
     with st.container(border=True):
-        st.subheader("Every run through its options", anchor=False)
+        st.header("Every run through its options", anchor=False)
         layout.chart(
             sweep_figures.parallel(runs, FlopsKind.REALISED),
             runs[[*data.TEXT, *data.NUMBERS]],
@@ -66,7 +66,7 @@ def heat_maps(runs: pd.DataFrame, names: list[str]) -> None:
         st.info(f"A heat map needs two options that vary; here {told}.", icon=":material/grid_view:")
         return
     with st.container(border=True):
-        st.subheader("What an option buys, and what it costs in steps", anchor=False)
+        st.header("What an option buys, and what it costs in steps", anchor=False)
         sizes = sorted(set(runs["size"]), key=lambda size: (data.size_order(size), size))
         size = sizes[-1]
         if len(sizes) > 1:
@@ -100,7 +100,7 @@ def heat_maps(runs: pd.DataFrame, names: list[str]) -> None:
 
 def importance(runs: pd.DataFrame, names: list[str]) -> None:
     """Which options matter."""
-    st.subheader("Which options matter", anchor=False)
+    st.header("Which options matter", anchor=False)
     found, refused = {}, {}
     settled = fits.settled(data.analysed(runs))
     for target in ("loss", "mean_steps"):
@@ -133,7 +133,7 @@ def importance(runs: pd.DataFrame, names: list[str]) -> None:
 
 def slices(runs: pd.DataFrame, names: list[str]) -> None:
     """The runs along one option."""
-    st.subheader("Along one option", anchor=False)
+    st.header("Along one option", anchor=False)
     with st.container(horizontal=True):
         name = st.segmented_control(
             "Option", names, default=names[0], required=True, key="slice", bind="query-params",

@@ -85,7 +85,7 @@ def text(
         return
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
-        st.subheader("NLL by latent steps", anchor=False)
+        st.header("NLL by latent steps", anchor=False)
         layout.chart(
             figures.nll_by_steps(events),
             events[["position", "text", "steps", "nll"]],
@@ -97,7 +97,7 @@ def text(
             "Boxes are quartiles with the median, whiskers the 5th and 95th percentile, the dashed line the mean."
         )
     with right, st.container(border=True, height="stretch"):
-        st.subheader("Latent steps by NLL", anchor=False)
+        st.header("Latent steps by NLL", anchor=False)
         layout.chart(
             figures.steps_by_nll(events),
             events[["position", "text", "steps", "nll"]],
@@ -113,7 +113,7 @@ def corpus(view: StudyView, key: str) -> None:
     """The held-out tokens with the most latent steps, or other extremes."""
     shelf = store()
     found = data.halting_steps(shelf, view.name, key)
-    st.subheader("Search the held-out text", anchor=False)
+    st.header("Search the held-out text", anchor=False)
     if not found or "file" not in shelf.fs.protocol:
         st.info("This run has written no events of its held-out tokens on this machine.", icon=":material/sensors_off:")
         return
