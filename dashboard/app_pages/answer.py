@@ -1,4 +1,4 @@
-"""Is the study's question answered, by how much and how sure? The verdict, the differences behind it, what is missing."""
+"""Is the question answered, by how much and how sure? The verdict, the differences behind it, what is missing."""
 
 import pandas as pd
 import streamlit as st
