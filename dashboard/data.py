@@ -7,6 +7,7 @@ One damaged run must never take a page down, so every value read from a document
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import pandas as pd
 
 from haltscale.dashboard import style
 from haltscale.platform import run_table
-from haltscale.platform.analysis.runs import parameters_named
+from haltscale.platform.analysis.runs import budgets_of, parameters_named
 from haltscale.platform.arms import OLD_CONTROLS, arm, controls_of, is_control, shown
 from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
@@ -97,7 +98,7 @@ SHARED = (
 NUMBERS = (
     *OPTIONS,
     *SHARED,
-    *("seed", "budget", "tokens", "tokens_done", "parameters", "parameters_once", "parameters_recurrent", "passes"),
+    *("seed", "budget", "nominal", "epochs", "tokens", "tokens_done", "parameters", "parameters_once", "parameters_recurrent", "passes"),
     *("wall_seconds", "inference_flops_realised", "inference_flops_executed", "inference_flops_paper", "heartbeat"),
     *(
         "tokens_per_second",
@@ -115,7 +116,7 @@ NUMBERS = (
 )
 UNROUTED = ("looped", "pause", "ponder", "ponder2")
 """Methods that take steps and have no router: every token gets as many."""
-FACETS = ("method", "size", "lam", "beta", "l_max", "seed")
+FACETS = ("method", "size", "nominal", "lam", "beta", "l_max", "seed")
 """What the runs can be filtered by."""
 
 
@@ -259,6 +260,8 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "step": number(record.get("steps") if record else status.get("step")),
         "steps": number(record.get("steps") if record else status.get("steps")),
         "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
+        "nominal": math.nan,
+        "epochs": math.nan,
         "rank": 0.0,
         "shade": 0.0,
         "heartbeat": math.nan if view.silent_seconds is None else time.time() - view.silent_seconds,
@@ -332,6 +335,8 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
         return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
     rows = [_row(store, view, {} if memo is None else memo) for view in views]
     frame = pd.DataFrame(rows) if rows else empty_runs()
+    frame["nominal"] = nominal_budgets(frame)
+    frame["epochs"] = frame["tokens_done"] / number(mapping(document.get("corpus")).get("train_tokens"))
     frame["label"] = _unique(frame)
     frame["series"] = series_names(frame)
     # A series keeps its dash and marker whatever the filters leave of the others.
@@ -377,15 +382,44 @@ def _row(store: RunStore, view: RunView, memo: Memo) -> dict[str, Any]:
 _NONE = pd.DataFrame()
 
 
+def nominal_budgets(runs: pd.DataFrame) -> pd.Series:
+    """The budget that each run belongs to, realised FLOPs to two digits: what its study planned, else the cluster of
+    its compute; NaN for a run that is not finished and whose study planned no compute."""
+    known = runs["flops_realised"].gt(0) & (runs["state"].eq("finished") | runs["budget"].gt(0))
+    found = runs["budget"].astype(float).copy()
+    part = runs[known]
+    if len(part):
+        labels = budgets_of(part, "flops_realised")
+        for label in set(labels):
+            own = part.index[labels == label]
+            planned = part.loc[own, "budget"].dropna()
+            centre = planned.iloc[0] if len(planned) else np.exp(np.log(part.loc[own, "flops_realised"]).mean())
+            found.loc[own] = float(f"{centre:.1e}")
+    return found
+
+
+def budget_name(value: float) -> str:
+    """A nominal budget as a filter and an address write it: ``3e11``."""
+    return f"{value:.2g}".replace("e+", "e") if math.isfinite(value) else ""
+
+
+PLANNED_PART = re.compile(r" · (?:flops|tokens|steps) [\d.e+]+")
+"""What the platform's own labels say of a budget: the pages write it so that a person can read it."""
+
+
 def _unique(runs: pd.DataFrame) -> list[str]:
-    """Labels that name a run in a selection: those that occur twice get their tokens, their seed, the fields of their
-    identities that differ, or the end of their key."""
-    labels = [str(label) for label in runs["label"]]
+    """Labels that name a run in a selection: method, size and options as the study wrote them; those that occur twice
+    get their budget, their seed, the fields of their identities that differ, or the end of their key."""
+    labels = [PLANNED_PART.sub("", str(label)) for label in runs["label"]]
     keys = [str(key) for key in runs["key"]]
-    tokens = [f"{style.compact(count)} tokens" for count in runs["tokens"]]
+    tokens = [f"{style.compact(count)} tokens" if count > 0 else "" for count in runs["tokens"]]
+    budgets = [f"{style.power(value)} FLOPs" if value > 0 else "" for value in runs["nominal"]]
     seeds = [f"seed {seed:g}" for seed in runs["seed"]]
-    labels = _apart(_apart(labels, tokens), seeds)
+    by_compute = runs["budget"].gt(0).any()
+    labels = _apart(labels, budgets if by_compute else tokens)
+    labels = _apart(labels, seeds)
     labels = _apart(labels, _differences(runs, labels))
+    labels = _apart(labels, tokens)
     return _apart(_apart(labels, [key[-6:] for key in keys]), keys)
 
 
@@ -446,7 +480,8 @@ def facets(runs: pd.DataFrame) -> dict[str, list[str]]:
         "method": in_order(known["method"]),
         "size": sorted(set(known["size"]), key=lambda size: (size_order(size), size)),
     }
-    return found | {name: [f"{value:g}" for value in sorted(known[name].dropna().unique())] for name in FACETS[2:]}
+    found["nominal"] = [budget_name(value) for value in sorted(known["nominal"].dropna().unique())]
+    return found | {name: [f"{value:g}" for value in sorted(known[name].dropna().unique())] for name in FACETS[3:]}
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
@@ -466,7 +501,8 @@ def select(view: StudyView, **chosen: Sequence[str]) -> StudyView:
         if values and name in ("method", "size"):
             runs = runs[runs[name].isin(values)]
         elif values:
-            runs = runs[runs[name].isna() | runs[name].map("{:g}".format).isin(values)]
+            text = budget_name if name == "nominal" else "{:g}".format
+            runs = runs[runs[name].isna() | runs[name].map(text).isin(values)]
     return replace(view, runs=runs.reset_index(drop=True))
 
 

@@ -13,7 +13,7 @@ BOOTSTRAPS = 200
 """On the pages; ``haltscale.platform.analysis`` defaults to 1,000."""
 LIVE = (
     *("label", "series", "rank", "shade", "note", "heartbeat", "seconds_left", "step", "steps", "straggling"),
-    *("steps_histogram", "need", "finished_at", "git_commit"),
+    *("steps_histogram", "need", "finished_at", "git_commit", "nominal", "epochs"),
 )
 """What changes while other runs train, or is only drawn: it must not make an analysis fit again."""
 

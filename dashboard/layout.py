@@ -39,6 +39,7 @@ SUBMIT_RAY = (  # `haltscale up` tells the address
 FILTERS = {
     "method": "Methods",
     "size": "Sizes",
+    "nominal": "Budgets, realised FLOPs",
     "lam": "λ, the price of a latent step",
     "beta": "β, how far a right answer halts",
     "l_max": "l_max, most latent steps",
