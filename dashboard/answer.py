@@ -125,6 +125,23 @@ def setting_name(every: pd.DataFrame, chosen: pd.DataFrame) -> str:
     return " · ".join(parts[:5])
 
 
+def series_of(view: StudyView, methods: Sequence[str]) -> list[str]:
+    """The series that stand for some methods: all of a method's, or those of the setting that is compared where they
+    are many."""
+    runs, prefer = comparable(view), named(view)
+    found: list[str] = []
+    for method in methods:
+        own = runs[runs["method"] == method]
+        if own["series"].nunique() > MOST_SERIES:
+            own = analysis.choose_setting(own, prefer).runs
+        found += list(dict.fromkeys(own["series"]))
+    return found
+
+
+MOST_SERIES = 3
+"""Settings of a method that are highlighted together."""
+
+
 # ---- in words ------------------------------------------------------------------------------------
 
 

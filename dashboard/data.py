@@ -98,7 +98,18 @@ SHARED = (
 NUMBERS = (
     *OPTIONS,
     *SHARED,
-    *("seed", "budget", "nominal", "epochs", "tokens", "tokens_done", "parameters", "parameters_once", "parameters_recurrent", "passes"),
+    *(
+        "seed",
+        "budget",
+        "nominal",
+        "epochs",
+        "tokens",
+        "tokens_done",
+        "parameters",
+        "parameters_once",
+        "parameters_recurrent",
+        "passes",
+    ),
     *("wall_seconds", "inference_flops_realised", "inference_flops_executed", "inference_flops_paper", "heartbeat"),
     *(
         "tokens_per_second",

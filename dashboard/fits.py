@@ -8,6 +8,7 @@ import streamlit as st
 from haltscale.dashboard.cached_store import store
 from haltscale.platform import analysis
 from haltscale.platform.analysis import HeldOut, IsoFlop, LawFit, RecurrenceFit, Refusal, SeedNoise
+from haltscale.platform.analysis.runs import budgets_of
 
 BOOTSTRAPS = 200
 """On the pages; ``haltscale.platform.analysis`` defaults to 1,000."""
@@ -27,8 +28,30 @@ def settled(runs: pd.DataFrame) -> pd.DataFrame:
 
 @st.cache_data(max_entries=64, show_spinner="Fitting …")
 def power_laws(runs: pd.DataFrame, x: str) -> tuple[dict[str, LawFit], dict[str, str]]:
-    """L(x) of every method, and why some have none."""
-    return _each(runs, lambda part: analysis.fit_power_law(part, x, bootstraps=BOOTSTRAPS))
+    """L(x) of every method through its best size at each budget, and why some have none. A law with a parameter that
+    the runs do not determine is none."""
+    return identified(*_each(runs, lambda part: analysis.fit_power_law(best_sizes(part, x), x, bootstraps=BOOTSTRAPS)))
+
+
+def identified(laws: dict[str, LawFit], refused: dict[str, str]) -> tuple[dict[str, LawFit], dict[str, str]]:
+    """The laws whose parameters are all determined; the others move to the refusals."""
+    kept = {method: law for method, law in laws.items() if not law.problem}
+    return kept, refused | {method: law.problem for method, law in laws.items() if law.problem}
+
+
+def best_sizes(runs: pd.DataFrame, x: str) -> pd.DataFrame:
+    """Of the setting that is compared, the runs of the best size of each budget (by its mean loss over seeds): a law of
+    compute is one of what compute can buy, and pooling sizes or settings would put it above every envelope."""
+    runs = analysis.choose_setting(runs).runs
+    if x == "parameters" or ("nominal" not in runs and "budget" not in runs):
+        return runs
+    known = analysis.usable(runs, [x]).runs
+    if known.empty:
+        return runs
+    labels = budgets_of(known, x)
+    means = known.groupby([labels, known["size"].to_numpy()])["loss"].transform("mean")
+    best = means.groupby(labels).transform("min")
+    return known[means == best].reset_index(drop=True)
 
 
 @st.cache_data(max_entries=64, show_spinner="Fitting …")

@@ -1,24 +1,26 @@
-"""Loss against training compute: fits with bands, frontier, isoFLOP profiles, and what a latent step is worth."""
+"""What does compute buy? Loss against FLOPs, tokens or time; best sizes; multipliers; what a latent step is worth."""
 
 import math
 
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, law_figures, layout, style
+from haltscale.dashboard import answer, data, fits, law_figures, layout, outside, style
+from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
-from haltscale.dashboard.law_figures import Measure
+from haltscale.dashboard.law_figures import Axis, Join, Measure
 from haltscale.platform import analysis, arms
 from haltscale.platform.analysis import Estimate, Refusal
 
-TITLE = "Scaling"
+TITLE = "Compute"
 ICON = ":material/insights:"
-ORDER = 2
-VIEWS = ("Compute", "IsoFLOP", "Multipliers", "Value of a latent step", "Size and data")
+ORDER = 1
+VIEWS = ("Loss", "IsoFLOP", "Multipliers", "Value of a latent step", "Size and data")
+MOST_STUDIES = 3
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Loss against training compute")
+    layout.heading(view, "Loss against training compute", says="What does each method reach for its compute?")
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     with left:
         part = st.segmented_control(
@@ -33,61 +35,44 @@ def body(view: StudyView) -> None:
     with right, st.container(horizontal=True, horizontal_alignment="right"):
         kind = layout.flops_kind()
     runs = fits.settled(data.analysed(view.runs))
-    if part == "Compute":
-        summary(view, kind)
+    if part == "Loss":
         compute(view, runs, kind)
     elif part == "IsoFLOP":
-        isoflop(runs, kind)
+        isoflop(view, runs, kind)
     elif part == "Multipliers":
         multipliers(runs, kind)
     elif part == "Value of a latent step":
         worth(runs)
     else:
         surface(runs)
+    unfinished(view)
     layout.honest(view)
 
 
-def summary(view: StudyView, kind: FlopsKind) -> None:
-    """The study in four numbers."""
-    runs = view.runs
-    shown = plotted(runs, kind)
-    finished = shown[shown["state"] == "finished"]
-    thinking = finished[finished["l_max"].gt(0)]
-    with st.grid(4):
-        st.metric(
-            "Runs finished", f"{int((runs['state'] == 'finished').sum())} of {len(runs)}", border=True, height="stretch"
-        )
-        best = data.best(finished)
-        st.metric(
-            "Lowest loss, nats/token",
-            style.three(best["loss"]) if best is not None else "–",
-            border=True,
-            height="stretch",
-            help=f"of {layout.plain(best['label'])}: perplexity {style.three(best['perplexity'])}"
-            if best is not None
-            else None,
-        )
-        steps = (
-            f"{style.three(thinking['mean_steps'].mean())} of {thinking['l_max'].max():.0f}" if len(thinking) else "–"
-        )
-        st.metric(
-            "Latent steps per token",
-            steps,
-            border=True,
-            height="stretch",
-            help="Mean over the finished runs that may think, of the most they may take.",
-        )
-        st.metric(
-            f"Training FLOPs, {kind}",
-            style.scientific(float(shown[f"flops_{kind}"].sum())) if len(shown) else "–",
-            border=True,
-            height="stretch",
-            help="Sum over all runs so far.",
-        )
+def unfinished(view: StudyView) -> None:
+    """Say that fits and lines may still change."""
+    count = int(view.runs["state"].isin(["running", "planned", "stalled", "stopped"]).sum())
+    if count:
+        st.caption(f":material/hourglass_top: Provisional: {count} of {len(view.runs)} runs are not finished.")
+
+
+def highlighted(view: StudyView) -> list[str] | None:
+    """The series to draw in colour: those of the methods that the reader chose, by default of the comparison that the
+    study names. None: all of them."""
+    methods = data.in_order(view.runs["method"])
+    if len(methods) <= 2:
+        return None
+    pair = answer.default_pair(view)
+    first = [*pair, *arms.controls_of(pair[0], methods)] if pair else methods[:2]
+    chosen = st.pills(
+        "Highlight", methods, selection_mode="multi", default=first, key="highlight", bind="query-params",
+        format_func=layout.label, help="The others are drawn grey. Choose none to see all in colour.",
+    )  # fmt: skip
+    return answer.series_of(view, [str(one) for one in chosen]) if chosen else None
 
 
 def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
-    """The page's figure: every run, the laws, the frontier."""
+    """The page's figure: every run, means over seeds, and on request the laws."""
     shown = plotted(view.runs, kind)
     if shown.empty:
         st.info(
@@ -95,10 +80,20 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             icon=":material/hourglass_empty:",
         )
         return
-    x = f"flops_{kind}"
-    laws, refused = fits.power_laws(runs, x)
+    flops = f"flops_{kind}"
     with st.container(border=True):
-        with st.container(horizontal=True, vertical_alignment="center"):
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            choices = [one.value for one in Axis if shown[one.column(kind)].gt(0).any()]
+            axis = Axis(
+                st.selectbox("Horizontal axis", choices, key="axis", bind="query-params", width=240) or Axis.FLOPS
+            )
+            joins = [one.value for one in Join]
+            join = Join(
+                st.selectbox(
+                    "Lines", joins, index=joins.index(law_figures.default_join(shown)), key="join",
+                    bind="query-params", width=240,
+                )
+            )  # fmt: skip
             measure = Measure(
                 st.segmented_control(
                     "Measure",
@@ -107,38 +102,106 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
                     required=True,
                     key="measure",
                     bind="query-params",
-                    label_visibility="collapsed",
                 )
             )
-            draw_laws = st.toggle("Fits with bands", value=True, key="fits", bind="query-params", disabled=not laws)
-            draw_frontier = st.toggle("Pareto frontier", value=True, key="frontier", bind="query-params")
-        figure = law_figures.scaling(
-            view.runs,
-            kind,
-            measure=measure,
-            laws=laws if draw_laws else None,
-            frontier=analysis.pareto(runs, x) if draw_frontier else None,
-        )
-        best = shown.sort_values("loss").iloc[0]
-        layout.chart(
-            figure,
-            shown[[*data.TEXT, *data.NUMBERS]],
-            key=f"scaling-{kind}",
-            title=f"{view.name}: {measure.axis} against {kind} training FLOPs",
-            alt=f"{measure.axis} against {kind} training FLOPs of {len(shown)} runs; lowest loss"
-            f" {style.three(best['loss'])} for {best['label']}",
-        )
-        st.caption(
-            "A marker per run (hollow: no result yet, at its last evaluation), a line per method and options through "
-            "the sizes; bars are one standard error over the validation tokens. The grey staircase is what no run "
-            "beats. Lower and further left is better."
-            + (" Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
-        )
+            on_flops = axis is Axis.FLOPS
+            draw_laws = st.toggle("Fitted laws", key="fits", bind="query-params", disabled=not on_flops)
+            draw_frontier = st.toggle("Pareto frontier", key="frontier", bind="query-params", disabled=not on_flops)
+        focus = highlighted(view)
+        laws: dict[str, analysis.LawFit] = {}
+        refused: dict[str, str] = {}
+        place = st.container()
+        if draw_laws and on_flops:
+            laws, refused = fits.power_laws(runs, flops)
+        points = overlay()
+        with place:
+            layout.chart(
+                law_figures.scaling(
+                    view.runs,
+                    kind,
+                    axis=axis,
+                    measure=measure,
+                    join=join,
+                    focus=focus,
+                    laws=laws or None,
+                    frontier=analysis.pareto(runs, flops) if draw_frontier and on_flops else None,
+                    outside=points,
+                ),
+                shown[[*data.TEXT, *data.NUMBERS]],
+                key=f"scaling-{kind}-{axis.column(kind)}",
+                title=f"{view.name}: {measure.axis} against {axis.title(kind)}",
+                alt=f"{measure.axis} against {axis.title(kind)} of {len(shown)} runs; lowest loss {lowest(shown)}",
+            )
+            st.caption(
+                "A marker per run (hollow: no result yet, at its last evaluation), lines through the means over seeds; "
+                "bars are one standard error over the validation tokens. Lower and further left is better."
+                + (" Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
+                + (" The grey staircase is what no run beats." if draw_frontier and on_flops else "")
+            )
     layout.refused(refused)
     if laws:
         parameters(laws)
-        extrapolation(runs, x)
+        extrapolation(runs, flops)
     noise(runs)
+    together(view, kind, axis, measure, join)
+
+
+def lowest(shown: pd.DataFrame) -> str:
+    """The best run, in words."""
+    best = shown.sort_values("loss").iloc[0]
+    return f"{style.three(best['loss'])} for {best['label']}"
+
+
+def overlay() -> pd.DataFrame | None:
+    """Points from elsewhere, from a file of the reader's."""
+    with st.expander("Results from elsewhere", icon=":material/add_chart:"):
+        st.caption(
+            "A CSV file with the columns label, flops (training FLOPs, counted as above), loss (nats/token) and "
+            "source. Its points are drawn hollow and enter no fit. The file stays in this browser session."
+        )
+        file = st.file_uploader("CSV file", type="csv", key="outside", label_visibility="collapsed")
+        if file is None:
+            return None
+        try:
+            return outside.read(file.getvalue())
+        except outside.OutsideError as error:
+            st.error(layout.plain(error), icon=":material/error:")
+            return None
+
+
+def together(view: StudyView, kind: FlopsKind, axis: Axis, measure: Measure, join: Join) -> None:
+    """Other studies beside this one, on the same axes."""
+    names = [name for name in store().studies() if name != view.name]
+    if not names:
+        return
+    chosen = st.multiselect(
+        "Beside other studies",
+        names,
+        key="studies",
+        bind="query-params",
+        max_selections=MOST_STUDIES,
+        placeholder="None",
+        help="A panel per study on the same axes. The filters of the sidebar are of the first study only.",
+    )
+    views = {view.name: view.runs} | {name: store().view(name).runs for name in chosen}
+    views = {name: one[(one["role"] != "tuning")] for name, one in views.items()}
+    views = {name: one for name, one in views.items() if len(one) and len(plotted(one, kind))}
+    if len(views) < 2:
+        return
+    x = axis.column(kind)
+    every = pd.concat([plotted(one, kind)[[x, "loss"]] for one in views.values()])
+    every = every[every[x].gt(0)]
+    for column, (name, one) in zip(st.columns(len(views)), views.items(), strict=True):
+        with column, st.container(border=True):
+            st.subheader(layout.plain(name), anchor=False)
+            layout.chart(
+                law_figures.scaling(one, kind, axis=axis, measure=measure, join=join, ranges=(every[x], every["loss"])),
+                one[[*data.TEXT, *data.NUMBERS]],
+                key=f"beside-{name}",
+                title=f"{name}: {measure.axis} against {axis.title(kind)}",
+                alt=f"{measure.axis} against {axis.title(kind)} of {name}; lowest loss {lowest(plotted(one, kind))}",
+            )
+    st.caption("Losses of studies with other texts or tokenizers say nothing about each other: compare bits per byte.")
 
 
 def parameters(laws: dict[str, analysis.LawFit]) -> None:
@@ -199,37 +262,72 @@ def noise(runs: pd.DataFrame) -> None:
     st.caption(f":material/casino: {text}")
 
 
-def isoflop(runs: pd.DataFrame, kind: FlopsKind) -> None:
-    """Loss against parameters at each budget."""
+def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
+    """Loss against parameters at each budget: the points of every method, and on request the fit of one."""
     if runs.empty:
         nothing()
         return
+    methods = data.in_order(view.runs["method"])
+    finished = view.runs[view.runs["state"] == "finished"]
+    sizes = finished.groupby("nominal")["size"].nunique()
+    if not sizes.gt(1).any():
+        layout.refused({"IsoFLOP": "no budget of compute has 2 model sizes: train several sizes to the same FLOPs"})
+        return
+    with st.container(border=True):
+        layout.chart(
+            law_figures.isoflop_points(view.runs, methods),
+            finished[["label", "method", "size", "nominal", "parameters", "loss", "seed"]],
+            key="isoflop-points",
+            title=f"{view.name}: loss against parameters at each budget",
+            alt="; ".join(
+                f"{style.power(budget)} FLOPs: {count} sizes" for budget, count in sizes[sizes.gt(1)].items()
+            ),
+        )
+        st.caption(
+            "A panel per method on shared axes, a line per nominal budget (realised FLOPs) through the means over "
+            "seeds. A star marks the best size of a budget where it lies between two others."
+        )
+    st.header("Best size and how it grows", anchor=False)
     method = st.segmented_control(
-        "Method", list(dict.fromkeys(runs["method"])), default=runs["method"].iloc[0], required=True, key="iso-method",
-        bind="query-params", format_func=layout.label,
+        "Method", methods, default=methods[0], required=True, key="iso-method", bind="query-params",
+        format_func=layout.label,
     )  # fmt: skip
     found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")
     if isinstance(found, Refusal):
         layout.refused({str(method): found.reason})
         return
-    with st.container(border=True):
-        layout.chart(
-            law_figures.isoflop(found, kind),
-            pd.concat([profile.runs.assign(budget=profile.budget) for profile in found.profiles]),
-            key="isoflop",
-            title=f"IsoFLOP profiles of {method}, {kind} FLOPs",
-            alt=f"Loss against parameters at {len(found.profiles)} budgets; {len(found.minima)} have a minimum",
-        )
-        growth = found.exponent
-        st.caption(
-            "Parabolas of the log loss in the log parameters; a star is a budget's best size with its 95 % interval. "
-            + (
-                f"The best size grows with C^{told(growth)}."
-                if isinstance(growth, Estimate)
-                else f"No exponent: {layout.plain(growth.reason)}."
+    if len(found.minima):
+        with st.container(border=True):
+            layout.chart(
+                law_figures.isoflop(found, kind),
+                pd.concat([profile.runs.assign(budget=profile.budget) for profile in found.profiles]),
+                key="isoflop",
+                title=f"IsoFLOP profiles of {method}, {kind} FLOPs",
+                alt=f"Loss against parameters at {len(found.profiles)} budgets; {len(found.minima)} have a minimum",
             )
-        )
-    layout.refused({f"{style.scientific(p.budget)} FLOPs": p.problem for p in found.profiles if p.problem})
+            growth = found.exponent
+            st.caption(
+                "Parabolas of the log loss in the log parameters; a star is a budget's best size with its 95 % "
+                "interval. "
+                + (
+                    f"The best size grows with C^{told(growth)}."
+                    if isinstance(growth, Estimate)
+                    else f"No exponent: {layout.plain(growth.reason)}."
+                )
+            )
+        with st.container(border=True):
+            layout.chart(
+                law_figures.best_size(found),
+                law_figures.optima(found),
+                key="best-size",
+                title=f"Best size and tokens of {method} by budget",
+                alt="; ".join(
+                    f"{style.power(row['budget'])} FLOPs: {style.compact(row['parameters'])} parameters"
+                    for row in found.minima.to_dict("records")
+                ),
+            )
+            st.caption("Best size (left) and the tokens that it leaves (right) at the budgets with a minimum.")
+    layout.refused({f"{style.power(float(f'{p.budget:.2g}'))} FLOPs": p.problem for p in found.profiles if p.problem})
     surfaces, _ = fits.surfaces(runs[runs["method"] == method])
     for law in surfaces.values():
         if warning := analysis.disagreement(found, law):
@@ -257,11 +355,13 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
         found = {}
         for method, law in laws.items():
             if method != reference and reference in laws:
-                answer = analysis.equivalent(law, laws[reference])
-                if isinstance(answer, Refusal):
-                    refused[method] = answer.reason
+                value = analysis.equivalent(law, laws[reference])
+                if isinstance(value, Refusal):
+                    refused[method] = value.reason
+                elif not (value.mean.low > 0 and value.mean.high < math.inf):
+                    refused[method] = "not identifiable: the interval of its multiplier has no end"
                 else:
-                    found[method] = answer
+                    found[method] = value
         if found:
             with st.container(border=True):
                 layout.chart(
@@ -290,7 +390,7 @@ def worth(runs: pd.DataFrame) -> None:
     if isinstance(found, Refusal):
         layout.refused({"φ": found.reason})
         return
-    with st.container(border=True):
+    if any(one.identifiable for one in found.phi.values()):
         table = pd.DataFrame(
             [{"method": m, "phi": one.value, "low": one.low, "high": one.high, "problem": one.problem}
              for m, one in found.phi.items()]
