@@ -19,11 +19,12 @@ from plotly.subplots import make_subplots
 from haltscale.dashboard import style
 from haltscale.dashboard.data import FlopsKind, plotted, sound
 from haltscale.dashboard.figures import MANY_RUNS, MOST_LEGEND, MUTED, layout, log_axis
+from haltscale.platform import arms
 from haltscale.platform.analysis import Estimate, HeldOut, IsoFlop, LawFit, Multiplier
 
 MOST_DIRECT = 6
 """Series up to which each has its name at the end of its line."""
-FAINT = "rgba(128,128,128,0.45)"
+FAINT = "rgba(128,128,128,0.28)"
 """What is drawn of methods that are not highlighted."""
 
 
@@ -179,8 +180,10 @@ def scaling(
         marker = style.MARKERS[index % len(style.MARKERS)]
         group = "other runs" if faint else method if brief and focus is None else str(name)
         own = every[every["series"] == name]
-        line = {"color": color, "dash": dash, "width": 1 if faint else 2}
-        if not (laws and method in laws):  # a fitted law says what the line would, and the runs are easier to see
+        line = {"color": color, "dash": dash, "width": 2 if focus is None else 3}
+        if not faint and not (
+            laws and method in laws
+        ):  # a fitted law says what the line would, and the runs are easier to see
             path = _path(own, join)
             if len(path["x"]):
                 figure.add_scatter(
@@ -188,7 +191,8 @@ def scaling(
                 )
         if len(own) and not faint:
             last = own.sort_values(["x", "y"]).iloc[-1]
-            ends.append((float(last["x"]), float(last["y"]), str(name), color))
+            unique = sum(one.split(" · ")[0] == arms.shown(method) for one in lit) == 1
+            ends.append((float(last["x"]), float(last["y"]), arms.shown(method) if unique else str(name), color))
         finished = members[members["state"] == "finished"]
         for part, symbol, detail in (
             (finished, marker, "result"),
@@ -289,24 +293,24 @@ def _path(own: pd.DataFrame, join: Join) -> dict[str, list[float | None]]:
 
 
 def _name_ends(figure: go.Figure, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names of series beside their last mean, set apart where they would stand on each other."""
-    taken: list[float] = []
+    """Names of series to the right of their last mean, lower ones moved down where two would stand on each other."""
+    if not ends:
+        return
+    low, high = figure.layout.xaxis.range
+    figure.update_xaxes(range=[low, high + 0.16 * (high - low)])
+    bottom, top = figure.layout.yaxis.range
+    gap, last = 0.045 * (top - bottom), math.inf
     for x, y, name, color in sorted(ends, key=lambda end: -end[1]):
-        at = math.log10(y)
-        shift = 0
-        while any(abs(at + shift * 0.004 - other) < 0.012 for other in taken) and shift < 12:
-            shift -= 1
-        taken.append(at + shift * 0.004)
+        at = min(math.log10(y), last - gap)
+        last = at
         figure.add_annotation(
             x=math.log10(x),
             y=at,
-            text=html.escape(name if len(name) <= 28 else f"{name[:27]}…"),
+            text=html.escape(name if len(name) <= 24 else f"{name[:23]}…"),
             showarrow=False,
-            xanchor="right",
-            yanchor="bottom",
-            xshift=-4,
-            yshift=6 + 4 * shift,
-            font={"size": 12, "color": color},
+            xanchor="left",
+            xshift=10,
+            font={"size": 13, "color": color},
         )
 
 
@@ -436,7 +440,8 @@ def isoflop_points(runs: pd.DataFrame, methods: Sequence[str]) -> go.Figure:
     figure.update_yaxes(range=[math.log10(low), math.log10(high)], tickvals=ticks, ticktext=text)
     figure.update_xaxes(title="parameters", row=down)
     figure.update_yaxes(title="loss, nats/token", col=1)
-    return layout(figure, height=tall + 130, legend_title="nominal budget", top=84)
+    layout(figure, height=tall + 140, legend_title="nominal budget", top=90)
+    return figure.update_layout(legend={"y": 1 + 30 / tall})
 
 
 def best_size(found: IsoFlop) -> go.Figure:

@@ -289,7 +289,8 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
         )
     st.header("Best size and how it grows", anchor=False)
     method = st.segmented_control(
-        "Method", methods, default=methods[0], required=True, key="iso-method", bind="query-params",
+        "Method", methods, default=(answer.default_pair(view) or methods)[0], required=True, key="iso-method",
+        bind="query-params",
         format_func=layout.label,
     )  # fmt: skip
     found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")

@@ -1,22 +1,24 @@
-"""Sensitivity of a sweep: heat maps, parallel coordinates, importance, and slices through one option."""
+"""Which options matter, and which values should be used? Heat maps with their noise, slices, importance, a verdict."""
 
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, layout, style, sweep_figures
+from haltscale.dashboard import answer, data, fits, layout, style, sweep_figures
 from haltscale.dashboard.data import FlopsKind, StudyView, sound
 from haltscale.dashboard.sweep_figures import OPTION_NAMES, TARGETS
 from haltscale.platform import analysis
 from haltscale.platform.analysis import Refusal
 
-TITLE = "Sweeps"
+TITLE = "Sensitivity"
 ICON = ":material/tune:"
-ORDER = 3
+ORDER = 2
+POINT = ("size", "nominal")
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Sensitivity")
-    known = view.runs[view.runs["loss"].notna() & sound(view.runs) & (view.runs["role"] != "tuning")]
+    layout.heading(view, "Sensitivity", says="Which options matter, and which values should be used?")
+    known = answer.comparable(view)
+    known = known[known["loss"].notna() & sound(known)]
     methods = [method for method, part in known.groupby("method", sort=False) if sweep_figures.varying(part)]
     if not methods:
         st.info(
@@ -34,81 +36,111 @@ def body(view: StudyView) -> None:
         bind="query-params",
         format_func=layout.label,
     )
-    runs = known[known["method"] == method]
-    names = sweep_figures.varying(runs)
-    heat_maps(runs, [name for name in ("lam", "beta", "l_max", "tau") if name in names])
+    every = known[known["method"] == method]
+    runs = point(every)
+    names = [name for name in sweep_figures.varying(runs) if name not in ("size", "seed")]
+    noise = fits.seed_noise(fits.settled(data.analysed(known)))
+    recommendation(runs, names, noise)
+    heat_maps(runs, [name for name in ("lam", "beta", "l_max", "tau") if name in names], noise)
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        importance(runs, [name for name in sweep_figures.judged(runs) if name not in POINT])
+    with right, st.container(border=True, height="stretch"):
+        slices(runs, [*names, *(["seed"] if runs["seed"].nunique() > 1 else [])], noise)
     with st.container(border=True):
         st.header("Every run through its options", anchor=False)
         layout.chart(
-            sweep_figures.parallel(runs, FlopsKind.REALISED),
-            runs[[*data.TEXT, *data.NUMBERS]],
+            sweep_figures.parallel(every, FlopsKind.REALISED),
+            every[[*data.TEXT, *data.NUMBERS]],
             key="parallel",
             title=f"{method!s}: runs through their options",
-            alt=f"Parallel coordinates of {len(runs)} runs over {', '.join(OPTION_NAMES[n] for n in names)}; the same"
-            " numbers are in the table of the page Studies",
+            alt=f"Parallel coordinates of {len(every)} runs over "
+            f"{', '.join(OPTION_NAMES[name] for name in sweep_figures.varying(every))}; the same numbers are in the "
+            "table of the page Studies",
         )
         st.caption(
-            "Lighter lines have a lower loss; the solid ones are the best sixth. A click in the legend hides a range "
-            "of losses. Runs that share a value are set apart a little, the best lowest. "
+            "Runs of all sizes and budgets. Lighter lines have a lower loss; the solid ones are the best sixth. A "
+            "click in the legend hides a range of losses. Runs that share a value are set apart a little, the best lowest. "
             f"At most {sweep_figures.MOST_LINES} runs, the best ones."
         )
-    left, right = st.columns(2)
-    with left, st.container(border=True, height="stretch"):
-        importance(runs, sweep_figures.judged(runs))
-    with right, st.container(border=True, height="stretch"):
-        slices(runs, names)
 
 
-def heat_maps(runs: pd.DataFrame, names: list[str]) -> None:
-    """Perplexity and mean steps side by side over two options."""
-    if len(names) < 2:
-        told = f"only {OPTION_NAMES[names[0]]} varies" if names else "none of λ, β, l_max and τ varies"
-        st.info(f"A heat map needs two options that vary; here {told}.", icon=":material/grid_view:")
+def point(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of one size and one budget, the reader's choice: options are compared where all else is equal. It opens
+    where most settings were run."""
+    places = runs.assign(setting=sweep_figures.setting_cells(runs)).groupby(list(POINT), dropna=False)["setting"]
+    counts = places.nunique().sort_values(ascending=False, kind="stable")
+    names = {}
+    for size, nominal in counts.index:
+        budget = f"{style.power(nominal)} FLOPs" if pd.notna(nominal) else "budget unknown"
+        names[f"{size} · {data.budget_name(nominal)}"] = (size, nominal, f"{size} at {budget}")
+    if len(names) > 1:
+        chosen = st.selectbox(
+            "Size and budget",
+            list(names),
+            key="point",
+            bind="query-params",
+            width=320,
+            format_func=lambda name: names[name][2],
+        )
+    else:
+        chosen = next(iter(names))
+    size, nominal, _ = names[str(chosen)]
+    same = runs["nominal"].isna() if pd.isna(nominal) else runs["nominal"] == nominal
+    kept = runs[(runs["size"] == size) & same]
+    if pd.isna(nominal) and len(kept):
+        kept = kept[kept["tokens"].isna() | (kept["tokens"] == kept["tokens"].mode().max())]
+    return kept
+
+
+def recommendation(runs: pd.DataFrame, names: list[str], noise: analysis.SeedNoise | Refusal) -> None:
+    """Which setting to use, or that none can be told from the best."""
+    found = sweep_figures.ranking(runs, names, noise)
+    if found is None:
         return
     with st.container(border=True):
-        st.header("What an option buys, and what it costs in steps", anchor=False)
-        sizes = sorted(set(runs["size"]), key=lambda size: (data.size_order(size), size))
-        size = sizes[-1]
-        if len(sizes) > 1:
-            size = st.segmented_control(
-                "Size",
-                sizes,
-                default=sizes[-1],
-                required=True,
-                key="heat-size",
-                bind="query-params",
-                format_func=layout.label,
-            )
-        part = runs[runs["size"] == size]
-        longest = part["tokens"].max()
-        part = part[part["tokens"] == longest]
+        st.header(f":material/recommend: {layout.plain(found.headline)}", anchor=False)
+        st.markdown(layout.plain(found.support))
+
+
+def heat_maps(runs: pd.DataFrame, names: list[str], noise: analysis.SeedNoise | Refusal) -> None:
+    """Loss and mean steps side by side over two options."""
+    if len(names) < 2:
+        text = f"only {OPTION_NAMES[names[0]]} varies" if names else "none of λ, β, l_max and τ varies"
+        st.info(f"A heat map needs two options that vary; here {text}.", icon=":material/grid_view:")
+        return
+    with st.container(border=True):
+        st.header("Effect of the options on loss and steps", anchor=False)
         split = names[2] if len(names) > 2 else None
         layout.chart(
-            sweep_figures.heat_maps(part, names[0], names[1], split),
-            part[["label", *names, "seed", "perplexity", "loss", "mean_steps"]],
+            sweep_figures.heat_maps(runs, names[0], names[1], split, noise=noise),
+            runs[["label", *names, "seed", "perplexity", "loss", "mean_steps"]],
             key="heat-maps",
-            title="Perplexity and mean latent steps over the options",
-            alt=f"Perplexity and mean latent steps over {' and '.join(OPTION_NAMES[n] for n in names[:2])}; lowest"
-            f" perplexity {style.three(float(part['perplexity'].min()))}",
+            title="Loss and mean latent steps over the options",
+            alt=f"Loss and mean latent steps over {' and '.join(OPTION_NAMES[n] for n in names[:2])}; lowest"
+            f" loss {style.three(float(runs['loss'].min()))}",
         )
         st.caption(
-            f"Runs of {layout.plain(size)} over {style.compact(float(longest))} tokens. A cell is the mean over "
-            "whatever else varies; lighter is a lower perplexity on the left, more steps on the right. One scale for "
-            "all maps of a column."
+            "A cell is the mean over seeds and whatever else varies, with ± half its 95 % interval from the study's "
+            "seed noise and the number of runs n. **Grey cells cannot be told from the best one.** Lighter is a lower loss "
+            "on the left, more steps on the right; one scale for all maps of a column."
+            if isinstance(noise, analysis.SeedNoise)
+            else "A cell is the mean over whatever else varies, with the number of runs n. No two runs differ in their "
+            "seed only, so the noise is unknown: **no cell can be called better than another.**"
         )
 
 
 def importance(runs: pd.DataFrame, names: list[str]) -> None:
     """Which options matter."""
-    st.header("Which options matter", anchor=False)
+    st.header("Importance of the options", anchor=False)
     found, refused = {}, {}
     settled = fits.settled(data.analysed(runs))
     for target in ("loss", "mean_steps"):
-        answer = analysis.importance(settled, names, target=target)
-        if isinstance(answer, Refusal):
-            refused[target.replace("_", " ")] = answer.reason
+        table = analysis.importance(settled, names, target=target)
+        if isinstance(table, Refusal):
+            refused[target.replace("_", " ")] = table.reason
         else:
-            found[target] = answer
+            found[target] = table
     if found:
         layout.chart(
             sweep_figures.importance(found),
@@ -125,15 +157,18 @@ def importance(runs: pd.DataFrame, names: list[str]) -> None:
             ),
         )
         st.caption(
-            "A plain variance decomposition: main effects only. Up to the grey tick, chance explains as much; what is "
-            "missing to 100 % is interaction and noise."
+            "At one size and budget. Variance decomposition, main effects only. Up to the grey tick, chance explains "
+            "as much; what is missing to 100 % is interaction and noise."
         )
     layout.refused(refused)
 
 
-def slices(runs: pd.DataFrame, names: list[str]) -> None:
+def slices(runs: pd.DataFrame, names: list[str], noise: analysis.SeedNoise | Refusal) -> None:
     """The runs along one option."""
     st.header("Along one option", anchor=False)
+    if not names:
+        st.info("No option varies at this size and budget.", icon=":material/linear_scale:")
+        return
     with st.container(horizontal=True):
         name = st.segmented_control(
             "Option", names, default=names[0], required=True, key="slice", bind="query-params",
@@ -148,13 +183,20 @@ def slices(runs: pd.DataFrame, names: list[str]) -> None:
         layout.refused({OPTION_NAMES[str(name)]: table.reason})
         return
     layout.chart(
-        sweep_figures.slice_of(runs, table, str(name), str(target)),
+        sweep_figures.slice_of(runs, table, str(name), str(target), noise=noise),
         runs[["label", "size", str(name), str(target)]],
         key="slices",
         title=f"{target} along {OPTION_NAMES[str(name)]}",
         alt=f"{target} at {len(table)} values of {OPTION_NAMES[str(name)]}",
     )
-    st.caption("A marker per run, a bar at the mean over whatever else varies.")
+    st.caption(
+        "At one size and budget: a marker per run, a bar at the mean over whatever else varies"
+        + (
+            ", with its 95 % interval from the study's seed noise."
+            if target == "loss" and isinstance(noise, analysis.SeedNoise)
+            else "."
+        )
+    )
 
 
 layout.live(body)
