@@ -89,7 +89,7 @@ def ranking(runs: pd.DataFrame, names: list[str], noise: SeedNoise | Refusal) ->
     if not isinstance(noise, SeedNoise):
         return Ranking(
             headline="No recommendation: the noise between seeds is unknown",
-            support=f"{best['setting']} has the lowest loss of {count} settings, {style.three(best['loss'])} nats/token."
+            support=f"{best['setting']} has the lowest of {count} losses, {style.three(best['loss'])} nats/token."
             " Give a few settings a second seed to tell whether that is more than chance.",
             table=table.assign(apart=False),
         )
@@ -100,7 +100,7 @@ def ranking(runs: pd.DataFrame, names: list[str], noise: SeedNoise | Refusal) ->
     tied = table[~table["apart"]]
     needed = f"a difference of {style.three(float(least.iloc[1:].median()))} nats/token"
     if len(tied) == count:
-        headline = f"No difference: none of the {count} settings can be told from the others"
+        headline = f"No difference: none of the {count} settings can be told from the best one"
         support = (
             f"Losses span {style.three(float(table['loss'].min()))} to {style.three(float(table['loss'].max()))} "
             f"nats/token; two settings are told apart by {needed} (95 %, {count - 1} comparisons with the best)."

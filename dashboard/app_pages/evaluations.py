@@ -26,7 +26,7 @@ DIAL = ("dial", "value", "own", "loss", "loss_standard_error", "mean_steps", "fl
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Evaluations")
+    layout.heading(view, "Evaluations", says="What can the finished models do, at which inference FLOPs?")
     kind = layout.flops_kind()
     finished = view.runs[(view.runs["state"] == "finished") & view.runs["loss"].notna()]
     held_out(view, finished, kind)

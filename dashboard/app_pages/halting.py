@@ -13,7 +13,7 @@ from haltscale.platform.sweeps import report
 
 TITLE = "Halting"
 ICON = ":material/hourglass_top:"
-ORDER = 4
+ORDER = 3
 MOST_ROWS = 24
 MOST_PAIRS = 10
 MOST_ARMS = 8
@@ -21,7 +21,7 @@ INTERVAL = ("mean", "low", "high")
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Allocation of latent steps")
+    layout.heading(view, "Allocation of latent steps", says="Where do the latent steps go, and do they pay?")
     counted = data.thinking(view.runs)
     if counted.empty:
         st.info(

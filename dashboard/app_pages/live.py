@@ -10,9 +10,9 @@ from haltscale.dashboard import data, figures, layout, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView, size_order
 
-TITLE = "Live run"
+TITLE = "Live"
 ICON = ":material/monitoring:"
-ORDER = 1.5
+ORDER = 7
 MOST_CURVES = 12
 MOST_CARDS = 12
 SILENT_SECONDS = 30.0  # after which a running run says so; its lease is renewed every few seconds
@@ -20,7 +20,7 @@ ORDER_OF_STATES = ["running", "stalled", "failed", "diverged", "capped"]
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Live runs")
+    layout.heading(view, "Live runs", says="Are the runs healthy, and when will they end?")
     layout.owner(view)
     runs = view.runs
     going = runs[runs["state"].isin(ORDER_OF_STATES)]

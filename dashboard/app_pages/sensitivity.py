@@ -60,8 +60,8 @@ def body(view: StudyView) -> None:
         )
         st.caption(
             "Runs of all sizes and budgets. Lighter lines have a lower loss; the solid ones are the best sixth. A "
-            "click in the legend hides a range of losses. Runs that share a value are set apart a little, the best lowest. "
-            f"At most {sweep_figures.MOST_LINES} runs, the best ones."
+            "click in the legend hides a range of losses. Runs that share a value are set apart a little, the best "
+            f"lowest. At most {sweep_figures.MOST_LINES} runs, the best ones."
         )
 
 
@@ -122,8 +122,8 @@ def heat_maps(runs: pd.DataFrame, names: list[str], noise: analysis.SeedNoise | 
         )
         st.caption(
             "A cell is the mean over seeds and whatever else varies, with ± half its 95 % interval from the study's "
-            "seed noise and the number of runs n. **Grey cells cannot be told from the best one.** Lighter is a lower loss "
-            "on the left, more steps on the right; one scale for all maps of a column."
+            "seed noise and the number of runs n. **Grey cells cannot be told from the best one.** Lighter is a lower "
+            "loss on the left, more steps on the right; one scale for all maps of a column."
             if isinstance(noise, analysis.SeedNoise)
             else "A cell is the mean over whatever else varies, with the number of runs n. No two runs differ in their "
             "seed only, so the noise is unknown: **no cell can be called better than another.**"

@@ -14,11 +14,11 @@ from haltscale.platform.store import StoreError
 
 TITLE = "Tokens"
 ICON = ":material/match_word:"
-ORDER = 5
+ORDER = 4
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Token by token")
+    layout.heading(view, "Token by token", says="Which tokens get the steps, and what do the steps gain there?")
     shelf = store()
     steps = {key: data.probe_steps(shelf, view.name, key) for key in view.runs["key"]}
     keys = [key for key, found in steps.items() if found]
