@@ -522,13 +522,17 @@ def analysed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(tokens=runs["tokens_done"], passes_per_token=runs["passes"])
 
 
+def routes(method: object) -> bool:
+    """Whether an arm has a router of its own that chooses the steps of its tokens."""
+    return not (is_control(str(method)) or method in (*OLD_CONTROLS, *UNROUTED, "vanilla"))
+
+
 def telling(runs: pd.DataFrame, keys: Collection[str]) -> str:
     """The run that a page about halting opens with, of some keys: one whose steps a router gives, finished if possible,
     else one that takes steps, else any; of several the last in the study's order."""
     known = runs[runs["key"].isin(list(keys))]
     steps = known[known["l_max"].gt(0)]
-    unrouted = [name for name in set(steps["method"]) if is_control(name) or name in (*OLD_CONTROLS, *UNROUTED)]
-    routed = steps[~steps["method"].isin(unrouted)]
+    routed = steps[steps["method"].map(routes).astype(bool)]
     for choice in (routed[routed["state"] == "finished"], routed, steps[steps["state"] == "finished"], steps, known):
         if len(choice):
             return str(choice["key"].iloc[-1])

@@ -17,6 +17,8 @@ ORDER = 3
 MOST_ROWS = 24
 MOST_PAIRS = 10
 MOST_ARMS = 8
+MOST_LADDERS = 8
+MOST_READ = 100
 INTERVAL = ("mean", "low", "high")
 
 
@@ -37,6 +39,7 @@ def body(view: StudyView) -> None:
         easy_and_hard(counted)
     with right, st.container(border=True, height="stretch"):
         beside_controls(view)
+    ladder(view, counted)
     one_run(view, counted)
     layout.honest(view)
 
@@ -192,6 +195,50 @@ def beside_controls(view: StudyView) -> None:
         st.caption("This study has no replay controls: add controls(of=...) to its sweep.")
 
 
+def ladder(view: StudyView, counted: pd.DataFrame) -> None:
+    """The learned router against ways of halting that know less and more, on the same weights."""
+    routed = counted[(counted["state"] == "finished") & counted["method"].map(data.routes)]
+    shelf, rows = store(), []
+    for run in routed.head(MOST_READ).to_dict("records"):
+        if len(rows) == MOST_LADDERS:
+            break
+        try:
+            found = mapping(shelf.later_evaluations(view.name, str(run["key"])).get("controls"))
+        except data.UNREADABLE:
+            continue
+        rungs = halting_figures.ladder_rows(found, str(run["label"]))
+        rows += [rungs] if len(rungs) else []
+    if routed.empty:
+        return
+    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    st.header("The ladder: fixed < post hoc < learned < oracle", anchor=False)
+    if table.empty:
+        st.info(
+            "No router has been read beside other ways of halting on its own weights. It appears here after:",
+            icon=":material/stairs:",
+        )
+        st.code(f"haltscale evaluate {view.name}/{routed['key'].iloc[-1]} --controls", language=None)
+        return
+    with st.container(border=True):
+        if verdict := halting_figures.ladder_verdict(table):
+            st.markdown(f"**{layout.plain(verdict)}**")
+        layout.chart(
+            halting_figures.ladder(table),
+            table,
+            key="ladder",
+            title=f"{view.name}: other ways of halting on the same weights",
+            alt="; ".join(
+                f"{row['run']}, {row['rung']}: {style.signed(row['mean'])} nats"
+                for row in table.head(24).to_dict("records")
+            ),
+        )
+        st.caption(
+            "One checkpoint's weights, read again with its steps given otherwise, as many on average: a router that "
+            "knows something is better than fixed, shuffled and every training-free rule; the oracle is what perfect "
+            "places would reach. *Full* takes all steps everywhere. Intervals are 95 %, paired by token or document."
+        )
+
+
 def one_run(view: StudyView, counted: pd.DataFrame) -> None:
     """The telemetry of one run at one evaluation."""
     st.header("One run, token by token in numbers", anchor=False)
@@ -218,7 +265,8 @@ def one_run(view: StudyView, counted: pd.DataFrame) -> None:
             summary = shelf.halting_summary(view.name, key, step)
         except StoreError as error:
             st.warning(layout.plain(error), icon=":material/broken_image:")
-    for alarm in summary.get("alarms") or []:  # type: ignore[attr-defined]
+    method = dict(zip(counted["key"], counted["method"], strict=True))[key]
+    for alarm in summary.get("alarms") or [] if data.routes(method) else []:  # type: ignore[attr-defined]
         st.warning(f"**Router alarm**: {layout.plain(alarm)}", icon=":material/notification_important:")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
@@ -237,7 +285,7 @@ def one_run(view: StudyView, counted: pd.DataFrame) -> None:
 
 def over_training(view: StudyView, key: str, label: str) -> None:
     """The distribution of steps as training goes on, of one run."""
-    st.markdown("**How halting changed in training**")
+    st.subheader("How halting changed in training", anchor=False)
     shelf = store()
     rows, source = data.evaluations(shelf, view.name, key), "validation tokens at each evaluation"
     if len(rows) < 2:
@@ -257,7 +305,7 @@ def over_training(view: StudyView, key: str, label: str) -> None:
 
 def by_kind(summary: dict[str, object]) -> None:
     """Mean steps along surprisal, frequency, position or class."""
-    st.markdown("**Which tokens got the steps**")
+    st.subheader("Which tokens got the steps", anchor=False)
     dimension = st.segmented_control(
         "By",
         list(DIMENSIONS),
@@ -281,7 +329,7 @@ def by_kind(summary: dict[str, object]) -> None:
 
 def gains(summary: dict[str, object]) -> None:
     """What each step was worth, and what the best stopping would have been."""
-    st.markdown("**Did the steps pay?**")
+    st.subheader("Did the steps pay?", anchor=False)
     rows = table_of(summary.get("gain_by_depth"), ("depth", "step", "tokens", *INTERVAL))
     oracle = mapping(summary.get("oracle"))
     if rows.empty:
@@ -310,7 +358,7 @@ def gains(summary: dict[str, object]) -> None:
 
 def calibration(summary: dict[str, object]) -> None:
     """Whether the model knows what it knows, and how certain its router is."""
-    st.markdown("**Calibration**")
+    st.subheader("Calibration", anchor=False)
     found = mapping(summary.get("calibration"))
     rows = table_of(found.get("bins"), ("from", "tokens", "confidence", "accuracy"))
     layout.chart(
