@@ -123,9 +123,8 @@ def seconds_left(runs: pd.DataFrame) -> float:
     """Seconds until all runs of a study have ended, as many at a time as are running now; NaN where nothing runs or
     nothing is known.
 
-    A planned run is taken to last as long as the finished ones of its method, size and budget, else of its
-    method and size, else of its method,
-    else of the study.
+    A planned run is taken to last as long as the finished ones of its method, size and budget, else of its method and
+    size, else of its method, else of the study.
     """
     running = runs[runs["state"] == "running"]
     if running.empty:

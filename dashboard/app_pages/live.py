@@ -110,9 +110,7 @@ def curves(view: StudyView) -> None:
         held_out = {key: data.evaluations(shelf, view.name, key) for key in found}
         with st.container(border=True):
             layout.chart(
-                figures.training_curves(
-                    view.runs, found, {key: data.evaluations(shelf, view.name, key) for key in found}
-                ),
+                figures.training_curves(view.runs, found, held_out),
                 pd.concat([rows.assign(run=labels[key]) for key, rows in found.items()]),
                 key="training-curves",
                 title=f"{view.name}: training",
