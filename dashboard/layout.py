@@ -234,8 +234,10 @@ def chart(figure: go.Figure, behind: pd.DataFrame, *, key: str, title: str, alt:
         title: of the figure as a page of its own.
         alt: what a reader who does not see the figure should know.
     """
-    st.plotly_chart(figure, key=key, config=PLOTLY, alt=alt)
     name = f"{st.session_state['study']}-{key}"
+    # The camera in the figure's own tool bar: a vector drawing, made by the reader's browser.
+    picture = {"format": "svg", "filename": name, "scale": 1}
+    st.plotly_chart(figure, key=key, config={**PLOTLY, "toImageButtonOptions": picture}, alt=alt)
     with st.container(horizontal_alignment="right"), st.popover("Download", icon=":material/download:"):
         download("Data, CSV", lambda: csv(behind).encode(), f"{name}.csv", "text/csv")
         download("Data, Parquet", lambda: parquet(behind), f"{name}.parquet", "application/vnd.apache.parquet")
