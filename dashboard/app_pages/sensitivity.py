@@ -12,7 +12,7 @@ from haltscale.platform.analysis import Refusal
 TITLE = "Sensitivity"
 ICON = ":material/tune:"
 ORDER = 2
-POINT = ("size", "nominal")
+POINT = ("size", "planned_tokens", "planned_flops")
 
 
 def body(view: StudyView) -> None:
@@ -66,31 +66,31 @@ def body(view: StudyView) -> None:
 
 
 def point(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of one size and one budget, the reader's choice: options are compared where all else is equal. It opens
-    where most settings were run."""
-    places = runs.assign(setting=sweep_figures.setting_cells(runs)).groupby(list(POINT), dropna=False)["setting"]
+    """The runs of one size and one budget (of compute where the study plans compute, else of tokens), the reader's
+    choice: options are compared where all else is equal. It opens where most settings were run."""
+    planned = "nominal" if runs["budget"].gt(0).any() else "tokens"
+    places = runs.assign(setting=sweep_figures.setting_cells(runs)).groupby(["size", planned], dropna=False)["setting"]
     counts = places.nunique().sort_values(ascending=False, kind="stable")
     names = {}
-    for size, nominal in counts.index:
-        budget = f"{style.power(nominal)} FLOPs" if pd.notna(nominal) else "budget unknown"
-        names[f"{size} · {data.budget_name(nominal)}"] = (size, nominal, f"{size} at {budget}")
+    for size, value in counts.index:
+        known = pd.notna(value) and value > 0
+        amount = style.power(value) + " FLOPs" if planned == "nominal" else style.compact(value) + " tokens"
+        names[f"{size} · {data.budget_name(value)}"] = (size, value, f"{size} at {amount if known else 'any budget'}")
+    chosen = next(iter(names))
     if len(names) > 1:
-        chosen = st.selectbox(
-            "Size and budget",
-            list(names),
-            key="point",
-            bind="query-params",
-            width=320,
-            format_func=lambda name: names[name][2],
+        chosen = str(
+            st.selectbox(
+                "Size and budget",
+                list(names),
+                key="point",
+                bind="query-params",
+                width=320,
+                format_func=lambda name: layout.label(names[name][2]),
+            )
         )
-    else:
-        chosen = next(iter(names))
-    size, nominal, _ = names[str(chosen)]
-    same = runs["nominal"].isna() if pd.isna(nominal) else runs["nominal"] == nominal
-    kept = runs[(runs["size"] == size) & same]
-    if pd.isna(nominal) and len(kept):
-        kept = kept[kept["tokens"].isna() | (kept["tokens"] == kept["tokens"].mode().max())]
-    return kept
+    size, value, _ = names[chosen]
+    same = runs[planned].isna() if pd.isna(value) else runs[planned] == value
+    return runs[(runs["size"] == size) & same]
 
 
 def recommendation(runs: pd.DataFrame, names: list[str], noise: analysis.SeedNoise | Refusal) -> None:

@@ -22,8 +22,9 @@ def reference():
 def test_the_published_study_says_its_answer_with_its_interval(monkeypatch):
     monkeypatch.setenv("HALTSCALE_STORE", launch.demo_root())
     page = open_page("answer", study="reference")
-    assert "At equal realised training FLOPs, adaptive has a higher loss than vanilla: +0." in page.header[0].value
-    assert "nats/token" in page.header[0].value
+    headline = page.header[0].value.replace("\\", "")
+    assert "At equal realised training FLOPs, adaptive has a higher loss than vanilla: +0." in headline
+    assert headline.endswith("] nats/token")
     names = charts(page)[0]["data"]
     assert sum(len(trace["x"]) for trace in names) == len(
         answer_figures.forest_rows(found(page_view()).comparison, "adaptive")
@@ -89,7 +90,7 @@ def test_what_is_unfinished_is_said(author):
 def test_cost_names_the_cheapest_and_the_break_even(monkeypatch):
     monkeypatch.setenv("HALTSCALE_STORE", launch.demo_root())
     page = open_page("cost", study="reference")
-    assert "vanilla is cheapest" in page.header[0].value
+    assert "vanilla is cheapest" in text(page)
     assert "reak-even between adaptive and vanilla" in text(page)
     dollars = page.dataframe[0].value["money"]
     page.number_input(key="price").set_value(14.0).run()
@@ -178,7 +179,7 @@ def metrics(**columns: object) -> pd.DataFrame:
     return pd.DataFrame(base | columns)
 
 
-LAST = np.arange(1, 41) > 34
+LAST = np.arange(1, 41) > 32
 
 
 @pytest.mark.parametrize(

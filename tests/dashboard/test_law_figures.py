@@ -211,8 +211,8 @@ def test_cells_that_cannot_be_told_from_the_best_are_grey_and_say_their_noise():
     loss, grey, _ = sweep_figures.heat_maps(shown, "lam", "beta", None, noise=NOISE).data
     np.testing.assert_array_equal(np.isnan(loss.z), [[True, True], [False, False]])
     np.testing.assert_array_equal(grey.z, [[1, 1], [np.nan, np.nan]])
-    # t(0.975, 20) = 2.086 times 0.1 / sqrt(2)
-    assert loss.text[0][0] == "4.000<br>± 0.148<br>n 2"
+    # t(0.975, 20) = 2.08596 times 0.1 / sqrt(2)
+    assert loss.text[0][0] == "4.000<br>± 0.147<br>n 2"
 
 
 @pytest.mark.parametrize(
