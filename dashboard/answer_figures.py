@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from haltscale.dashboard import style
 from haltscale.dashboard.figures import MUTED, layout
-from haltscale.platform.analysis import Comparison, Estimate, Verdict
+from haltscale.platform.analysis import Comparison, Estimate
 
 MOST_ROWS = 60
 LOWER, HIGHER, OPEN = "#0072B2", "#D55E00", "#8C8C8C"
@@ -40,7 +40,8 @@ def forest_rows(comparison: Comparison, arm: str, provisional: pd.DataFrame | No
     for cell in comparison.cells.to_dict("records"):
         budget = style.compact(cell["budget"]) if unit == "tokens" else style.power(cell["budget"])
         seeds = "1 seed" if cell["seeds"] == 1 else f"{cell['seeds']} seeds"
-        rows.append({"name": f"{budget} {unit} · {cell['size']} · {seeds}", "kind": "cell", **cell})
+        named = {"name": f"{budget} {unit} · {cell['size']} · {seeds}", "kind": "cell"}
+        rows.append(named | {str(name): value for name, value in cell.items()})
     for one in [] if provisional is None else provisional.to_dict("records"):
         budget = style.compact(one["budget"]) if unit == "tokens" else style.power(one["budget"])
         rows.append(
@@ -111,8 +112,3 @@ def every_arm(found: Mapping[str, Comparison], reference: str) -> go.Figure:
         columns=["name", "kind", "difference", "low", "high", "basis", "seeds"],
     ).sort_values("difference", kind="stable")
     return forest(rows, "the arm", reference)
-
-
-def verdict_of(one: Comparison) -> Verdict:
-    """The verdict of a comparison."""
-    return one.verdict

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -136,7 +137,7 @@ def seconds_left(runs: pd.DataFrame) -> float:
     return left / len(running)
 
 
-def expected_seconds(finished: pd.DataFrame, run: dict[str, object], names: Sequence[str]) -> float:
+def expected_seconds(finished: pd.DataFrame, run: Mapping[Any, Any], names: Sequence[str]) -> float:
     """How long a run will take, from finished ones that agree in as many of the columns as any do."""
     for count in range(len(names), -1, -1):
         same = np.ones(len(finished), dtype=bool)

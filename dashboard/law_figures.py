@@ -49,7 +49,7 @@ class Axis(StrEnum):
             Axis.SECONDS: "wall_seconds",
         }[self]
 
-    def title(self, kind: FlopsKind) -> str:
+    def named(self, kind: FlopsKind) -> str:
         """Name and unit."""
         match self:
             case Axis.FLOPS | Axis.INFERENCE:
@@ -267,8 +267,8 @@ def scaling(
         )
         across, down = pd.concat([across, outside["flops"]]), pd.concat([down, pd.Series(value)])
     if ranges is not None:
-        across, down = ranges[0], measure.of(ranges[1])
-    log_axis(figure, "x", across, axis.title(kind))
+        across, down = ranges[0], pd.Series(measure.of(ranges[1]))
+    log_axis(figure, "x", across, axis.named(kind))
     log_axis(figure, "y", pd.concat([down * 0.997, down * 1.003]), measure.axis)
     figure.update_xaxes(showgrid=True)
     if len(ends) <= MOST_DIRECT and len(order) > 1:

@@ -81,8 +81,8 @@ def ranking(runs: pd.DataFrame, names: list[str], noise: SeedNoise | Refusal) ->
         return None
     labels = kept[names].map(lambda v: f"{v:g}" if isinstance(v, float | int) else str(v))
     setting = labels.apply(lambda row: " · ".join(f"{OPTION_NAMES[n]} {row[n]}" for n in names), axis=1)
-    table = kept.groupby(setting.rename("setting"))["loss"].agg(loss="mean", runs="size").sort_values("loss")
-    table = table.reset_index()
+    losses = kept.groupby(setting.rename("setting"))["loss"]
+    table = pd.DataFrame({"loss": losses.mean(), "runs": losses.size()}).sort_values("loss").reset_index()
     if len(table) < 2:
         return None
     best, count = table.iloc[0], len(table)

@@ -177,7 +177,11 @@ def others_too(view: StudyView, reference: str, x: str) -> None:
             pd.concat([one.points.assign(method=name) for name, one in decided.items()]),
             key=f"every-arm-{x}",
             title=f"{view.name}: every method against {reference} at equal {EQUAL[x]}",
-            alt="; ".join(f"{name}: {answer.difference(one.overall)}" for name, one in decided.items()),
+            alt="; ".join(
+                f"{name}: {answer.difference(one.overall)}"
+                for name, one in decided.items()
+                if isinstance(one.overall, Estimate)
+            ),
         )
         st.caption(
             "Means over matched points with 95 % intervals, one setting of each method: the one that the study names, "

@@ -129,8 +129,8 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
                 ),
                 shown[[*data.TEXT, *data.NUMBERS]],
                 key=f"scaling-{kind}-{axis.column(kind)}",
-                title=f"{view.name}: {measure.axis} against {axis.title(kind)}",
-                alt=f"{measure.axis} against {axis.title(kind)} of {len(shown)} runs; lowest loss {lowest(shown)}",
+                title=f"{view.name}: {measure.axis} against {axis.named(kind)}",
+                alt=f"{measure.axis} against {axis.named(kind)} of {len(shown)} runs; lowest loss {lowest(shown)}",
             )
             st.caption(
                 "A marker per run (hollow: no result yet, at its last evaluation), lines through the means over seeds; "
@@ -198,8 +198,8 @@ def together(view: StudyView, kind: FlopsKind, axis: Axis, measure: Measure, joi
                 law_figures.scaling(one, kind, axis=axis, measure=measure, join=join, ranges=(every[x], every["loss"])),
                 one[[*data.TEXT, *data.NUMBERS]],
                 key=f"beside-{name}",
-                title=f"{name}: {measure.axis} against {axis.title(kind)}",
-                alt=f"{measure.axis} against {axis.title(kind)} of {name}; lowest loss {lowest(plotted(one, kind))}",
+                title=f"{name}: {measure.axis} against {axis.named(kind)}",
+                alt=f"{measure.axis} against {axis.named(kind)} of {name}; lowest loss {lowest(plotted(one, kind))}",
             )
     st.caption("Losses of studies with other texts or tokenizers say nothing about each other: compare bits per byte.")
 
@@ -280,7 +280,8 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             key="isoflop-points",
             title=f"{view.name}: loss against parameters at each budget",
             alt="; ".join(
-                f"{style.power(budget)} FLOPs: {count} sizes" for budget, count in sizes[sizes.gt(1)].items()
+                f"{style.power(float(str(budget)))} FLOPs: {count} sizes"
+                for budget, count in sizes[sizes.gt(1)].items()
             ),
         )
         st.caption(

@@ -129,16 +129,16 @@ def verdict(
         if pair is None:
             return
         one, other = pair
-        rows = best.set_index("method")
-        if not {one, other} <= set(rows.index):
-            absent = next(name for name in pair if name not in rows.index)
+        total = dict(zip(best["method"], best["total"], strict=True))
+        if not {one, other} <= set(total):
+            absent = next(name for name in pair if name not in total)
             st.markdown(layout.plain(f"No model of {shown(absent)} reaches this loss: no break-even."))
             return
         if crossings:
             where = " and ".join(f"{style.compact(at)} tokens" for at in crossings)
             st.markdown(layout.plain(f"Break-even between {shown(one)} and {shown(other)}: {where}."))
             return
-        cheaper, dearer = sorted(pair, key=lambda name: float(rows.loc[name, "total"]))
+        cheaper, dearer = sorted(pair, key=lambda name: float(total[name]))
         st.markdown(
             layout.plain(
                 f"No break-even between {shown(one)} and {shown(other)}: {shown(cheaper)} costs less than "

@@ -198,7 +198,8 @@ def beside_controls(view: StudyView) -> None:
 def ladder(view: StudyView, counted: pd.DataFrame) -> None:
     """The learned router against ways of halting that know less and more, on the same weights."""
     routed = counted[(counted["state"] == "finished") & counted["method"].map(data.routes)]
-    shelf, rows = store(), []
+    shelf = store()
+    rows: list[pd.DataFrame] = []
     for run in routed.head(MOST_READ).to_dict("records"):
         if len(rows) == MOST_LADDERS:
             break
