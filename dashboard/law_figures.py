@@ -22,7 +22,7 @@ from haltscale.dashboard.figures import MANY_RUNS, MOST_LEGEND, MUTED, layout, l
 from haltscale.platform import arms
 from haltscale.platform.analysis import Estimate, HeldOut, IsoFlop, LawFit, Multiplier
 
-MOST_DIRECT = 6
+MOST_DIRECT = 4
 """Series up to which each has its name at the end of its line."""
 FAINT = "rgba(128,128,128,0.28)"
 """What is drawn of methods that are not highlighted."""

@@ -85,7 +85,7 @@ def point(runs: pd.DataFrame) -> pd.DataFrame:
                 key="point",
                 bind="query-params",
                 width=320,
-                format_func=lambda name: layout.label(names[name][2]),
+                format_func=lambda name: names[name][2],
             )
         )
     size, value, _ = names[chosen]
@@ -101,6 +101,18 @@ def recommendation(runs: pd.DataFrame, names: list[str], noise: analysis.SeedNoi
     with st.container(border=True):
         st.header(f":material/recommend: {layout.plain(found.headline)}", anchor=False)
         st.markdown(layout.plain(found.support))
+        with st.expander("Every setting, best first", icon=":material/table_rows:"):
+            layout.table(
+                found.table,
+                key="ranking",
+                alt=f"{len(found.table)} settings by their mean loss",
+                column_config={
+                    "setting": st.column_config.TextColumn("Setting", pinned=True),
+                    "loss": st.column_config.NumberColumn("Loss, nats/token", format="%.3f"),
+                    "runs": st.column_config.NumberColumn("Runs"),
+                    "apart": st.column_config.CheckboxColumn("Worse than the best, beyond the noise"),
+                },
+            )
 
 
 def heat_maps(runs: pd.DataFrame, names: list[str], noise: analysis.SeedNoise | Refusal) -> None:
