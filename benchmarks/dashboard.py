@@ -31,7 +31,10 @@ USEFUL = ", ".join(
     )
 )
 """What a reader came for, in place of a title."""
-PAGES = ("studies", "live", "scaling", "sweeps", "halting", "tokens", "evaluations", "playground", "method")
+PAGES = (
+    *("answer", "compute", "sensitivity", "halting", "tokens", "cost", "evaluations", "live", "studies"),
+    *("playground", "method"),
+)
 
 
 def timed(work: Callable[..., object], *given: object) -> float:

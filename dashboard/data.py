@@ -7,6 +7,7 @@ One damaged run must never take a page down, so every value read from a document
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import pandas as pd
 
 from haltscale.dashboard import style
 from haltscale.platform import run_table
-from haltscale.platform.analysis.runs import parameters_named
+from haltscale.platform.analysis.runs import budgets_of, parameters_named
 from haltscale.platform.arms import OLD_CONTROLS, arm, controls_of, is_control, shown
 from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
@@ -70,6 +71,8 @@ class StudyView:
     ``need`` (``NeedTally.result``; empty where the need for steps is not known), and the fields of the runs'
     identities."""
     problems: tuple[Problem, ...] = ()
+    document: Mapping[str, Any] = field(default_factory=dict)
+    """Its study.json."""
     owner: str = ""
     """The process that is running the study, and its last heartbeat; empty where none is."""
 
@@ -95,7 +98,18 @@ SHARED = (
 NUMBERS = (
     *OPTIONS,
     *SHARED,
-    *("seed", "budget", "tokens", "tokens_done", "parameters", "parameters_once", "parameters_recurrent", "passes"),
+    *(
+        "seed",
+        "budget",
+        "nominal",
+        "epochs",
+        "tokens",
+        "tokens_done",
+        "parameters",
+        "parameters_once",
+        "parameters_recurrent",
+        "passes",
+    ),
     *("wall_seconds", "inference_flops_realised", "inference_flops_executed", "inference_flops_paper", "heartbeat"),
     *(
         "tokens_per_second",
@@ -113,7 +127,7 @@ NUMBERS = (
 )
 UNROUTED = ("looped", "pause", "ponder", "ponder2")
 """Methods that take steps and have no router: every token gets as many."""
-FACETS = ("method", "size", "lam", "beta", "l_max", "seed")
+FACETS = ("method", "size", "nominal", "lam", "beta", "l_max", "seed")
 """What the runs can be filtered by."""
 
 
@@ -257,6 +271,8 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "step": number(record.get("steps") if record else status.get("step")),
         "steps": number(record.get("steps") if record else status.get("steps")),
         "seconds_left": number(status.get("seconds_left")) if view.state is RunState.RUNNING else math.nan,
+        "nominal": math.nan,
+        "epochs": math.nan,
         "rank": 0.0,
         "shade": 0.0,
         "heartbeat": math.nan if view.silent_seconds is None else time.time() - view.silent_seconds,
@@ -271,7 +287,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         row["passes"] = 1 + row["mean_steps"]
 
     # Whatever else makes the run what it is, so that an analysis can ask for it; no column of the above is covered.
-    asked = {"configuration": common["configuration"], **run_table.rest_of(identity)}
+    asked = {"configuration": common["configuration"], "setting": common["setting"], **run_table.rest_of(identity)}
     asked |= {name: run_table.scalar(value) for name, value in options.items()}
     row |= {name: value for name, value in asked.items() if name not in row}
 
@@ -330,6 +346,8 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
         return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
     rows = [_row(store, view, {} if memo is None else memo) for view in views]
     frame = pd.DataFrame(rows) if rows else empty_runs()
+    frame["nominal"] = nominal_budgets(frame)
+    frame["epochs"] = frame["tokens_done"] / number(mapping(document.get("corpus")).get("train_tokens"))
     frame["label"] = _unique(frame)
     frame["series"] = series_names(frame)
     # A series keeps its dash and marker whatever the filters leave of the others.
@@ -346,6 +364,7 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
         corpus=mapping(document.get("corpus")),
         runs=frame,
         problems=tuple(problems),
+        document=mapping(document),
         owner=_owner(store, name),
     )
 
@@ -374,15 +393,44 @@ def _row(store: RunStore, view: RunView, memo: Memo) -> dict[str, Any]:
 _NONE = pd.DataFrame()
 
 
+def nominal_budgets(runs: pd.DataFrame) -> pd.Series:
+    """The budget that each run belongs to, realised FLOPs to two digits: what its study planned, else the cluster of
+    its compute; NaN for a run that is not finished and whose study planned no compute."""
+    known = runs["flops_realised"].gt(0) & (runs["state"].eq("finished") | runs["budget"].gt(0))
+    found = runs["budget"].astype(float).copy()
+    part = runs[known]
+    if len(part):
+        labels = budgets_of(part, "flops_realised")
+        for label in set(labels):
+            own = part.index[labels == label]
+            planned = part.loc[own, "budget"].dropna()
+            centre = planned.iloc[0] if len(planned) else np.exp(np.log(part.loc[own, "flops_realised"]).mean())
+            found.loc[own] = float(f"{centre:.1e}")
+    return found
+
+
+def budget_name(value: float) -> str:
+    """A nominal budget as a filter and an address write it: ``3e11``."""
+    return f"{value:.2g}".replace("e+", "e") if math.isfinite(value) else ""
+
+
+PLANNED_PART = re.compile(r" · (?:flops|tokens|steps) [\d.e+]+")
+"""What the platform's own labels say of a budget: the pages write it so that a person can read it."""
+
+
 def _unique(runs: pd.DataFrame) -> list[str]:
-    """Labels that name a run in a selection: those that occur twice get their tokens, their seed, the fields of their
-    identities that differ, or the end of their key."""
-    labels = [str(label) for label in runs["label"]]
+    """Labels that name a run in a selection: method, size and options as the study wrote them; those that occur twice
+    get their budget, their seed, the fields of their identities that differ, or the end of their key."""
+    labels = [PLANNED_PART.sub("", str(label)) for label in runs["label"]]
     keys = [str(key) for key in runs["key"]]
-    tokens = [f"{style.compact(count)} tokens" for count in runs["tokens"]]
+    tokens = [f"{style.compact(count)} tokens" if count > 0 else "" for count in runs["tokens"]]
+    budgets = [f"{style.power(value)} FLOPs" if value > 0 else "" for value in runs["nominal"]]
     seeds = [f"seed {seed:g}" for seed in runs["seed"]]
-    labels = _apart(_apart(labels, tokens), seeds)
+    by_compute = runs["budget"].gt(0).any()
+    labels = _apart(labels, budgets if by_compute else tokens)
+    labels = _apart(labels, seeds)
     labels = _apart(labels, _differences(runs, labels))
+    labels = _apart(labels, tokens)
     return _apart(_apart(labels, [key[-6:] for key in keys]), keys)
 
 
@@ -397,17 +445,22 @@ def _apart(labels: list[str], suffixes: list[str]) -> list[str]:
     ]
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
     """A value of an identity in a label; empty where there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def asked_for(runs: pd.DataFrame) -> list[str]:
+    """The columns of what runs were asked for, beside :data:`OPTIONS`, size, seed and budget."""
+    known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "setting", "code"}
+    return [str(name) for name in runs if name not in known]
+
+
 def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
     """What the fields of a run's identity are that differ among the runs of its label; three at most."""
-    known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "code"} - {*OPTIONS}
-    fields = runs[[name for name in runs if name not in known]].map(_written)
+    fields = runs[[*OPTIONS, *asked_for(runs)]].map(written)
     found = [""] * len(runs)
     for places in fields.reset_index(drop=True).groupby(labels).groups.values():
         same = fields.iloc[list(places)]
@@ -419,7 +472,7 @@ def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
 
 def series_names(runs: pd.DataFrame) -> list[str]:
     """The line that each run belongs to: its method and lam, plus every other option that varies within the method."""
-    symbols = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ"}
+    symbols = style.SYMBOLS
     values = runs.groupby("method")[list(symbols)].nunique()
     names = []
     for run in runs[["method", *symbols]].to_dict("records"):
@@ -438,7 +491,8 @@ def facets(runs: pd.DataFrame) -> dict[str, list[str]]:
         "method": in_order(known["method"]),
         "size": sorted(set(known["size"]), key=lambda size: (size_order(size), size)),
     }
-    return found | {name: [f"{value:g}" for value in sorted(known[name].dropna().unique())] for name in FACETS[2:]}
+    found["nominal"] = [budget_name(value) for value in sorted(known["nominal"].dropna().unique())]
+    return found | {name: [f"{value:g}" for value in sorted(known[name].dropna().unique())] for name in FACETS[3:]}
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
@@ -458,7 +512,8 @@ def select(view: StudyView, **chosen: Sequence[str]) -> StudyView:
         if values and name in ("method", "size"):
             runs = runs[runs[name].isin(values)]
         elif values:
-            runs = runs[runs[name].isna() | runs[name].map("{:g}".format).isin(values)]
+            text = budget_name if name == "nominal" else "{:g}".format
+            runs = runs[runs[name].isna() | runs[name].map(text).isin(values)]
     return replace(view, runs=runs.reset_index(drop=True))
 
 
@@ -467,13 +522,17 @@ def analysed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(tokens=runs["tokens_done"], passes_per_token=runs["passes"])
 
 
+def routes(method: object) -> bool:
+    """Whether an arm has a router of its own that chooses the steps of its tokens."""
+    return not (is_control(str(method)) or method in (*OLD_CONTROLS, *UNROUTED, "vanilla"))
+
+
 def telling(runs: pd.DataFrame, keys: Collection[str]) -> str:
     """The run that a page about halting opens with, of some keys: one whose steps a router gives, finished if possible,
     else one that takes steps, else any; of several the last in the study's order."""
     known = runs[runs["key"].isin(list(keys))]
     steps = known[known["l_max"].gt(0)]
-    unrouted = [name for name in set(steps["method"]) if is_control(name) or name in (*OLD_CONTROLS, *UNROUTED)]
-    routed = steps[~steps["method"].isin(unrouted)]
+    routed = steps[steps["method"].map(routes).astype(bool)]
     for choice in (routed[routed["state"] == "finished"], routed, steps[steps["state"] == "finished"], steps, known):
         if len(choice):
             return str(choice["key"].iloc[-1])

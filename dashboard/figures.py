@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -214,6 +214,10 @@ def most_steps(events: pd.DataFrame) -> int:
 PANELS = (
     ("loss", "training loss, nats/token", 0.5),
     ("mean_steps", "latent steps/token", 0.26),
+    ("cross_entropy", "cross-entropy,<br>nats/token", 0.22),
+    ("penalty", "halting penalty,<br>nats/token", 0.22),
+    ("grad_norm", "gradient norm", 0.22),
+    ("learning_rate", "learning rate", 0.18),
     ("tokens_per_second", "tokens/s", 0.22),
     ("flops_realised_per_second", "FLOP/s, realised", 0.22),
     ("straggling", "busiest worker,<br>times the mean", 0.22),
@@ -221,19 +225,31 @@ PANELS = (
 """Column of the metrics, title of the axis, height relative to the others'."""
 
 
-def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.Figure:
-    """Loss, latent steps, speed and balance of the workers over tokens, a line per run.
+ALWAYS = ("loss", "mean_steps", "tokens_per_second")
+"""Panels that are there whatever the runs have logged."""
+
+
+def training_curves(
+    runs: pd.DataFrame, metrics: dict[str, pd.DataFrame], evaluations: Mapping[str, pd.DataFrame] | None = None
+) -> go.Figure:
+    """Loss, penalty, latent steps, gradient norm, learning rate, speed and balance of the workers over tokens, a line
+    per run; a panel for each that a run has logged. Cross-entropy has its own where a penalty sets it apart from the
+    loss.
 
     Balance is the most over the mean latent steps of the workers, step by step: all wait for the busiest. It has a
     panel where a run has workers that differ.
 
     Args:
         metrics: a frame of :func:`haltscale.dashboard.data.metrics` per run key.
+        evaluations: of :func:`haltscale.dashboard.data.evaluations` per run key: held-out losses, as diamonds.
     """
     shown = runs[runs["key"].isin(metrics)]
     uneven = any("straggling" in rows and rows["straggling"].gt(1).any() for rows in metrics.values())
-    told = {name for rows in metrics.values() for name in rows} - (set() if uneven else {"straggling"})
-    panels = [panel for index, panel in enumerate(PANELS) if index < 3 or panel[0] in told]
+    logged = {name for rows in metrics.values() for name in rows if rows[name].notna().any()}
+    logged -= set() if uneven else {"straggling"}
+    if not any("penalty" in rows and rows["penalty"].gt(0).any() for rows in metrics.values()):
+        logged -= {"penalty", "cross_entropy"}
+    panels = [panel for panel in PANELS if panel[0] in ALWAYS or panel[0] in logged]
     figure = make_subplots(
         rows=len(panels),
         cols=1,
@@ -263,9 +279,23 @@ def training_curves(runs: pd.DataFrame, metrics: dict[str, pd.DataFrame]) -> go.
                 row=place,
                 col=1,
             )
+        held = (evaluations or {}).get(str(run["key"]), pd.DataFrame())
+        if {"tokens", "loss"} <= set(held):
+            figure.add_scatter(
+                x=held["tokens"],
+                y=held["loss"],
+                mode="markers",
+                name=f"{name}, held out",
+                legendgroup=str(run["key"]),
+                showlegend=False,
+                marker={"symbol": "diamond", "size": 8, "color": color, "line": {"width": 1, "color": MUTED}},
+                hovertemplate=f"{name}<br>held-out loss %{{y:.3f}} nats/token<br>%{{x:.3~s}} tokens<extra></extra>",
+                row=1,
+                col=1,
+            )
     for place, (column, title, _) in enumerate(panels, start=1):
         figure.update_yaxes(title=title, row=place, col=1)
-        if column not in ("loss", "straggling"):
+        if column not in ("loss", "straggling", "cross_entropy"):
             figure.update_yaxes(rangemode="tozero", row=place, col=1)
         if "second" in column:
             figure.update_yaxes(tickformat=".3~s", row=place, col=1)

@@ -167,6 +167,91 @@ def controls(runs: pd.DataFrame) -> go.Figure:
     return layout(figure, height=400)
 
 
+RUNGS = {
+    "fixed": "fixed: spread evenly",
+    "shuffled": "shuffled: at other tokens",
+    "posthoc": "post hoc: best training-free rule",
+    "learned": "learned: the router",
+    "oracle": "oracle: the best places, equal steps",
+    "full": "full: all steps everywhere",
+}
+"""Ways of halting on the same weights, from the one that knows least to the one that knows all; ``full`` takes more
+steps and stands apart."""
+
+
+def ladder_rows(found: Mapping[str, Any], run: str) -> pd.DataFrame:
+    """The rungs of one run's ``controls`` evaluation: ``run``, ``rung``, ``mean``, ``low``, ``high`` (nats per token
+    above the learned router's) and ``mean_steps``. Of the post-hoc rules it has the best."""
+    rows = []
+    for entry in found.get("arms") or [] if isinstance(found.get("arms"), list) else []:
+        one = entry if isinstance(entry, Mapping) else {}
+        name = str(one.get("name"))
+        gap = one.get("minus_learned")
+        gap = gap if isinstance(gap, Mapping) else dict.fromkeys(("mean", "low", "high"), 0.0)
+        rung = "posthoc" if name.startswith("posthoc") else name
+        if rung in RUNGS:
+            rows.append(
+                {"run": run, "rung": rung, "mean_steps": number(one.get("mean_steps"))}
+                | {end: number(gap.get(end)) for end in ("mean", "low", "high")}
+            )
+    table = pd.DataFrame(rows, columns=["run", "rung", "mean_steps", "mean", "low", "high"]).dropna(subset="mean")
+    table = table.sort_values("mean", kind="stable").drop_duplicates("rung")
+    order = list(RUNGS)
+    return table.sort_values("rung", key=lambda rungs: rungs.map(order.index)).reset_index(drop=True)
+
+
+def ladder(rows: pd.DataFrame) -> go.Figure:
+    """Loss of other ways of halting minus the learned router's on the same weights, a line per run, with 95 %
+    intervals: a ladder that holds falls from top to bottom.
+
+    Args:
+        rows: of :func:`ladder_rows`, of several runs.
+    """
+    figure = go.Figure()
+    names = [title for rung, title in RUNGS.items() if (rows["rung"] == rung).any()]
+    for index, (run, part) in enumerate(rows.groupby("run", sort=False)):
+        color = style.OTHER_COLORS[index % len(style.OTHER_COLORS)]
+        figure.add_scatter(
+            x=part["mean"],
+            y=[RUNGS[rung] for rung in part["rung"]],
+            mode="markers",
+            name=short(str(run), 40),
+            marker={"symbol": style.MARKERS[index % len(style.MARKERS)], "size": 11, "color": color},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": (part["high"] - part["mean"]).fillna(0),
+                "arrayminus": (part["mean"] - part["low"]).fillna(0),
+                "thickness": 2,
+            },
+            customdata=part["mean_steps"],
+            hovertemplate=f"{html.escape(str(run))}<br>%{{y}}: %{{x:+.4f}} nats/token at %{{customdata:.3g}} steps"
+            "<extra></extra>",
+        )
+    figure.add_vline(x=0, line={"color": MUTED, "dash": "dash", "width": 1.5})
+    figure.update_xaxes(title="loss minus the learned router's, nats/token (right: the router is better)")
+    figure.update_yaxes(
+        type="category", categoryorder="array", categoryarray=names, range=[len(names) - 0.5, -0.5], automargin=True
+    )
+    return layout(figure, height=180 + 44 * max(len(names), 1))
+
+
+def ladder_verdict(rows: pd.DataFrame) -> str:
+    """Whether learned halting beats what knows less, and what is left to the oracle, in a sentence or two."""
+    parts = []
+    runs = rows["run"].nunique()
+    for rung in ("fixed", "shuffled", "posthoc"):
+        part = rows[rows["rung"] == rung]
+        if len(part):
+            better, worse = int((part["low"] > 0).sum()), int((part["high"] < 0).sum())
+            parts.append(f"better than {rung} in {better}, worse in {worse} of {len(part)}")
+    text = f"The learned router on the same weights ({runs} {'run' if runs == 1 else 'runs'}): {'; '.join(parts)}."
+    best = rows[rows["rung"] == "oracle"]
+    if len(best):
+        text += f" The oracle saves {style.three(-float(best['mean'].mean()))} nats/token more at equal steps."
+    return text if parts else ""
+
+
 def need_name(need: float) -> str:
     """What a token needs, in words."""
     if pd.isna(need):

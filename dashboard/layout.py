@@ -39,6 +39,7 @@ SUBMIT_RAY = (  # `haltscale up` tells the address
 FILTERS = {
     "method": "Methods",
     "size": "Sizes",
+    "nominal": "Budgets, realised FLOPs",
     "lam": "λ, the price of a latent step",
     "beta": "β, how far a right answer halts",
     "l_max": "l_max, most latent steps",
@@ -171,9 +172,11 @@ def label(text: object) -> str:
     return words if re.fullmatch(r"[\w ]+([.,@/-][\w ]+)?", words) and "www." not in words else plain(words)
 
 
-def heading(view: StudyView, title: str) -> None:
-    """A page's title, the study's question, and how the study is going."""
+def heading(view: StudyView, title: str, says: str = "") -> None:
+    """A page's title, in a line what it answers, the study's question, and how the study is going."""
     st.title(title, anchor=False)
+    if says:
+        st.caption(says)
     counts = view.runs["state"].value_counts()
     badges = " ".join(
         f":{color}-badge[{style.STATE_ICONS[state]} {counts[state]} {state}]"
@@ -231,8 +234,10 @@ def chart(figure: go.Figure, behind: pd.DataFrame, *, key: str, title: str, alt:
         title: of the figure as a page of its own.
         alt: what a reader who does not see the figure should know.
     """
-    st.plotly_chart(figure, key=key, config=PLOTLY, alt=alt)
     name = f"{st.session_state['study']}-{key}"
+    # The camera in the figure's own tool bar: a vector drawing, made by the reader's browser.
+    picture = {"format": "svg", "filename": name, "scale": 1}
+    st.plotly_chart(figure, key=key, config={**PLOTLY, "toImageButtonOptions": picture}, alt=alt)
     with st.container(horizontal_alignment="right"), st.popover("Download", icon=":material/download:"):
         download("Data, CSV", lambda: csv(behind).encode(), f"{name}.csv", "text/csv")
         download("Data, Parquet", lambda: parquet(behind), f"{name}.parquet", "application/vnd.apache.parquet")
@@ -277,14 +282,14 @@ def choose_step(found: list[int], *, key: str) -> int:
     return found[-1] if choice == LATEST else int(choice)
 
 
-def refused(refusals: Mapping[str, str]) -> None:
+def refused(refusals: Mapping[str, str], what: str = "Not fitted") -> None:
     """Say which numbers are not there, and why."""
     if refusals:
         reasons: dict[str, list[str]] = {}
         for who, reason in refusals.items():
             reasons.setdefault(reason, []).append(who)
         lines = [f"- **{plain(', '.join(who))}**: {plain(reason)}" for reason, who in reasons.items()]
-        st.info("Not fitted:\n" + "\n".join(lines), icon=":material/block:")
+        st.info(f"{what}:\n" + "\n".join(lines), icon=":material/block:")
 
 
 def pages(folder: Path) -> list[dict[str, Any]]:

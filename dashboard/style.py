@@ -76,6 +76,9 @@ READABLE = """<style>
 </style>"""
 """Streamlit's own captions are too faint for WCAG's contrast of 4.5; these are the text's colour, a little lighter."""
 
+SYMBOLS = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ"}
+"""Options under the letters of the paper."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -150,6 +153,19 @@ def scientific(value: float) -> str:
         return "–" if not math.isfinite(value) else "0"
     digits, exponent = f"{value:.2e}".split("e")
     return f"{digits}×10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def signed(value: float) -> str:
+    """A difference: ``+0.346``, ``−0.012``; three decimals below 10, where a loss in nats has no use for more."""
+    if not math.isfinite(value):
+        return "∞" if value == math.inf else "−∞" if value == -math.inf else "–"
+    text = f"{abs(value):.3f}" if abs(value) >= 0.0995 else three(abs(value))
+    return text if value == 0 else f"{'+' if value > 0 else '−'}{text}"
+
+
+def power(value: float) -> str:
+    """``3×10¹¹``: a round number in scientific notation, without zeros at its end."""
+    return _tick(value) if value >= 1e5 else three(value)
 
 
 def compact(value: float) -> str:

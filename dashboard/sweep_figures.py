@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import html
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from scipy import stats
 
 from haltscale.dashboard import style
-from haltscale.dashboard.data import NUMBERS, TEXT, size_order, sound
+from haltscale.dashboard.data import OPTIONS, asked_for, size_order, sound
 from haltscale.dashboard.figures import MUTED, layout
+from haltscale.platform.analysis import Refusal, SeedNoise
+from haltscale.platform.analysis.estimates import LEVEL
 
 MOST_LINES = 200
 LOSS_BANDS = 6
@@ -22,6 +26,7 @@ APART = 0.05
 """Of an axis of parallel coordinates: how far apart the runs are that share a value."""
 OPTION_NAMES = {"lam": "λ", "beta": "β", "l_max": "l_max", "tau": "τ", "size": "size", "seed": "seed"}
 TARGETS = {"perplexity": "perplexity", "mean_steps": "mean latent steps"}
+MAPPED = {"loss": "loss, nats/token", "mean_steps": "mean latent steps"}
 
 
 def varying(runs: pd.DataFrame) -> list[str]:
@@ -32,8 +37,7 @@ def varying(runs: pd.DataFrame) -> list[str]:
 def judged(runs: pd.DataFrame) -> list[str]:
     """Everything that runs of one method were asked for and that differs among them: options, size and seed first, then
     any other field of their identities."""
-    own = (*TEXT, *NUMBERS, "steps_histogram", "configuration")
-    asked = [str(name) for name in runs if name not in own]
+    asked = asked_for(runs)
     return [*varying(runs), *(name for name in asked if runs[name].astype(str).nunique() > 1)]
 
 
@@ -42,12 +46,93 @@ def option_name(name: str) -> str:
     return OPTION_NAMES.get(name, name.replace("_", " "))
 
 
-def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figure:
-    """Perplexity (left) and mean latent steps (right) over two options, a row of maps per value of a third.
+def setting_cells(runs: pd.DataFrame) -> pd.Series:
+    """The values of λ, β, l_max and τ of each run, as one text."""
+    return runs[list(OPTIONS)].map(lambda value: f"{value:g}").agg(" ".join, axis=1) if len(runs) else pd.Series([])
 
-    Each cell is the mean over whatever else varies and has its number written in it.
+
+def reach(noise: SeedNoise | Refusal | None, count: int | pd.Series) -> Any:
+    """Half the 95 % interval of a mean loss over ``count`` runs, from the seed noise of the study; NaN where that is
+    unknown."""
+    if not isinstance(noise, SeedNoise):
+        return np.nan * count
+    degrees = max(noise.runs - noise.groups, 1)
+    return float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * noise.deviation.value / np.sqrt(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """What a sweep recommends."""
+
+    headline: str
+    support: str
+    table: pd.DataFrame
+    """A row per setting, best first: ``setting``, ``loss``, ``runs``, ``apart`` (told from the best)."""
+
+
+def ranking(runs: pd.DataFrame, names: list[str], noise: SeedNoise | Refusal) -> Ranking | None:
+    """The best setting of some options, and which others can be told from it; None where no option varies.
+
+    With many settings the lowest of them is low by chance: the difference that tells two apart is Bonferroni's, over
+    all settings that are compared with the best.
     """
-    kept = runs[sound(runs) & runs["perplexity"].notna() & runs[x].notna() & runs[y].notna()]
+    kept = runs[runs["loss"].notna() & (runs["state"] == "finished")]
+    if not names or kept.empty:
+        return None
+    labels = kept[names].map(lambda v: f"{v:g}" if isinstance(v, float | int) else str(v))
+    setting = labels.apply(lambda row: " · ".join(f"{OPTION_NAMES[n]} {row[n]}" for n in names), axis=1)
+    losses = kept.groupby(setting.rename("setting"))["loss"]
+    table = pd.DataFrame({"loss": losses.mean(), "runs": losses.size()}).sort_values("loss").reset_index()
+    if len(table) < 2:
+        return None
+    best, count = table.iloc[0], len(table)
+    if not isinstance(noise, SeedNoise):
+        return Ranking(
+            headline="No recommendation: the noise between seeds is unknown",
+            support=f"{best['setting']} has the lowest of {count} losses, {style.three(best['loss'])} nats/token."
+            " Give a few settings a second seed to tell whether that is more than chance.",
+            table=table.assign(apart=False),
+        )
+    degrees = max(noise.runs - noise.groups, 1)
+    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / 2 / (count - 1), degrees))
+    least = quantile * noise.deviation.value * np.sqrt(1 / table["runs"] + 1 / best["runs"])
+    table = table.assign(apart=(table["loss"] - best["loss"]) > least)
+    tied = table[~table["apart"]]
+    needed = f"a difference of {style.three(float(least.iloc[1:].median()))} nats/token"
+    if len(tied) == count:
+        headline = f"No difference: none of the {count} settings can be told from the best one"
+        support = (
+            f"Losses span {style.three(float(table['loss'].min()))} to {style.three(float(table['loss'].max()))} "
+            f"nats/token; two settings are told apart by {needed} (95 %, {count - 1} comparisons with the best)."
+        )
+    elif len(tied) == 1:
+        headline = f"Use {best['setting']}: it has the lowest loss of {count} settings, beyond the noise"
+        support = f"{style.three(best['loss'])} nats/token; every other setting is worse by more than {needed}."
+    else:
+        headline = f"{len(tied)} of {count} settings cannot be told from the best, {best['setting']}"
+        shared = []
+        for name in names:
+            values = set(labels.loc[setting.isin(tied["setting"]), name])
+            if len(values) < labels[name].nunique():
+                shared.append(f"{OPTION_NAMES[name]} {' or '.join(sorted(values))}")
+        support = (
+            f"All of them have {', '.join(shared)}. " if shared else "They share no value of an option. "
+        ) + f"Two settings are told apart by {needed} (95 %, {count - 1} comparisons with the best)."
+    return Ranking(headline=headline, support=support, table=table)
+
+
+GREY = "#9a9a9a"
+
+
+def heat_maps(
+    runs: pd.DataFrame, x: str, y: str, split: str | None, *, noise: SeedNoise | Refusal | None = None
+) -> go.Figure:
+    """Loss (left) and mean latent steps (right) over two options, a row of maps per value of a third.
+
+    Each cell is the mean over whatever else varies, and says its number, ± half its interval, and its runs. Cells of
+    the loss that cannot be told from the best one are grey.
+    """
+    kept = runs[sound(runs) & runs["loss"].notna() & runs[x].notna() & runs[y].notna()]
     values = sorted(kept[split].dropna().unique()) if split else [None]
     figure = make_subplots(
         rows=max(len(values), 1),
@@ -57,38 +142,83 @@ def heat_maps(runs: pd.DataFrame, x: str, y: str, split: str | None) -> go.Figur
         subplot_titles=[
             f"{title}{f' · {OPTION_NAMES[str(split)]} {value:g}' if value is not None else ''}"
             for value in values
-            for title in TARGETS.values()
+            for title in MAPPED.values()
         ],
     )
+    keys = [y, *([str(split)] if split else [])]
+    whole = kept.groupby([x, *keys])["loss"].agg(["mean", "size"])
+    half = reach(noise, whole["size"])
+    lowest = whole["mean"].min() if len(whole) else np.nan
+    at = whole["mean"].idxmin() if len(whole) else None
+    best = float(half.loc[at]) if at is not None else np.nan
+    tied = (whole["mean"] - lowest) <= np.hypot(half, best)
     for row, value in enumerate(values, start=1):
         part = kept if value is None else kept[kept[str(split)] == value]
-        for col, (target, title) in enumerate(TARGETS.items(), start=1):
+        for col, (target, title) in enumerate(MAPPED.items(), start=1):
             grid = part.pivot_table(index=y, columns=x, values=target, aggfunc="mean")
-            whole = kept.pivot_table(index=[y, *([str(split)] if split else [])], columns=x, values=target)
+            counts = part.pivot_table(index=y, columns=x, values=target, aggfunc="count").reindex_like(grid)
+            spans = kept.groupby([x, *keys])[target].mean()
             names = [
                 [f"{v:g}" if isinstance(v, float | int) else str(v) for v in axis]
                 for axis in (grid.columns, grid.index)
             ]
+            text = _cells(grid, counts, noise if target == "loss" else None)
+            grey = np.array(
+                [
+                    [
+                        target == "loss" and bool(tied.get((column, line, value) if split else (column, line), False))
+                        for column in grid.columns
+                    ]
+                    for line in grid.index
+                ]
+            )
+            z = grid.to_numpy(dtype=float)
+            shared = {
+                "x": names[0], "y": names[1], "text": text, "texttemplate": "%{text}", "xgap": 2, "ygap": 2,
+                "hovertemplate": f"{OPTION_NAMES[x]} %{{x}}, {OPTION_NAMES[y]} %{{y}}:<br>%{{text}}<extra></extra>",
+            }  # fmt: skip
             figure.add_heatmap(
-                x=names[0],
-                y=names[1],
-                z=grid.to_numpy(),
-                zmin=float(whole.min().min()),
-                zmax=float(whole.max().max()),
-                text=[[style.three(cell) for cell in line] for line in grid.to_numpy()],
-                texttemplate="%{text}",
+                z=np.where(grey, np.nan, z) if grey.size else z,
+                zmin=float(spans.min()),
+                zmax=float(spans.max()),
                 colorscale="Cividis" if target == "mean_steps" else "Cividis_r",
                 colorbar={"title": title, "x": 0.4 if col == 1 else 1.0, "len": 0.8, "thickness": 12},
                 showscale=row == 1,
-                xgap=2,
-                ygap=2,
-                hovertemplate=f"{OPTION_NAMES[x]} %{{x}}, {OPTION_NAMES[y]} %{{y}}: {title} %{{text}}<extra></extra>",
+                hoverongaps=False,
+                **shared,
                 row=row,
                 col=col,
             )
+            if grey.any():
+                figure.add_heatmap(
+                    z=np.where(grey, 1.0, np.nan),
+                    name="not told from the best",
+                    colorscale=[[0, GREY], [1, GREY]],
+                    showscale=False,
+                    hoverongaps=False,
+                    textfont={"color": "#000000"},
+                    **shared,
+                    row=row,
+                    col=col,
+                )
     figure.update_xaxes(title=OPTION_NAMES[x], type="category")
     figure.update_yaxes(title=OPTION_NAMES[y], type="category")
     return layout(figure, height=70 + 290 * max(len(values), 1), top=48)
+
+
+def _cells(grid: pd.DataFrame, counts: pd.DataFrame, noise: SeedNoise | Refusal | None) -> list[list[str]]:
+    """What stands in the cells: the mean, ± half its interval, the number of runs."""
+    rows = []
+    for line, count in zip(grid.to_numpy(dtype=float), counts.to_numpy(dtype=float), strict=True):
+        row = []
+        for cell, many in zip(line, count, strict=True):
+            half = reach(noise, many) if many > 0 else np.nan
+            parts = [f"{cell:.3f}" if np.isfinite(cell) else "–"]
+            parts += [f"± {style.three(float(half))}"] if np.isfinite(half) else []
+            parts += [f"n {many:.0f}"] if many > 0 else []
+            row.append("<br>".join(parts))
+        rows.append(row)
+    return rows
 
 
 def parallel(runs: pd.DataFrame, kind: str) -> go.Figure:
@@ -210,8 +340,10 @@ def importance(tables: dict[str, pd.DataFrame]) -> go.Figure:
     return layout(figure, height=150 + 62 * rows)
 
 
-def slice_of(runs: pd.DataFrame, table: pd.DataFrame, name: str, target: str) -> go.Figure:
-    """Every run, and the mean, at each value of an option."""
+def slice_of(
+    runs: pd.DataFrame, table: pd.DataFrame, name: str, target: str, *, noise: SeedNoise | Refusal | None = None
+) -> go.Figure:
+    """Every run, and the mean, at each value of an option; the mean of a loss with its 95 % interval from the noise."""
     figure = go.Figure()
     kept = runs[sound(runs) & runs[target].notna() & runs[name].notna()]
     text = {value: f"{value:g}" if isinstance(value, float) else str(value) for value in table["value"]}
@@ -240,6 +372,13 @@ def slice_of(runs: pd.DataFrame, table: pd.DataFrame, name: str, target: str) ->
         name="mean",
         line={"color": MUTED, "width": 3, "dash": "dash"},
         marker={"symbol": "line-ew-open", "size": 22, "line": {"width": 3}},
+        error_y={
+            "type": "data",
+            "array": np.nan_to_num(reach(noise, table["runs"])),
+            "visible": target == "loss" and isinstance(noise, SeedNoise),
+            "thickness": 2,
+            "color": MUTED,
+        },
     )
     figure.update_xaxes(
         title=OPTION_NAMES[name], type="category", categoryorder="array", categoryarray=list(text.values())

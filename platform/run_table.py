@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from haltscale.platform.arms import arm
+from haltscale.platform.arms import OLD_CONTROLS, arm
 from haltscale.platform.identity import digest
 from haltscale.platform.store import RunView
 
@@ -60,7 +60,8 @@ def row(view: RunView) -> dict[str, Any]:
     Returns:
         Beside the fields of the identity under their own names (``tokens`` is what the run trained on, what it was
         planned for is ``planned_tokens``): ``budget`` (realised FLOPs that the study planned for it, if it did),
-        ``configuration`` (a digest of the identity without the seed), ``parameters``, ``parameters_recurrent`` and
+        ``configuration`` (a digest of the identity without the seed), ``setting`` (:func:`setting`),
+        ``parameters``, ``parameters_recurrent`` and
         ``parameters_once`` (parameters that are used per pass, and per token), :data:`RESULTS`, ``easy_steps`` and
         ``hard_steps``; ``recipe`` (where its settings are from: a
         ``RecipeSource``, or empty where nothing was tuned) and ``recipe_at_end`` (what was best at an end of what was
@@ -93,6 +94,7 @@ def row(view: RunView) -> dict[str, Any]:
         "budget": figure(identity.get("flops")),
         "planned_tokens": figure(identity.get("tokens")) or None,
         "configuration": configuration(identity),
+        "setting": setting(identity),
         **rest_of(identity),
     }
 
@@ -141,6 +143,27 @@ def configuration(identity: Mapping[str, Any]) -> str | None:
         return None
     try:
         return digest({name: value for name, value in identity.items() if name != "seed"})
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+POINT = ("size", "seed", "tokens", "flops", "learning_rate", "warmup_tokens")
+"""Fields of an identity that place a run in a design: the rate follows from the size where it was tuned."""
+REPLAYED = ("steps_schedule", "steps_seed")
+"""Options that a replay control gets from its subject, run by run."""
+
+
+def setting(identity: Mapping[str, Any]) -> str | None:
+    """A digest of what an arm was set to: equal where runs differ in their place in the design (size, budget, seed,
+    learning rate) only. None without an identity that has one."""
+    if not identity:
+        return None
+    dropped = (*REPLAYED, "steps") if arm(identity) in OLD_CONTROLS else REPLAYED
+    options = {name: value for name, value in mapping(identity.get("options")).items() if name not in dropped}
+    try:
+        return digest(
+            {name: v for name, v in identity.items() if name not in (*POINT, "options")} | {"options": options}
+        )
     except (TypeError, ValueError, RecursionError):
         return None
 

@@ -9,15 +9,17 @@ import haltscale.dashboard
 
 FOLDER = Path(haltscale.dashboard.__file__).parent
 TITLES = {
-    "studies": "Studies",
-    "live": "Live runs",
-    "scaling": "Loss against training compute",
-    "sweeps": "Sensitivity",
+    "answer": "Answer",
+    "compute": "Loss against training compute",
+    "sensitivity": "Sensitivity",
     "halting": "Allocation of latent steps",
     "tokens": "Token by token",
+    "cost": "Cost",
     "evaluations": "Evaluations",
+    "live": "Live runs",
+    "studies": "Studies",
     "playground": "Playground",
-    "method": "Method card",
+    "method": "Methods and definitions",
 }
 PAGES = tuple(TITLES)
 
@@ -34,7 +36,8 @@ def open_page(name: str, **query: str | list[str]) -> AppTest:
 
 def text(page: AppTest) -> str:
     """Everything a reader would read."""
-    kinds = (page.title, page.subheader, page.markdown, page.caption, page.info, page.warning, page.error, page.code)
+    kinds = (page.title, page.header, page.subheader, page.markdown, page.caption)
+    kinds += (page.info, page.warning, page.error, page.code)
     return "\n".join(str(element.value) for kind in kinds for element in kind).replace("\\", "")
 
 

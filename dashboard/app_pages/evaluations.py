@@ -26,7 +26,7 @@ DIAL = ("dial", "value", "own", "loss", "loss_standard_error", "mean_steps", "fl
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Evaluations")
+    layout.heading(view, "Evaluations", says="What can the finished models do, at which inference FLOPs?")
     kind = layout.flops_kind()
     finished = view.runs[(view.runs["state"] == "finished") & view.runs["loss"].notna()]
     held_out(view, finished, kind)
@@ -56,7 +56,7 @@ def held_out(view: StudyView, finished: pd.DataFrame, kind: FlopsKind) -> None:
     if not finished[column].gt(0).any():
         return
     with st.container(border=True):
-        st.subheader("Held-out loss against inference FLOPs", anchor=False)
+        st.header("Held-out loss against inference FLOPs", anchor=False)
         layout.chart(
             halting_figures.inference(finished, kind),
             finished[["label", "method", "size", "loss", "loss_standard_error", "bits_per_byte", "mean_steps", column]],
@@ -95,7 +95,7 @@ def tasks(found: dict[str, dict[str, dict]]) -> None:
     ]
     if not rows:
         return
-    st.subheader("Tasks", anchor=False)
+    st.header("Tasks", anchor=False)
     table = pd.DataFrame(rows)
     percent = st.column_config.NumberColumn
     layout.table(
@@ -125,7 +125,7 @@ def dials(found: dict[str, dict[str, dict]]) -> None:
     if not tables:
         return
     with st.container(border=True):
-        st.subheader("The compute dial: one checkpoint at many prices", anchor=False)
+        st.header("The compute dial: one checkpoint at many prices", anchor=False)
         layout.chart(
             halting_figures.dial(tables),
             pd.concat([table.assign(run=label) for label, table in tables.items()]),
@@ -154,7 +154,7 @@ def controls(found: dict[str, dict[str, dict]]) -> None:
                 }
             )
     if rows:
-        st.subheader("One checkpoint, its steps dealt otherwise", anchor=False)
+        st.header("One checkpoint, its steps dealt otherwise", anchor=False)
         layout.table(pd.DataFrame(rows), key="arms", alt="Learned halting against other sources of steps")
         st.caption("Paired over documents, with 95 % intervals; above 0 the learned router is better.")
 

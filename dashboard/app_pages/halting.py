@@ -13,15 +13,17 @@ from haltscale.platform.sweeps import report
 
 TITLE = "Halting"
 ICON = ":material/hourglass_top:"
-ORDER = 4
+ORDER = 3
 MOST_ROWS = 24
 MOST_PAIRS = 10
 MOST_ARMS = 8
+MOST_LADDERS = 8
+MOST_READ = 100
 INTERVAL = ("mean", "low", "high")
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Allocation of latent steps")
+    layout.heading(view, "Allocation of latent steps", says="Where do the latent steps go, and do they pay?")
     counted = data.thinking(view.runs)
     if counted.empty:
         st.info(
@@ -37,6 +39,7 @@ def body(view: StudyView) -> None:
         easy_and_hard(counted)
     with right, st.container(border=True, height="stretch"):
         beside_controls(view)
+    ladder(view, counted)
     one_run(view, counted)
     layout.honest(view)
 
@@ -49,7 +52,7 @@ def needs(view: StudyView) -> None:
     arms_of = list(dict.fromkeys(rows["arm"]))
     shown = rows[rows["arm"].isin(arms_of[:MOST_ARMS])]
     with st.container(border=True):
-        st.subheader("Steps given against steps needed", anchor=False)
+        st.header("Steps given against steps needed", anchor=False)
         layout.chart(
             halting_figures.steps_by_need(shown),
             shown,
@@ -105,7 +108,7 @@ def needs(view: StudyView) -> None:
 def every_run(counted: pd.DataFrame) -> None:
     """The distribution of steps, a bar per run."""
     with st.container(border=True):
-        st.subheader("How many latent steps the tokens got", anchor=False)
+        st.header("How many latent steps the tokens got", anchor=False)
         shown = counted.head(MOST_ROWS)
         layout.chart(
             figures.steps_share(shown),
@@ -127,7 +130,7 @@ def every_run(counted: pd.DataFrame) -> None:
 
 def easy_and_hard(counted: pd.DataFrame) -> None:
     """Whether the steps went to the tokens that are hard."""
-    st.subheader("Easy against hard tokens", anchor=False)
+    st.header("Easy against hard tokens", anchor=False)
     every = counted.dropna(subset=["well_steps", "badly_steps"])
     known = every.head(MOST_PAIRS)
     if known.empty:
@@ -152,7 +155,7 @@ def easy_and_hard(counted: pd.DataFrame) -> None:
 
 def beside_controls(view: StudyView) -> None:
     """Learned halting against the same steps taken elsewhere."""
-    st.subheader("Learned halting beside its controls", anchor=False)
+    st.header("Learned halting beside its controls", anchor=False)
     runs = view.runs[data.sound(view.runs) & view.runs["loss"].notna() & view.runs["mean_steps"].gt(0)]
     runs = runs.head(500)
     layout.chart(
@@ -192,9 +195,54 @@ def beside_controls(view: StudyView) -> None:
         st.caption("This study has no replay controls: add controls(of=...) to its sweep.")
 
 
+def ladder(view: StudyView, counted: pd.DataFrame) -> None:
+    """The learned router against ways of halting that know less and more, on the same weights."""
+    routed = counted[(counted["state"] == "finished") & counted["method"].map(data.routes)]
+    shelf = store()
+    rows: list[pd.DataFrame] = []
+    for run in routed.head(MOST_READ).to_dict("records"):
+        if len(rows) == MOST_LADDERS:
+            break
+        try:
+            found = mapping(shelf.later_evaluations(view.name, str(run["key"])).get("controls"))
+        except data.UNREADABLE:
+            continue
+        rungs = halting_figures.ladder_rows(found, str(run["label"]))
+        rows += [rungs] if len(rungs) else []
+    if routed.empty:
+        return
+    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    st.header("The ladder: fixed < post hoc < learned < oracle", anchor=False)
+    if table.empty:
+        st.info(
+            "No router has been read beside other ways of halting on its own weights. It appears here after:",
+            icon=":material/stairs:",
+        )
+        st.code(f"haltscale evaluate {view.name}/{routed['key'].iloc[-1]} --controls", language=None)
+        return
+    with st.container(border=True):
+        if verdict := halting_figures.ladder_verdict(table):
+            st.markdown(f"**{layout.plain(verdict)}**")
+        layout.chart(
+            halting_figures.ladder(table),
+            table,
+            key="ladder",
+            title=f"{view.name}: other ways of halting on the same weights",
+            alt="; ".join(
+                f"{row['run']}, {row['rung']}: {style.signed(row['mean'])} nats"
+                for row in table.head(24).to_dict("records")
+            ),
+        )
+        st.caption(
+            "One checkpoint's weights, read again with its steps given otherwise, as many on average: a router that "
+            "knows something is better than fixed, shuffled and every training-free rule; the oracle is what perfect "
+            "places would reach. *Full* takes all steps everywhere. Intervals are 95 %, paired by token or document."
+        )
+
+
 def one_run(view: StudyView, counted: pd.DataFrame) -> None:
     """The telemetry of one run at one evaluation."""
-    st.subheader("One run, token by token in numbers", anchor=False)
+    st.header("One run, token by token in numbers", anchor=False)
     shelf = store()
     labels = dict(zip(counted["key"], counted["label"], strict=True))
     keys = list(labels)
@@ -218,7 +266,8 @@ def one_run(view: StudyView, counted: pd.DataFrame) -> None:
             summary = shelf.halting_summary(view.name, key, step)
         except StoreError as error:
             st.warning(layout.plain(error), icon=":material/broken_image:")
-    for alarm in summary.get("alarms") or []:  # type: ignore[attr-defined]
+    method = dict(zip(counted["key"], counted["method"], strict=True))[key]
+    for alarm in summary.get("alarms") or [] if data.routes(method) else []:  # type: ignore[attr-defined]
         st.warning(f"**Router alarm**: {layout.plain(alarm)}", icon=":material/notification_important:")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
@@ -237,7 +286,7 @@ def one_run(view: StudyView, counted: pd.DataFrame) -> None:
 
 def over_training(view: StudyView, key: str, label: str) -> None:
     """The distribution of steps as training goes on, of one run."""
-    st.markdown("**How halting changed in training**")
+    st.subheader("How halting changed in training", anchor=False)
     shelf = store()
     rows, source = data.evaluations(shelf, view.name, key), "validation tokens at each evaluation"
     if len(rows) < 2:
@@ -257,7 +306,7 @@ def over_training(view: StudyView, key: str, label: str) -> None:
 
 def by_kind(summary: dict[str, object]) -> None:
     """Mean steps along surprisal, frequency, position or class."""
-    st.markdown("**Which tokens got the steps**")
+    st.subheader("Which tokens got the steps", anchor=False)
     dimension = st.segmented_control(
         "By",
         list(DIMENSIONS),
@@ -281,7 +330,7 @@ def by_kind(summary: dict[str, object]) -> None:
 
 def gains(summary: dict[str, object]) -> None:
     """What each step was worth, and what the best stopping would have been."""
-    st.markdown("**Did the steps pay?**")
+    st.subheader("Did the steps pay?", anchor=False)
     rows = table_of(summary.get("gain_by_depth"), ("depth", "step", "tokens", *INTERVAL))
     oracle = mapping(summary.get("oracle"))
     if rows.empty:
@@ -310,7 +359,7 @@ def gains(summary: dict[str, object]) -> None:
 
 def calibration(summary: dict[str, object]) -> None:
     """Whether the model knows what it knows, and how certain its router is."""
-    st.markdown("**Calibration**")
+    st.subheader("Calibration", anchor=False)
     found = mapping(summary.get("calibration"))
     rows = table_of(found.get("bins"), ("from", "tokens", "confidence", "accuracy"))
     layout.chart(

@@ -6,13 +6,13 @@ import time
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, figures, layout, style
+from haltscale.dashboard import data, figures, health, layout, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView, size_order
 
-TITLE = "Live run"
+TITLE = "Live"
 ICON = ":material/monitoring:"
-ORDER = 1.5
+ORDER = 7
 MOST_CURVES = 12
 MOST_CARDS = 12
 SILENT_SECONDS = 30.0  # after which a running run says so; its lease is renewed every few seconds
@@ -20,15 +20,21 @@ ORDER_OF_STATES = ["running", "stalled", "failed", "diverged", "capped"]
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Live runs")
+    layout.heading(view, "Live runs", says="Are the runs healthy, and when will they end?")
     layout.owner(view)
     runs = view.runs
+    left = health.seconds_left(runs)
+    if math.isfinite(left):
+        st.markdown(
+            f":material/schedule: **About {style.duration(left)} left for the whole study** "
+            f"(until {layout.plain(health.clock(left))}), at the pace of its finished runs."
+        )
     going = runs[runs["state"].isin(ORDER_OF_STATES)]
     if len(going):
         going = going.sort_values("state", key=lambda states: states.map(ORDER_OF_STATES.index), kind="stable")
         with st.grid(2):
             for _, run in going.head(MOST_CARDS).iterrows():
-                card(run)
+                card(view, run)
         if len(going) > MOST_CARDS:
             st.caption(f"and {len(going) - MOST_CARDS} runs more that are not finished; the page Studies lists all.")
     curves(view)
@@ -38,7 +44,7 @@ def body(view: StudyView) -> None:
             st.markdown("\n".join(f"- {layout.plain(label)}" for label in planned["label"]))
 
 
-def card(run: pd.Series) -> None:
+def card(view: StudyView, run: pd.Series) -> None:
     """One run that is not finished: how far it is, or what stopped it."""
     state = str(run["state"])
     with st.container(border=True, gap="small", height="stretch"):
@@ -47,6 +53,17 @@ def card(run: pd.Series) -> None:
         )
         if state in ORDER_OF_STATES and math.isfinite(run["step"]) and run["steps"] > 0:
             st.progress(min(max(run["step"] / run["steps"], 0.0), 1.0), text=progress_text(run))
+        if state == "running":
+            found = health.judge(
+                data.metrics(store(), view.name, str(run["key"])),
+                routes=data.routes(run["method"]),
+                l_max=float(run["l_max"]),
+                silent=time.time() - run["heartbeat"] if math.isfinite(run["heartbeat"]) else 0.0,
+            )
+            if found.healthy:
+                st.markdown(":green[:material/check_circle:] Healthy")
+            else:
+                st.markdown(f":orange[:material/warning:] **Look here:** {layout.plain('; '.join(found.reasons))}")
         if run["note"]:
             st.code(run["note"], language=None, wrap_lines=True)
 
@@ -57,7 +74,7 @@ def progress_text(run: pd.Series) -> str:
     if run["state"] == "running" and silent > SILENT_SECONDS:
         parts.append(f"silent for {data.silence(silent)}")
     if math.isfinite(run["seconds_left"]):
-        parts.append(f"{style.duration(run['seconds_left'])} left")
+        parts.append(f"{style.duration(run['seconds_left'])} left, until {health.clock(run['seconds_left'])}")
     if math.isfinite(run["loss"]):
         parts.append(f"validation loss {style.three(run['loss'])} nats/token")
     if math.isfinite(run["tokens_per_second"]):
@@ -70,7 +87,7 @@ def progress_text(run: pd.Series) -> str:
 def curves(view: StudyView) -> None:
     """Training curves of the chosen runs."""
     labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
-    st.subheader("Training curves", anchor=False)
+    st.header("Training curves", anchor=False)
     begun = list(view.runs.loc[~view.runs["state"].isin(["planned", "damaged"]), "key"])
     if not begun:
         st.info("No run has begun yet.", icon=":material/hourglass_empty:")
@@ -90,16 +107,19 @@ def curves(view: StudyView) -> None:
     silent = [labels[key] for key, rows in found.items() if rows.empty]
     found = {key: rows for key, rows in found.items() if not rows.empty}
     if found:
+        held_out = {key: data.evaluations(shelf, view.name, key) for key in found}
         with st.container(border=True):
             layout.chart(
-                figures.training_curves(view.runs, found),
+                figures.training_curves(view.runs, found, held_out),
                 pd.concat([rows.assign(run=labels[key]) for key, rows in found.items()]),
                 key="training-curves",
                 title=f"{view.name}: training",
-                alt=f"Training loss, latent steps, speed and balance of the workers of {len(found)} runs over tokens",
+                alt=f"Loss, penalty, latent steps, gradient norm, learning rate, speed and balance of {len(found)} "
+                "runs over tokens",
             )
             st.caption(
-                "FLOP/s count what active positions needed, not what the hardware could do. Tokens halt differently, "
+                "Diamonds on the loss are held-out evaluations. FLOP/s count what active positions needed, not what "
+                "the hardware could do. Tokens halt differently, "
                 "so workers take differently long and all wait for the busiest: where a run has several, the lowest "
                 "panel shows the busiest one's latent steps over the mean of all (1 is even)."
             )
@@ -116,7 +136,7 @@ def spread(view: StudyView, found: dict[str, pd.DataFrame]) -> None:
     if not thinks:
         return
     with st.container(border=True):
-        st.subheader("How halting changed in training", anchor=False)
+        st.header("How halting changed in training", anchor=False)
         labels = dict(zip(view.runs["key"], view.runs["label"], strict=True))
         routed = view.runs[view.runs["key"].isin(thinks) & view.runs["l_max"].gt(0)]  # not those of fixed steps
         first = thinks.index(routed["key"].iloc[0]) if len(routed) else 0

@@ -5,24 +5,24 @@ import json
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, layout
+from haltscale.dashboard import data, fits, layout, style
 from haltscale.dashboard.cached_store import store
-from haltscale.dashboard.data import FlopsKind, StudyView, mapping, words
+from haltscale.dashboard.data import FlopsKind, StudyView, mapping, number, words
 from haltscale.platform import analysis
 from haltscale.platform.analysis.estimates import LEVEL
 from haltscale.platform.analysis.fitting import DELTA, STARTS
 from haltscale.platform.analysis.laws import MIN_BUDGETS, MIN_RANGE, MIN_RUNS
 
-TITLE = "Method card"
+TITLE = "Methods and definitions"
 ICON = ":material/description:"
-ORDER = 9
+ORDER = 10
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Method card")
+    layout.heading(view, "Methods and definitions", says="What do the numbers mean, and where do they come from?")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
-        st.subheader("What was counted", anchor=False)
+        st.header("What is counted", anchor=False)
         lines = [f"- **FLOPs, {kind}**: {kind.meaning}." for kind in FlopsKind]
         lines += [
             "- **Loss**: nats per token on held-out documents; **bits per byte** compares tokenizers.",
@@ -31,7 +31,7 @@ def body(view: StudyView) -> None:
         ]
         st.markdown("\n".join(lines))
     with right, st.container(border=True, height="stretch"):
-        st.subheader("How it was fitted", anchor=False)
+        st.header("How laws are fitted", anchor=False)
         st.markdown(
             f"- Sum of Huber losses (δ = {DELTA:g}) of log-residuals; {STARTS} starts of L-BFGS.\n"
             f"- {100 * LEVEL:.0f} % intervals of a bootstrap over runs, {fits.BOOTSTRAPS} resamples here.\n"
@@ -43,7 +43,7 @@ def body(view: StudyView) -> None:
     provenance(view)
     left_out(view)
     with st.container(border=True):
-        st.subheader("Take the study along", anchor=False)
+        st.header("Download the study", anchor=False)
         every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
         with st.container(horizontal=True):
             layout.download("Runs, CSV", lambda: layout.csv(every).encode(), f"{view.name}-all.csv", "text/csv")
@@ -60,7 +60,7 @@ def body(view: StudyView) -> None:
 
 def provenance(view: StudyView) -> None:
     """Code, versions and machines behind the runs."""
-    st.subheader("Where the numbers come from", anchor=False)
+    st.header("Where the numbers come from", anchor=False)
     facts: dict[tuple[str, str, str, str], int] = {}
     shelf = store()
     for run in shelf.views(view.name, [key for key in view.runs["key"] if known(shelf, view.name, key)]).values():
@@ -78,9 +78,31 @@ def provenance(view: StudyView) -> None:
         layout.table(pd.DataFrame(rows), key="provenance", alt="Commits, versions and machines of the finished runs")
     else:
         st.info("No run is finished yet.", icon=":material/hourglass_empty:")
-    corpus = ", ".join(f"{name} {value}" for name, value in view.corpus.items())
-    if corpus:
-        st.caption(f"Corpus: {layout.plain(corpus)}.")
+    corpus(view)
+
+
+CORPUS = {
+    "name": "name",
+    "train_documents": "training documents",
+    "train_tokens": "training tokens",
+    "validation_documents": "held-out documents",
+    "validation_tokens": "held-out tokens",
+    "bytes_per_token": "bytes per token",
+    "vocab_size": "vocabulary",
+    "context": "context, tokens",
+    "fingerprint": "fingerprint",
+}
+
+
+def corpus(view: StudyView) -> None:
+    """The corpus in a table; what a person does not look for stays in study.json."""
+    rows = [
+        {"corpus": title, "value": value if isinstance(value, str) else style.three(number(value))}
+        for name, title in CORPUS.items()
+        if isinstance(value := view.corpus.get(name), str | int | float)
+    ]
+    if rows:
+        layout.table(pd.DataFrame(rows), key="corpus", alt="The corpus of the study")
 
 
 def known(shelf: object, study: str, key: str) -> bool:

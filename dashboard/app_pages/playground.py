@@ -11,14 +11,14 @@ from haltscale.dashboard.data import StudyView
 
 TITLE = "Playground"
 ICON = ":material/play_lesson:"
-ORDER = 7
+ORDER = 9
 MOST_PARAMETERS = 5e8
 MOST_CHARACTERS = 2_000
 PROMPT = "My fellow citizens, "
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Playground")
+    layout.heading(view, "Playground", says="How does a finished model halt on a text of your own?")
     shelf = store()
     runs = view.runs[(view.runs["state"] == "finished") & ~view.runs["parameters"].gt(MOST_PARAMETERS)]
     local = "file" in shelf.fs.protocol

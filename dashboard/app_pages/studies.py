@@ -12,7 +12,7 @@ from haltscale.dashboard.data import StudyView, sound
 
 TITLE = "Studies"
 ICON = ":material/science:"
-ORDER = 1
+ORDER = 8
 MOST_STUDIES = 30
 MOST_FAILURES = 12
 ENDED = ["finished", "diverged", "capped", "stopped"]
@@ -21,9 +21,9 @@ NUMBER = st.column_config.NumberColumn
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Studies")
+    layout.heading(view, "Studies", says="Which studies are there, how far are they, and what went wrong?")
     others(view)
-    st.subheader(layout.plain(view.name), anchor=False)
+    st.header(layout.plain(view.name), anchor=False)
     layout.owner(view)
     cost(view)
     if view.note:

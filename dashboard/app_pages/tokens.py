@@ -8,17 +8,17 @@ import streamlit as st
 from haltscale.dashboard import data, figures, layout, tokens
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import StudyView
-from haltscale.dashboard.search import Order, search
+from haltscale.dashboard.search import LEAST_SEEN, Order, place, ranking, search
 from haltscale.dashboard.tokens import Colour
 from haltscale.platform.store import StoreError
 
 TITLE = "Tokens"
 ICON = ":material/match_word:"
-ORDER = 5
+ORDER = 4
 
 
 def body(view: StudyView) -> None:
-    layout.heading(view, "Token by token")
+    layout.heading(view, "Token by token", says="Which tokens get the steps, and what do the steps gain there?")
     shelf = store()
     steps = {key: data.probe_steps(shelf, view.name, key) for key in view.runs["key"]}
     keys = [key for key, found in steps.items() if found]
@@ -85,7 +85,7 @@ def text(
         return
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
-        st.subheader("NLL by latent steps", anchor=False)
+        st.header("NLL by latent steps", anchor=False)
         layout.chart(
             figures.nll_by_steps(events),
             events[["position", "text", "steps", "nll"]],
@@ -97,7 +97,7 @@ def text(
             "Boxes are quartiles with the median, whiskers the 5th and 95th percentile, the dashed line the mean."
         )
     with right, st.container(border=True, height="stretch"):
-        st.subheader("Latent steps by NLL", anchor=False)
+        st.header("Latent steps by NLL", anchor=False)
         layout.chart(
             figures.steps_by_nll(events),
             events[["position", "text", "steps", "nll"]],
@@ -113,8 +113,9 @@ def corpus(view: StudyView, key: str) -> None:
     """The held-out tokens with the most latent steps, or other extremes."""
     shelf = store()
     found = data.halting_steps(shelf, view.name, key)
-    st.subheader("Search the held-out text", anchor=False)
-    if not found or "file" not in shelf.fs.protocol:
+    st.header("Search the held-out text", anchor=False)
+    local = found and "file" in shelf.fs.protocol
+    if not local or not shelf.local_path(view.name, key, "halting", f"events-{found[-1]:08d}.parquet").is_file():
         st.info("This run has written no events of its held-out tokens on this machine.", icon=":material/sensors_off:")
         return
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -135,28 +136,86 @@ def corpus(view: StudyView, key: str) -> None:
     if table.empty:
         st.info("No held-out token is like that.", icon=":material/search_off:")
         return
-    shown = table.assign(token=[tokens.visible(one) for one in table["token"]])
+    names = ["before", "token", "after"]
+    shown = table.drop(columns="document_index")
+    shown = shown.assign(**{name: [tokens.visible(one) if one else "" for one in table[name]] for name in names})
     number = st.column_config.NumberColumn
-    layout.table(
+    chosen = st.dataframe(
         shown,
+        hide_index=True,
+        placeholder="–",
         key="found-tokens",
         alt=f"The first {len(shown)} held-out tokens: {order}",
         height=320,
+        on_select="rerun",
+        selection_mode="single-row",
         column_config={
-            "token": st.column_config.TextColumn("Token", pinned=True),
+            "before": st.column_config.TextColumn("Before", width="medium"),
+            "token": st.column_config.TextColumn("Token"),
+            "after": st.column_config.TextColumn("After", width="medium"),
             "steps": number("Latent steps"),
             "expected_steps": number("Expected steps", format="%.2f"),
             "nll": number("NLL, nats", format="%.2f"),
-            "gain": number("Gain of the steps, nats", format="%.3f"),
+            "gain": number("Gain of the steps, nats", format="%.3f", help="Of a sample of tokens."),
             "confidence": number("Confidence", format="%.2f"),
         },
     )
+    st.caption("Select a row to open the text around it.")
+    rows = chosen["selection"]["rows"]
+    files = (str(events), shelf.stamp(str(events)), str(shelf.local_path(view.name, key, "model", "tokenizer.json")))
+    if rows and rows[0] < len(table):
+        found_row = table.iloc[rows[0]]
+        document, position = int(found_row["document_index"]), int(found_row["position"])
+        with st.container(border=True):
+            around = _place(*files, document, position)
+            tokens.show(
+                tokens.payload(around, identifier=f"{view.name}/{key}/{document}/{position}", colour=Colour.STEPS),
+                key="found-place",
+            )
+            st.caption(
+                f"{layout.plain(found_row['document'])}, position {position:,}: the token "
+                f"{layout.plain(tokens.visible(found_row['token']))} and the text around it."
+            )
     layout.download("Table, CSV", lambda: layout.csv(table).encode(), f"{view.name}-{key}-tokens.csv", "text/csv")
+    st.header("Token types by latent steps", anchor=False)
+    try:
+        types = _ranking(*files)
+    except StoreError as error:
+        st.warning(layout.plain(error), icon=":material/broken_image:")
+        return
+    if types.empty:
+        st.info(f"No token type occurs {LEAST_SEEN} times.", icon=":material/search_off:")
+        return
+    layout.table(
+        types.assign(token=[tokens.visible(one) for one in types["token"]]),
+        key="token-types",
+        alt=f"{len(types)} token types by their mean latent steps",
+        height=320,
+        column_config={
+            "token": st.column_config.TextColumn("Token type", pinned=True),
+            "occurrences": number("Occurrences"),
+            "mean_steps": number("Mean latent steps", format="%.2f"),
+            "error": number("Standard error", format="%.2f"),
+            "nll": number("Mean NLL, nats", format="%.2f"),
+            "gain": number("Mean gain, nats", format="%.3f"),
+        },
+    )
+    st.caption(f"Types with at least {LEAST_SEEN} occurrences in the held-out text; sort by a column's heading.")
 
 
 @st.cache_data(max_entries=32, show_spinner="Searching …")
 def _search(events: str, stamp: str, tokenizer: str, order: str, text: str) -> pd.DataFrame:
     return search(Path(events), Path(tokenizer), Order(order), text=text)
+
+
+@st.cache_data(max_entries=16, show_spinner="Counting …")
+def _ranking(events: str, stamp: str, tokenizer: str) -> pd.DataFrame:
+    return ranking(Path(events), Path(tokenizer))
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _place(events: str, stamp: str, tokenizer: str, document: int, position: int) -> pd.DataFrame:
+    return place(Path(events), Path(tokenizer), document, position)
 
 
 layout.live(body)

@@ -19,11 +19,25 @@ from haltscale.platform.analysis.laws import (
     fit_surface,
     leave_one_budget_out,
 )
+from haltscale.platform.analysis.matched import (
+    Basis,
+    Comparison,
+    Verdict,
+    choose_setting,
+    compare_arms,
+    document_frame,
+    matched_points,
+    mean_difference,
+    provisional_points,
+    verdict,
+)
 from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import Selection, usable
 from haltscale.platform.analysis.sweeps import SeedNoise, importance, seed_noise, slices
 
 __all__ = [
+    "Basis",
+    "Comparison",
     "Estimate",
     "HeldOut",
     "IsoFlop",
@@ -33,7 +47,11 @@ __all__ = [
     "Refusal",
     "SeedNoise",
     "Selection",
+    "Verdict",
+    "choose_setting",
+    "compare_arms",
     "disagreement",
+    "document_frame",
     "equivalent",
     "fit_power_law",
     "fit_recurrence",
@@ -41,10 +59,14 @@ __all__ = [
     "importance",
     "isoflop",
     "leave_one_budget_out",
+    "matched_points",
+    "mean_difference",
     "optimal_exponent",
     "pareto",
+    "provisional_points",
     "recipe_warning",
     "seed_noise",
     "slices",
     "usable",
+    "verdict",
 ]

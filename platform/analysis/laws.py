@@ -83,6 +83,11 @@ class LawFit:
         return found
 
     @property
+    def problem(self) -> str:
+        """Which of its parameters the data do not determine, and why; empty where they determine all."""
+        return "; ".join(f"{name} is {one.problem}" for name, one in self.estimates.items() if one.problem)
+
+    @property
     def domain(self) -> tuple[float, float]:
         """Smallest and largest first input of the runs behind the fit."""
         values = column(self.runs, self.form.inputs[0])

@@ -21,7 +21,7 @@ BUDGET_SPREAD = 1.2
 TUNING = "tuning"
 """Role of the runs that only searched for hyperparameters: no law is fitted to them."""
 NAMES = (
-    *("key", "run", "label", "study", "state", "error", "role", "seed", "configuration"),
+    *("key", "run", "label", "study", "state", "error", "role", "seed", "configuration", "setting"),
     *("recipe", "recipe_at_end"),
 )
 """Columns that say which run a row is and how it went; all of them but ``seed`` are no part of what was computed."""

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from haltscale.platform import run_table
 from haltscale.platform.analysis.estimates import Refusal
+from haltscale.platform.analysis.matched import document_frame
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import TUNING
@@ -139,12 +140,6 @@ def _difference(kind: str, members: list[tuple[RunView, RunView]]) -> dict[str, 
 def _recipe_warning(sides: Mapping[str, list[Mapping[str, Any]]]) -> str:
     rows = [{"arm": side, **run_table.recipe_figures(one)} for side, records in sides.items() for one in records]
     return recipe_warning(pd.DataFrame(rows))
-
-
-def document_frame(record: Mapping[str, Any]) -> pd.DataFrame:
-    """``tokens`` and ``nats`` of each held-out document, for :func:`~haltscale.platform.analysis.paired_difference`."""
-    found = record.get("held_out_by_document") or {}
-    return pd.DataFrame({name: found.get(name) or [] for name in ("tokens", "nats")}, dtype=float)
 
 
 def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None:

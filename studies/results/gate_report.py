@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from haltscale.platform.analysis.estimates import Refusal
+from haltscale.platform.analysis.matched import document_frame
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.api import Study, grid
 from haltscale.platform.markdown import report_main, table
 from haltscale.platform.store import RunState, RunStore, RunView
-from haltscale.platform.sweeps import report
 from haltscale.studies import gate_ablation, gate_ablation_english, gate_ablation_twin, known_need
 
 FOLDER = Path(__file__).parent
@@ -38,7 +38,7 @@ BASES = {
 
 def difference(arm: list[RunView], reference: list[RunView]) -> str:
     """Nats per token above the reference, with its interval."""
-    found = paired_difference(*([report.document_frame(view.record) for view in side] for side in (arm, reference)))
+    found = paired_difference(*([document_frame(view.record) for view in side] for side in (arm, reference)))
     if isinstance(found, Refusal):
         return found.reason
     return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"

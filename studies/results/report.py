@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from haltscale.platform.analysis import (
     LawFit,
@@ -24,11 +23,14 @@ from haltscale.platform.analysis import (
     fit_surface,
     importance,
     isoflop,
+    matched_points,
+    mean_difference,
     pareto,
     seed_noise,
     usable,
+    verdict,
 )
-from haltscale.platform.analysis.estimates import LEVEL, Estimate
+from haltscale.platform.analysis.estimates import Estimate
 from haltscale.platform.arms import OLD_CONTROLS, controls_of, shown
 from haltscale.platform.markdown import report_main, table
 from haltscale.platform.store import RunStore
@@ -38,8 +40,6 @@ from haltscale.studies import reference, reference_tuning
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "README.md"
 SCRIPT = "studies/results/report.py"
-LEAST_POINTS = 3
-"""Pairs below which a mean difference has no interval."""
 
 
 def load(store: RunStore) -> pd.DataFrame:
@@ -97,25 +97,8 @@ def _order(point: tuple[float, str]) -> tuple[float, int]:
 
 def paired(frame: pd.DataFrame, method: str, control: str) -> pd.DataFrame:
     """A row per point (``size``, ``budget``, ``seed``) that both have: ``difference`` in loss, nats per token."""
-    keys = ["size", "budget", "seed"]
-    one, other = (frame[frame["method"].eq(m) & frame["compared"]].set_index(keys) for m in (method, control))
-    return (one["loss"] - other["loss"]).dropna().rename("difference").reset_index()
-
-
-def mean_difference(differences: pd.Series) -> Estimate | Refusal:
-    """The mean with its t interval over points, which share data and, some of them, seeds."""
-    if len(differences) < LEAST_POINTS:
-        return Refusal(reason=f"{len(differences)} of the {LEAST_POINTS} points that a mean needs")
-    mean, error = float(differences.mean()), float(stats.sem(differences))
-    reach = float(stats.t.ppf(0.5 + LEVEL / 2, len(differences) - 1)) * error
-    return Estimate(value=mean, low=mean - reach, high=mean + reach)
-
-
-def verdict(value: Estimate | Refusal) -> str:
-    """Whether the first has the lower loss."""
-    if isinstance(value, Refusal) or not value.excludes(0.0):
-        return "not decided"
-    return "lower" if value.value < 0 else "higher"
+    one, other = (frame[frame["method"].eq(m) & frame["compared"]] for m in (method, control))
+    return matched_points(one, other, "budget")
 
 
 def against(frame: pd.DataFrame, pairs: list[tuple[str, str]]) -> str:

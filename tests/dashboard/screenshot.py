@@ -123,7 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", required=True, help="root of the run store")
     parser.add_argument("--out", required=True, type=Path, help="the PNG to write")
-    parser.add_argument("--page", default="", help="halting, tokens or runs; the scaling page when left out")
+    parser.add_argument("--page", default="", help="such as compute or tokens; the Answer page when left out")
     parser.add_argument("--query", default="", help="what stands behind the ? in the page's address")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--width", type=int, default=1440)

@@ -6,6 +6,7 @@ import threading
 from urllib.parse import urlsplit
 
 import pytest
+from pages import TITLES
 
 from haltscale.dashboard import html_report
 
@@ -26,7 +27,7 @@ def browser(tools):
 
 def test_a_reader_follows_a_growing_study(author, browser):
     keys = author.finished_study()
-    with browser.server(author.store.root) as address, browser.browser_page(f"{address}/scaling?size=0.6m") as page:
+    with browser.server(author.store.root) as address, browser.browser_page(f"{address}/compute?size=0.6m") as page:
         # A link restores its view: three runs pass the filter. Taking the filter away shows all.
         browser.settled(page)
         markers = page.locator('[data-testid="stPlotlyChart"] .scatterlayer .points path.point')
@@ -73,7 +74,7 @@ def test_a_reader_follows_a_growing_study(author, browser):
         assert "NLL" in page.locator(".panel").inner_text()
 
         # A run that is added to the store appears by itself: the page that was loaded is still the one on show.
-        page.get_by_role("link", name="Scaling").click()
+        page.get_by_role("link", name="Compute").click()
         page.get_by_text("9 finished").wait_for()
         page.evaluate("window.theSamePage = true")
         author.whole_run("newcomer", method="looped", size="4.2m", lam=None)
@@ -89,11 +90,11 @@ def test_no_page_has_serious_barriers(author, browser, dark):
     from axe_playwright_python.sync_playwright import Axe
 
     author.troubled_study()
-    pages = ("studies", "live", "scaling", "sweeps", "halting", "tokens", "evaluations", "playground", "method")
+    pages = tuple(TITLES)
     found: dict[str, list[str]] = {}
     with browser.server(author.store.root) as address, browser.browser_page(address, dark=dark) as page:
         for name in pages:
-            page.goto(f"{address}/{'' if name == 'studies' else name}")
+            page.goto(f"{address}/{'' if name == 'answer' else name}")
             browser.settled(page)
             for _ in range(3):  # an element that is being drawn again is faint for a moment
                 violations = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
@@ -185,9 +186,10 @@ def test_no_text_of_the_store_makes_a_page_fetch_anything(author, browser):
         hosts: set[str | None] = set()
         page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
         drawn = {
-            "": '[data-testid="stDataFrame"] canvas',
-            "scaling": '[data-testid="stPlotlyChart"] .scatterlayer .points path',
-            "sweeps": '[data-testid="stPlotlyChart"] .main-svg',
+            "": "h1",
+            "studies": '[data-testid="stDataFrame"] canvas',
+            "compute": '[data-testid="stPlotlyChart"] .scatterlayer .points path',
+            "sensitivity": '[data-testid="stPlotlyChart"] .main-svg',
             "halting": '[data-testid="stPlotlyChart"] .barlayer .point path',
             "tokens": ".token .piece",
             "evaluations": "h1",

@@ -234,11 +234,14 @@ def test_filters_keep_what_has_no_lam_and_an_empty_filter_keeps_all(author):
     assert data.facets(view.runs) == {
         "method": ["vanilla", "adaptive"],
         "size": ["0.6m", "1.8m", "4.2m"],
+        "nominal": data.facets(view.runs)["nominal"],
         "lam": ["0.1", "1"],
         "beta": ["1"],
         "l_max": ["3"],
         "seed": ["0"],
     }
+    budgets = data.facets(view.runs)["nominal"]
+    assert sum(len(data.select(view, nominal=[one]).runs) for one in budgets) == 9
     assert len(data.select(view).runs) == 9
     chosen = data.select(view, lam=["0.1"], size=["4.2m"]).runs
     assert set(chosen["key"]) == {"vanilla-4_2m-None", "adaptive-4_2m-0_1"}

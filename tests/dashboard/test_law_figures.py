@@ -184,19 +184,52 @@ def test_an_isoflop_figure_has_a_star_at_each_minimum():
     assert len(by_name(figure, "FLOPs")) == 3
 
 
+def swept(losses: dict[tuple[float, float], float], seeds: int = 2) -> pd.DataFrame:
+    """Finished runs of lam x beta with given losses, one size and budget."""
+    base = generated(("adaptive",)).head(1)
+    rows = [
+        base.assign(lam=lam, beta=beta, loss=loss, mean_steps=beta, seed=seed, key=f"{lam}-{beta}-{seed}")
+        for (lam, beta), loss in losses.items()
+        for seed in range(seeds)
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
+NOISE = analysis.SeedNoise(deviation=analysis.Estimate(value=0.1, low=0.08, high=0.14), groups=10, runs=30)
+
+
 def test_heat_maps_hold_the_means_side_by_side():
-    base = generated(("adaptive",)).head(8)
-    shown = pd.concat(
-        [
-            base.assign(lam=lam, beta=beta, perplexity=100 * lam + beta, mean_steps=beta)
-            for lam in (0.1, 1.0)
-            for beta in (1.0, 2.0)
-        ]
-    )
-    perplexity, steps = sweep_figures.heat_maps(shown, "lam", "beta", None).data
-    np.testing.assert_allclose(perplexity.z, [[11, 101], [12, 102]])
+    losses = {(lam, beta): 10 * lam + beta for lam in (0.1, 1.0) for beta in (1.0, 2.0)}
+    loss, steps = sweep_figures.heat_maps(swept(losses), "lam", "beta", None).data
+    np.testing.assert_allclose(loss.z, [[2, 11], [3, 12]])
     np.testing.assert_allclose(steps.z, [[1, 1], [2, 2]])
-    assert perplexity.text[0][0] == "11.0"
+    assert loss.text[0][0] == "2.000<br>n 2"
+
+
+def test_cells_that_cannot_be_told_from_the_best_are_grey_and_say_their_noise():
+    shown = swept({(0.1, 1.0): 4.0, (1.0, 1.0): 4.05, (0.1, 2.0): 5.0, (1.0, 2.0): 5.1})
+    loss, grey, _ = sweep_figures.heat_maps(shown, "lam", "beta", None, noise=NOISE).data
+    np.testing.assert_array_equal(np.isnan(loss.z), [[True, True], [False, False]])
+    np.testing.assert_array_equal(grey.z, [[1, 1], [np.nan, np.nan]])
+    # t(0.975, 20) = 2.08596 times 0.1 / sqrt(2)
+    assert loss.text[0][0] == "4.000<br>± 0.147<br>n 2"
+
+
+@pytest.mark.parametrize(
+    ("losses", "headline"),
+    [
+        ({(0.1, 1.0): 4.0, (1.0, 1.0): 4.05, (0.1, 2.0): 4.1}, "No difference: none of the 3 settings"),
+        ({(0.1, 1.0): 4.0, (1.0, 1.0): 5.0, (0.1, 2.0): 6.0}, "Use λ 0.1 · β 1"),
+        ({(0.1, 1.0): 4.0, (1.0, 1.0): 4.05, (0.1, 2.0): 6.0}, "2 of 3 settings cannot be told from the best"),
+    ],
+)
+def test_a_sweep_recommends_what_the_noise_lets_it(losses, headline):
+    found = sweep_figures.ranking(swept(losses), ["lam", "beta"], NOISE)
+    assert found is not None
+    assert found.headline.startswith(headline)
+    unknown = sweep_figures.ranking(swept(losses), ["lam", "beta"], analysis.Refusal(reason="one seed"))
+    assert unknown is not None
+    assert unknown.headline.startswith("No recommendation")
 
 
 def test_importance_and_slices_show_the_analysis():

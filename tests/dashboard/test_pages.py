@@ -26,10 +26,12 @@ def test_an_empty_store_says_how_to_fill_it(author, name):
 @pytest.mark.parametrize(
     ("name", "figures"),
     [
+        ("answer", 1),
+        ("cost", 0),
         ("studies", 0),
         ("live", 2),
-        ("scaling", 2),
-        ("sweeps", 2),
+        ("compute", 1),
+        ("sensitivity", 2),
         ("halting", 4),
         ("tokens", 2),
         ("evaluations", 0),
@@ -86,7 +88,7 @@ def test_a_run_before_its_first_evaluation(author, name):
 
 def test_the_kind_of_flops_is_chosen_and_named(author):
     author.finished_study()
-    page = open_page("scaling")
+    page = open_page("compute")
     assert "training FLOPs, realised" in charts(page)[0]["layout"]["xaxis"]["title"]["text"]
     page.segmented_control(key="flops").set_value("paper").run()
     assert "training FLOPs, paper" in charts(page)[0]["layout"]["xaxis"]["title"]["text"]
@@ -94,7 +96,8 @@ def test_the_kind_of_flops_is_chosen_and_named(author):
 
 def test_too_few_runs_are_refused_with_a_reason_in_place_of_numbers(author):
     author.finished_study()
-    page = open_page("scaling")
+    assert "Not fitted" not in text(open_page("compute")), "laws are fitted on request"
+    page = open_page("compute", fits="true")
     assert "Not fitted" in text(page)
     assert "3 of the 6 runs that a fit needs" in text(page)
     for view, reason in (
@@ -103,21 +106,21 @@ def test_too_few_runs_are_refused_with_a_reason_in_place_of_numbers(author):
         ("Value of a latent step", "no method with more than one pass has 3 runs"),
         ("Size and data", "of the 6 runs"),
     ):
-        page = open_page("scaling", view=view)
+        page = open_page("compute", view=view)
         assert page.segmented_control(key="view").value == view
         assert reason in text(page)
-        assert not charts(page)
+        assert len(charts(page)) == (view == "IsoFLOP"), "points are drawn, nothing that is refused"
 
 
 def test_short_runs_are_called_what_they_are(author):
     author.finished_study()
-    assert "not the method's gain" in text(open_page("scaling"))
+    assert "not the method's gain" in text(open_page("compute"))
 
 
 def test_the_address_restores_what_was_chosen(author):
     author.finished_study()
     author.plan([], study="another")
-    page = open_page("scaling", study=STUDY, flops="executed", measure="perplexity", method="vanilla")
+    page = open_page("compute", study=STUDY, flops="executed", measure="perplexity", method="vanilla")
     assert page.selectbox(key="study").value == STUDY
     assert page.segmented_control(key="flops").value == "executed"
     chart = charts(page)[0]
@@ -128,13 +131,13 @@ def test_the_address_restores_what_was_chosen(author):
 def test_filters_that_leave_nothing_say_so(author):
     author.finished_study()
     author.begin("only", method="looped", size="9m", lam=None)
-    page = open_page("scaling", method="looped", size="0.6m")
+    page = open_page("compute", method="looped", size="0.6m")
     assert "No run passes the filters" in text(page)
 
 
 def test_a_figure_can_be_taken_along(author):
     author.finished_study()
-    page = open_page("scaling")
+    page = open_page("compute")
     labels = {button.label for button in page.get("download_button")}
     assert {"Data, CSV", "Data, Parquet", "Figure, HTML"} <= labels
 
@@ -172,7 +175,7 @@ def test_chosen_curves_and_a_run_without_metrics(author):
     page.multiselect(key="curves").set_value(["silent", "vanilla-0_6m-None"]).run()
     assert not page.exception
     assert "No training metrics: adaptive · 1.8m · λ 0.5" in text(page)
-    assert {trace["name"] for trace in charts(page)[0]["data"]} == {"vanilla · 0.6m"}
+    assert {trace["name"] for trace in charts(page)[0]["data"]} == {"vanilla · 0.6m", "vanilla · 0.6m, held out"}
 
 
 @pytest.mark.parametrize("name", ["studies", "live"])
@@ -188,7 +191,8 @@ def test_who_runs_a_study_is_named_while_it_does(author, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "figures"), [("studies", 0), ("live", 0), ("scaling", 1), ("sweeps", 2), ("halting", 6), ("tokens", 2)]
+    ("name", "figures"),
+    [("studies", 0), ("live", 0), ("compute", 1), ("sensitivity", 2), ("halting", 6), ("tokens", 2)],
 )
 def test_a_study_of_known_need(author, name, figures, caplog):
     author.known_need_study()
@@ -309,7 +313,7 @@ def test_a_swept_option_gets_its_heat_maps(author):
             )
             author.finish(key, lam=lam)
     author.plan([f"k-{lam}-{beta}" for lam in (0.1, 1.0) for beta in (0.5, 1.0)])
-    page = open_page("sweeps")
+    page = open_page("sensitivity")
     maps = [trace for chart in charts(page) for trace in chart["data"] if trace["type"] == "heatmap"]
     assert len(maps) == 2
     assert "4 of the 8 runs that importance needs" in text(page)

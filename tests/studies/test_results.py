@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 
 from haltscale.platform.analysis.estimates import Estimate, Refusal
+from haltscale.platform.analysis.matched import document_frame
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.markdown import END, begin, with_figures
 from haltscale.platform.store import RunState, RunStore, RunView
-from haltscale.platform.sweeps.report import control_differences, document_frame
+from haltscale.platform.sweeps.report import control_differences
 from haltscale.studies import gate_ablation, reference
 
 FOLDER = Path(__file__).parents[2] / "studies" / "results"
