@@ -23,6 +23,7 @@ from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCach
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import CrossEntropyFunction
 from haltscale.model.ledger import Flops, PassCounts
+from haltscale.model.loop_options import loop_options
 
 IGNORE_INDEX = -100
 """Target of a position that is not scored."""
@@ -329,11 +330,16 @@ class LanguageModel(nn.Module):
         parameters = sum(self.parameter_groups_count().values())
         passes = sum(rows * depth / config.shape.layers for rows, depth in zip(counts.rows, layers, strict=True))
         gradless = self._executed_flops(counts.gradless) if counts.gradless else 0.0
+        first = counts.forward_only or PassCounts()
+        depths = layers[: len(first.rows)]
         return Flops(
             realised=realised + self.extra_flops(counts)[0] + head,
             executed=self._executed_flops(counts) + gradless,
             paper=ledger.paper_inference_flops(parameters, 1, passes),
-            executed_gradless=gradless,
+            executed_gradless=gradless
+            + ledger.passes_flops(config.shape, first.executed_rows, first.executed_keys, depths),
+            realised_gradless=ledger.passes_flops(config.shape, first.rows, first.keys, depths),
+            paper_gradless=ledger.paper_inference_flops(parameters, 1, sum(first.rows)),
         )
 
     def _executed_flops(self, counts: PassCounts) -> float:
@@ -357,6 +363,8 @@ def _group_of(name: str) -> str:
     name = canonical_name(name)
     if name.startswith(("embedding.", "head.")):
         return name.split(".")[0]
+    if name.startswith("border."):
+        return "method"
     if "norm." in name:
         return "norms"
     if ".qkv." in name or ".out." in name:
@@ -379,6 +387,8 @@ def initialise(model: LanguageModel, seed: int) -> None:
     shape = model.config.shape
     std = math.sqrt(2.0 / (5.0 * shape.d))
     into_residual = std / math.sqrt(2.0 * shape.layers)
+    if loop_options(model.config.options).zero_outputs:
+        into_residual = 0.0
     scale: dict[int, float] = {}
     for module in model.modules():
         if isinstance(module, Block):

@@ -37,10 +37,11 @@ def block_row(
     me: tuple[int, int],
     visible: Iterable[tuple[int, int]],
     fade: dict[tuple[int, int], Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """One row through one block. It leaves its key and value in `states[me]` and looks at `visible` (me included).
 
-    fade: added to the score of each key.
+    fade: added to the score of each key. scale: of what is added to the residual stream.
     """
     visible = list(visible)
     shape = block.shape
@@ -58,9 +59,9 @@ def block_row(
             scores = scores + torch.stack([fade[other] for other in visible])
         weights = torch.softmax(scores, dim=0)
         heads.append(sum(w * value[g] for w, (_, value) in zip(weights, seen, strict=True)))
-    x = x + block.out.weight @ torch.cat(heads)
+    x = x + scale * (block.out.weight @ torch.cat(heads))
     gate, up = (block.gate_up.weight @ norm(x, block.mlp_norm)).chunk(2)
-    return x + block.down.weight @ (gate / (1 + torch.exp(-gate)) * up)
+    return x + scale * (block.down.weight @ (gate / (1 + torch.exp(-gate)) * up))
 
 
 def stack_row(
@@ -74,10 +75,11 @@ def stack_row(
     *,
     final_norm: bool = True,
     fade: dict[tuple[int, int], Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """One row through all blocks and the final norm."""
     for block, layer_states in zip(stack.blocks, states, strict=True):
-        x = block_row(block, x, position, theta, layer_states, me, visible, fade)
+        x = block_row(block, x, position, theta, layer_states, me, visible, fade, scale)
     return norm(x, stack.final_norm) if final_norm else x
 
 
@@ -106,6 +108,28 @@ def loss_of(logits_TV: list[Tensor], targets: list[int], extra: list[Tensor | fl
         pressed = pressed + (1.0 if beta is None else torch.exp(-nll.detach()) ** beta) * steps
         scored += 1
     return nats, lam * pressed, scored
+
+
+def crossed(model: torch.nn.Module, z: Tensor, e: Tensor) -> Tensor:
+    """A state on its way into the stack again, e being its embedded token."""
+    options, border = model.config.options, model.latent_loop.border
+    if options.injection == "norm":
+        z = norm(z, border.state_norm) + border.alpha[0] * e
+    elif options.injection == "add":
+        z = z + e
+    return norm(z, border.input_norm) if options.loop_norm else z
+
+
+def switches(model: torch.nn.Module, most: int) -> tuple[int, int, float]:
+    """(latent steps allowed at the model's share of the budget, passes without a gradient, residual scale)."""
+    options, share = model.config.options, model.budget_share
+    deepest, W = most, options.depth_growth
+    if share < W:
+        curve = options.depth_curve
+        passes = (most + 1) * (1 - math.sqrt((W - share) / W)) if curve == "sqrt" else (most + 1) * share / W
+        deepest = {"linear": math.floor(passes), "sqrt": max(math.ceil(passes), 1) - 1, "late": 0}[curve]
+    gradless = deepest + 1 - options.gradient_passes if options.gradient_passes else 0
+    return deepest, max(gradless, 0), 1 / (most + 1) if options.scaled_residuals else 1.0
 
 
 def adaptive_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
@@ -187,16 +211,19 @@ def fixed_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]
     states = new_states(stack)
     executed: list[int] = []
     out = []
+    deepest, gradless, scale = switches(model, math.ceil(model.steps))
     for t, token in enumerate(tokens):
         whole = math.floor(model.steps)
         share = (t + 1) * 0.6180339887498949
         steps = whole + (1 if share - math.floor(share) < model.steps - whole else 0)
-        z = embed(model, token)
+        z = e = embed(model, token)
         executed.append(0)
-        for k in range(steps + 1):
+        for k in range(min(steps, deepest) + 1):
             executed[t] = k + 1
             visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
-            z = stack_row(stack, z, t, theta, states, (t, k), visible)
+            with torch.set_grad_enabled(k >= gradless):
+                x = crossed(model, z, e) if k else e
+                z = stack_row(stack, x, t, theta, states, (t, k), visible, scale=scale)
         out.append(head(model, z))
     return out, [0.0] * len(tokens), executed
 
@@ -228,22 +255,28 @@ def shuffled_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
     return out, expected, executed
 
 
-def causal_pass(model: torch.nn.Module, rows: list[Tensor], positions: list[int], *, final_norm: bool = True):
+def causal_pass(
+    model: torch.nn.Module, rows: list[Tensor], positions: list[int], *, final_norm: bool = True, scale: float = 1.0
+):
     """One ordinary causal pass over these input vectors."""
     stack, out = model.latent_loop.stack, []
     states = new_states(stack)
     for n, (row, position) in enumerate(zip(rows, positions, strict=True)):
         visible = [(m, 0) for m in range(n + 1)]
         theta = model.config.rope_theta
-        out.append(stack_row(stack, row, position, theta, states, (n, 0), visible, final_norm=final_norm))
+        out.append(stack_row(stack, row, position, theta, states, (n, 0), visible, final_norm=final_norm, scale=scale))
     return out
 
 
 def looped_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
-    rows = [embed(model, token) for token in tokens]
-    for k in range(model.steps + 1):
-        rows = causal_pass(model, rows, list(range(len(tokens))), final_norm=k == model.steps)
-    return [head(model, row) for row in rows], [0.0] * len(tokens), [model.steps + 1] * len(tokens)
+    rows = first = [embed(model, token) for token in tokens]
+    steps, gradless, scale = switches(model, model.steps)
+    for k in range(steps + 1):
+        with torch.set_grad_enabled(k >= gradless):
+            if k:
+                rows = [crossed(model, row, e) for row, e in zip(rows, first, strict=True)]
+            rows = causal_pass(model, rows, list(range(len(tokens))), final_norm=k == steps, scale=scale)
+    return [head(model, row) for row in rows], [0.0] * len(tokens), [steps + 1] * len(tokens)
 
 
 def pause_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
@@ -448,9 +481,7 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
     given = replayed(model, tokens)
     explored = [u < options.explore for u in drawn(tokens, options.steps_seed, salt=1)]
     warm = share < options.gate_warmup
-    deepest = options.l_max
-    if share < options.depth_growth:
-        deepest = int(share * (options.l_max + 1) / options.depth_growth)
+    deepest, gradless, scale = switches(model, options.l_max)
     lam = options.lam
     if options.lam_ramp:
         lam = lam * min(1, max(0, share - options.gate_warmup) / options.lam_ramp)
@@ -460,7 +491,9 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
         for k in range(options.l_max + 1):
             executed[t] = k + 1
             visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
-            before, z = z, stack_row(stack, z, t, theta, states, (t, k), visible)
+            with torch.set_grad_enabled(k >= gradless):
+                x = crossed(model, z, embed(model, token)) if k else z
+                before, z = z, stack_row(stack, x, t, theta, states, (t, k), visible, scale=scale)
             zs.append(z)
             if k == deepest:
                 break

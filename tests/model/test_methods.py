@@ -16,6 +16,7 @@ from haltscale.model.adaptive import AdaptiveOptions, GateTarget, Mixture, Penal
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.language_model import canonical_name
 from haltscale.model.latent_loop import RouterInput, RouterKind
+from haltscale.model.loop_options import Injection
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.mor import MorOptions, Routing
 from haltscale.model.pause import PauseOptions
@@ -61,7 +62,36 @@ CASES: dict[str, tuple[Method, Any]] = {
         Method.ADAPTIVE,
         AdaptiveOptions(mixture=Mixture.EXPECTED_LOSS, prior_steps=1.5, **RAGGED),
     ),
+    "adaptive, norm injection, last passes": (
+        Method.ADAPTIVE,
+        AdaptiveOptions(injection=Injection.NORM, gradient_passes=3, router_input=RouterInput.CHANGE, **RAGGED),
+    ),
+    "adaptive, border norm, scaled": (
+        Method.ADAPTIVE,
+        AdaptiveOptions(loop_norm=True, scaled_residuals=True, depth_growth=0.5, **RAGGED),
+    ),
+    "adaptive, added injection, last passes": (
+        Method.ADAPTIVE,
+        AdaptiveOptions(injection=Injection.ADD, loop_norm=True, gradient_passes=2, **RAGGED),
+    ),
     "fixed": (Method.FIXED, FixedOptions(steps=1.4)),
+    "fixed, norm injection, last passes": (
+        Method.FIXED,
+        FixedOptions(steps=2.4, injection=Injection.NORM, gradient_passes=2),
+    ),
+    "fixed, added injection, border norm, scaled": (
+        Method.FIXED,
+        FixedOptions(steps=1.4, injection=Injection.ADD, loop_norm=True, scaled_residuals=True),
+    ),
+    "looped, norm injection, last passes": (
+        Method.LOOPED,
+        LoopedOptions(steps=3, injection=Injection.NORM, gradient_passes=2),
+    ),
+    "looped, added injection, last pass": (
+        Method.LOOPED,
+        LoopedOptions(steps=2, injection=Injection.ADD, gradient_passes=1),
+    ),
+    "looped, border norm, scaled": (Method.LOOPED, LoopedOptions(steps=2, loop_norm=True, scaled_residuals=True)),
     "shuffled": (Method.SHUFFLED, ShuffledOptions(shift=3, **RAGGED)),
     "looped": (Method.LOOPED, LoopedOptions(steps=2)),
     "pause": (Method.PAUSE, PauseOptions(steps=2)),
@@ -99,7 +129,15 @@ ORACLES = {
     "adaponder, shuffled steps": "adaponder_sequence",
     "mor, shuffled steps": "mor_sequence",
     "mor, token choice, shuffled steps": "mor_sequence",
+    "adaptive, norm injection, last passes": "optioned_sequence",
+    "adaptive, border norm, scaled": "optioned_sequence",
+    "adaptive, added injection, last passes": "optioned_sequence",
     "fixed": "fixed_sequence",
+    "fixed, norm injection, last passes": "fixed_sequence",
+    "fixed, added injection, border norm, scaled": "fixed_sequence",
+    "looped, norm injection, last passes": "looped_sequence",
+    "looped, added injection, last pass": "looped_sequence",
+    "looped, border norm, scaled": "looped_sequence",
     "shuffled": "shuffled_sequence",
     "looped": "looped_sequence",
     "pause": "pause_sequence",
