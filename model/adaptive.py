@@ -411,7 +411,7 @@ class AdaptiveModel(LanguageModel):
             per_row = self.latent_loop.routers[0].flops()  # type: ignore[operator]
             routed = slice(0, self.latent_loop.rules.l_max)
             realised, executed = per_row * sum(counts.rows[routed]), per_row * sum(counts.executed_rows[routed])
-        per_head_row = 2.0 * self.config.shape.d * self.config.vocab_size
+        per_head_row = self.head_row_flops()
         if self.options.mixture.heads_every_state or self._trains_every_state:
             realised += per_head_row * sum(counts.rows[1:])
         return realised, executed

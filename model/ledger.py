@@ -147,9 +147,9 @@ def passes_flops(shape: Shape, rows: list[int], pairs: list[int], layers: list[i
     )
 
 
-def head_flops(shape: Shape, vocab_size: int, rows: int) -> float:
-    """FLOPs of the LM head on `rows`."""
-    return 2.0 * rows * shape.d * vocab_size
+def head_flops(shape: Shape, vocab_size: int, rows: int, *, rank: int = 0) -> float:
+    """FLOPs of the LM head on `rows`; rank: of a factorised one, 0 for a whole one."""
+    return 2.0 * rows * (rank * (shape.d + vocab_size) if rank else shape.d * vocab_size)
 
 
 def paper_training_flops(parameters: float, tokens: float, passes: float) -> float:

@@ -49,8 +49,7 @@ class PonderModel(LanguageModel):
     def _next_input(self, token_Nd: Tensor, e_Nd: Tensor, z_Nd: Tensor) -> Tensor:
         """The input after a pass that gave z_Nd from e_Nd."""
         guess_NV = torch.softmax(at_least_float32(self.lm_head(z_Nd)), dim=1).to(z_Nd.dtype)
-        expected_Nd = guess_NV @ self.embedding.weight * self.embedding_factor
-        return (e_Nd if self.options.accumulate else token_Nd) + expected_Nd
+        return (e_Nd if self.options.accumulate else token_Nd) + self.expected_embedding(guess_NV)
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
@@ -80,5 +79,5 @@ class PonderModel(LanguageModel):
 
     def extra_flops(self, counts: PassCounts) -> tuple[float, float]:
         """Each guess: once through the head, once through the embedding."""
-        per_row = 2 * 2.0 * self.config.shape.d * self.config.vocab_size
+        per_row = 2 * self.head_row_flops()
         return per_row * sum(counts.rows[: self.steps]), per_row * sum(counts.executed_rows[: self.steps])

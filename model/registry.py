@@ -16,6 +16,7 @@ from haltscale.model.config import (
     is_int,
     is_number,
     key_problems,
+    model_choice_problems,
 )
 from haltscale.model.fixed import FixedModel, FixedOptions
 from haltscale.model.language_model import LanguageModel, initialise
@@ -130,12 +131,7 @@ def config_problems(config: ModelConfig, *, tokenizer_size: int | None = None, l
             found.append(f"{name} = {value}: must be at least {needed}, {whose}")
     if not is_number(config.rope_theta) or not config.rope_theta > 1:
         found.append(f"rope_theta = {config.rope_theta!r}: must be a number above 1")
-    if not is_number(config.norm_eps) or not 0 < config.norm_eps < 1:
-        found.append(f"norm_eps = {config.norm_eps!r}: must be a number between 0 and 1")
-    for name in ("tie_embeddings", "embedding_scale"):
-        if not isinstance(getattr(config, name), bool):
-            found.append(f"{name} = {getattr(config, name)!r}: must be true or false")
-    return found
+    return found + model_choice_problems(config)
 
 
 def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:

@@ -10,7 +10,9 @@ from typing import Any
 
 from haltscale.model import (
     METHODS,
+    MODEL_CHOICES,
     SIZES,
+    EmbeddingScale,
     Method,
     MethodOptions,
     ModelConfig,
@@ -79,6 +81,14 @@ class RunConfig:
     its record says by how much that was too many."""
     context: int = 256
     """Sequence length in tokens."""
+    tie_embeddings: bool = False
+    """Whether the head uses the embedding's matrix. The authors do not tie."""
+    embedding_rank: int = 0
+    """Above 0: embedding and head are products of two matrices, vocabulary x rank and rank x d."""
+    embedding_scale: EmbeddingScale = EmbeddingScale.UNIT
+    """What embeddings are multiplied by on the way in: unit for sqrt(2.5 d), sqrt_d, or none."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm; the authors' pause, PonderLM and PonderLM-2 have 0.1."""
     batch_tokens: int = 4096
     """Tokens per optimizer step, over all workers; a multiple of ``context``."""
     learning_rate: float = 2e-3
@@ -128,8 +138,8 @@ class RunConfig:
     def label(self) -> str:
         """What tables and figures call the run."""
         defaults = type(self.options)()
-        shown = [arm({"method": self.method, "options": {"steps_from": getattr(self.options, "steps_from", None)}})]
-        shown.append(self.size)
+        own = {name: getattr(self.options, name, None) for name in ("steps_from", "injection")}
+        shown = [arm({"method": self.method, "options": own}), self.size]
         for name, symbol in LABELLED_OPTIONS.items():
             value = getattr(self.options, name, None)
             if value is not None and (name == "lam" or value != getattr(defaults, name)):
@@ -139,7 +149,12 @@ class RunConfig:
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model of this run."""
         config = ModelConfig(
-            method=self.method, shape=self.shape, vocab_size=vocab_size, context=self.context, options=self.options
+            method=self.method,
+            shape=self.shape,
+            vocab_size=vocab_size,
+            context=self.context,
+            options=self.options,
+            **{name: getattr(self, name) for name in MODEL_CHOICES},
         )
         if (start := self.init_from) is None:
             return config
@@ -149,13 +164,16 @@ class RunConfig:
             rope_theta=start.rope_theta,
             norm_eps=start.norm_eps,
             tie_embeddings=start.tie_embeddings,
-            embedding_scale=False,  # as the Llama has it
+            embedding_rank=0,
+            embedding_scale=EmbeddingScale.NONE,  # as the Llama has it
         )
 
     def parameters(self, vocab_size: int) -> int:
         """Parameters of the plain model of this run's shape; what its method adds is left out."""
         config = self.model_config(vocab_size)
-        return config.shape.parameters(config.vocab_size, tie_embeddings=config.tie_embeddings)
+        return config.shape.parameters(
+            config.vocab_size, tie_embeddings=config.tie_embeddings, embedding_rank=config.embedding_rank
+        )
 
     def problems(self, vocab_size: int = 4096) -> list[str]:
         """Everything wrong with this run, each naming its field and the allowed values."""
@@ -193,7 +211,14 @@ class RunConfig:
 
     def _start_problems(self, start: InitialModel, vocab_size: int) -> list[str]:
         """What keeps the run from starting from that model."""
-        found = []
+        defaults = {f.name: f.default for f in fields(RunConfig)}
+        found = [
+            f"{name} {getattr(self, name)} cannot be chosen with init_from, which has its own: leave it out"
+            for name in MODEL_CHOICES
+            if getattr(self, name) != defaults[name]
+        ]
+        if getattr(self.options, "zero_outputs", False):
+            found.append("zero_outputs cannot be chosen with init_from, whose weights are not zero: leave it out")
         if self.size != IMPORTED and named_shape(self.size) != start.shape:
             found.append(
                 f"size {self.size!r} is {named_shape(self.size)}, init_from has {start.shape}: give size {IMPORTED!r}"

@@ -63,11 +63,12 @@ def cost(run: RunConfig, vocab_size: int) -> Cost:
         ValueError: the run has errors (:meth:`RunConfig.problems`).
     """
     options = _priced(run.options)
-    bound = _training_flops(run.method, run.shape, options, run.context, vocab_size)
+    rank = run.embedding_rank
+    bound = _training_flops(run.method, run.shape, options, run.context, vocab_size, rank)
     expected: float | None = bound
     if isinstance(options, Ponder2Options):  # draws its number of passes at every step
         drawn = [replace(options, jacobi_low=n, jacobi_high=n) for n in range(options.jacobi_low, options.jacobi_high)]
-        known = [_training_flops(run.method, run.shape, o, run.context, vocab_size) for o in drawn]
+        known = [_training_flops(run.method, run.shape, o, run.context, vocab_size, rank) for o in drawn]
         expected = float(np.mean([*known, bound]))
     elif _stand_in(run.method, options)[0] is not run.method:
         expected = None
@@ -85,7 +86,8 @@ def _mean_while_growing(run: RunConfig, vocab_size: int) -> float:
 
     def at(depth: int) -> float:
         steps = min(options.steps, depth)
-        return _training_flops(run.method, run.shape, replace(priced, steps=steps), run.context, vocab_size)
+        known = replace(priced, steps=steps)
+        return _training_flops(run.method, run.shape, known, run.context, vocab_size, run.embedding_rank)
 
     return sum(at(depth) * shares for depth, shares in depths.items()) / GROWTH_SHARES
 
@@ -111,7 +113,8 @@ def size_for(flops: float, run: RunConfig, vocab_size: int) -> str:
             if d >= 192 and d % 64:
                 continue
             shape = rung(layers, d)
-            rows = ledger.passes_flops(shape, [1], [0], [layers]) + ledger.head_flops(shape, vocab_size, 1)
+            rows = ledger.passes_flops(shape, [1], [0], [layers]) + 2 * run.embedding_rank * d
+            rows += ledger.head_flops(shape, vocab_size, 1, rank=run.embedding_rank)
             pairs = layers * ledger.layer_pair_flops(shape) * (run.context + 1) / 2
             miss = abs(math.log(ledger.TRAINING_TO_FORWARD * (rows + pairs) / wanted))
             stretch = abs(math.log(d / layers * own.layers / own.d))
@@ -230,16 +233,25 @@ def _priced(options: Any) -> Any:
 
 
 @cache
-def _training_flops(method: Method, shape: Shape, options: Any, context: int, vocab_size: int) -> float:
-    model = _weightless(method, shape, options, vocab_size)
+def _training_flops(
+    method: Method, shape: Shape, options: Any, context: int, vocab_size: int, embedding_rank: int
+) -> float:
+    model = _weightless(method, shape, options, vocab_size, embedding_rank)
     counts = _counts(*_stand_in(method, options), context)
     return model.flops(counts).training.realised / counts.tokens
 
 
 @cache
-def _weightless(method: Method, shape: Shape, options: Any, vocab_size: int) -> LanguageModel:
+def _weightless(method: Method, shape: Shape, options: Any, vocab_size: int, embedding_rank: int) -> LanguageModel:
     """A model that has shapes and no weights."""
-    config = ModelConfig(method=method, shape=shape, vocab_size=vocab_size, context=8, options=options)
+    config = ModelConfig(
+        method=method,
+        shape=shape,
+        vocab_size=vocab_size,
+        context=8,
+        options=options,
+        embedding_rank=embedding_rank,
+    )
     with torch.device("meta"), _Undrawn():
         return METHODS[method].model(config)
 

@@ -84,11 +84,22 @@ def stack_row(
 
 
 def embed(model: torch.nn.Module, token: int) -> Tensor:
-    scale = math.sqrt(2.5 * model.config.shape.d) if model.config.embedding_scale else 1.0
-    return model.embedding.weight[token] * scale
+    return table(model)[token]
+
+
+def table(model: torch.nn.Module) -> Tensor:
+    """The input vectors of all tokens."""
+    scale = {"none": 1.0, "sqrt_d": model.config.shape.d**0.5, "unit": (2.5 * model.config.shape.d) ** 0.5}
+    factors = model.embedding.weight
+    whole = factors if not model.config.embedding_rank else factors @ model.embedding_up.weight.T
+    return whole * scale[model.config.embedding_scale]
 
 
 def head(model: torch.nn.Module, hidden: Tensor) -> Tensor:
+    if model.config.embedding_rank:
+        if model.config.tie_embeddings:
+            return model.embedding.weight @ (model.embedding_up.weight.T @ hidden)
+        return model.head[1].weight @ (model.head[0].weight @ hidden)
     weight = model.embedding.weight if model.head is None else model.head.weight
     return weight @ hidden
 
@@ -290,14 +301,14 @@ def pause_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]
 
 def ponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     first = [embed(model, token) for token in tokens]
-    factor = math.sqrt(2.5 * model.config.shape.d)
+    vectors = table(model)
     rows = first
     for _ in range(model.steps):
         guessed = []
         base = rows if model.options.accumulate else first
         for row, z in zip(base, causal_pass(model, rows, list(range(len(tokens)))), strict=True):
             p = torch.softmax(head(model, z), dim=0)
-            guessed.append(row + factor * sum(p[v] * model.embedding.weight[v] for v in range(len(p))))
+            guessed.append(row + sum(p[v] * vectors[v] for v in range(len(p))))
         rows = guessed
     out = causal_pass(model, rows, list(range(len(tokens))))
     return [head(model, row) for row in out], [0.0] * len(tokens), [model.steps + 1] * len(tokens)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from haltscale.model import METHODS, Method, Shape
+from haltscale.model import METHODS, EmbeddingScale, Method, Shape
 from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveOptions, GateTarget, Mixture, PenaltyProbability
 from haltscale.model.fixed import FixedOptions
@@ -153,6 +153,12 @@ TINY = Shape(layers=2, d=16, heads=4, kv_heads=2, ffn=24)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "grouped queries, untied": {},
     "multi-head, tied": {"shape": replace(TINY, kv_heads=4), "tie_embeddings": True},
+    "factorised, sqrt(d), eps 0.1": {"embedding_rank": 4, "embedding_scale": EmbeddingScale.SQRT_D, "norm_eps": 0.1},
+    "factorised, tied, unscaled": {
+        "embedding_rank": 4,
+        "embedding_scale": EmbeddingScale.NONE,
+        "tie_embeddings": True,
+    },
 }
 every_case = pytest.mark.parametrize("case", list(CASES))
 every_layout = pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -291,8 +297,9 @@ def test_executed_flops_equal_torchs_counter(
 
 
 @every_case
-def test_decodings_flops_equal_torchs_counter(tiny: Callable, batch: Callable, case: str) -> None:
-    model = build(tiny, case)
+@pytest.mark.parametrize("layout", ["grouped queries, untied", "factorised, sqrt(d), eps 0.1"])
+def test_decodings_flops_equal_torchs_counter(tiny: Callable, batch: Callable, case: str, layout: str) -> None:
+    model = build(tiny, case, **LAYOUTS[layout])
     tokens, _ = batch(2, 8)
     state = model.start_decoding(2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -408,9 +415,10 @@ def test_parameters_by_part_add_up(tiny: Callable, case: str, layout: str) -> No
     model = build(tiny, case, **LAYOUTS[layout])
     shape, groups = model.config.shape, model.parameter_groups_count()
     assert sum(groups.values()) == sum(p.numel() for p in model.parameters())
-    tied = model.config.tie_embeddings
-    assert groups["head"] == (0 if tied else 31 * 16)
-    assert sum(groups.values()) - groups["method"] == shape.parameters(31, tie_embeddings=tied)
+    tied, rank = model.config.tie_embeddings, model.config.embedding_rank
+    assert groups["head"] == (0 if tied else rank * (31 + 16) if rank else 31 * 16)
+    whole = shape.parameters(31, tie_embeddings=tied, embedding_rank=rank)
+    assert sum(groups.values()) - groups["method"] == whole
 
 
 @pytest.mark.parametrize(
