@@ -213,7 +213,7 @@ class AdaponderModel(LanguageModel):
         """Gates after every pass but the last; a guess, through head and embedding, before every pass but the first."""
         d = self.config.shape.d
         per_gate = 2.0 * (d * d + d)
-        per_guess = 2 * 2.0 * d * self.config.vocab_size
+        per_guess = 2 * self.head_row_flops()
         l_max = self.options.l_max
         realised, executed = (
             per_gate * sum(rows[:l_max]) + per_guess * sum(rows[1:]) for rows in (counts.rows, counts.executed_rows)

@@ -198,8 +198,8 @@ class ModelConfig:
     """Above 0: embedding and head are products of two matrices, vocab_size x rank and rank x d (ALBERT, 1909.11942)."""
     embedding_scale: EmbeddingScale = EmbeddingScale.UNIT
     """What embeddings are multiplied by on the way in. The authors' vanilla model goes without, and their pause and
-    PonderLM take sqrt(d); here every arm has unit scale by default, so that a comparison is about thinking and not about
-    scale. True and False, in files of former versions, are unit and none."""
+    PonderLM take sqrt(d); here every arm has unit scale by default, so that a comparison is about thinking and not
+    about scale. True and False, in files of former versions, are unit and none."""
 
     def __post_init__(self) -> None:
         if isinstance(self.embedding_scale, bool):

@@ -16,8 +16,8 @@ REPLAYS = ("shuffled", "fixed")
 import)."""
 OLD_CONTROLS = ("fixed", "shuffled")
 INJECTED = "injected"
-"""The twin of looped that has its embedding injected again: a looped baseline without it is called weak (docs/methods.md).
-Other methods stay one arm, with or without it."""
+"""The twin of looped that has its embedding injected again: a looped baseline without it is called weak
+(docs/methods.md). Other methods stay one arm, with or without it."""
 
 
 def arm(identity: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from haltscale.model.config import (
     require,
     set_normalised,
 )
+from haltscale.model.loop_options import LOOP_FIELDS
 from haltscale.platform.arms import arm
 from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
@@ -62,6 +63,10 @@ class ConfigError(ValueError):
 
 LABELLED_OPTIONS = {"lam": "λ", "beta": "β", "l_max": "l_max"}
 """Options that a run's label shows: λ always, the others where they differ from the method's default."""
+
+
+LABELLED_SWITCHES = tuple(name for name in LOOP_FIELDS if name != "depth_growth")
+"""Switches that it shows where they are on; depth_growth has a say in published studies, whose labels stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +145,10 @@ class RunConfig:
         defaults = type(self.options)()
         own = {name: getattr(self.options, name, None) for name in ("steps_from", "injection")}
         shown = [arm({"method": self.method, "options": own}), self.size]
+        for name in LABELLED_SWITCHES:
+            value = getattr(self.options, name, None)
+            if value is not None and value != getattr(defaults, name):
+                shown.append(name if value is True else f"{name} {value}")
         for name, symbol in LABELLED_OPTIONS.items():
             value = getattr(self.options, name, None)
             if value is not None and (name == "lam" or value != getattr(defaults, name)):

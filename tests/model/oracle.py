@@ -379,7 +379,7 @@ def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
 def adaponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     """AdaPonderLM in decoding order; a token shows its newest state up to the pass that looks. Extra: sparsity loss."""
     options, theta, stack = model.options, model.config.rope_theta, model.latent_loop.stack
-    factor = math.sqrt(2.5 * model.config.shape.d) if model.config.embedding_scale else 1.0
+    vectors = table(model)
     states, last, out = new_states(stack), [], []
     gates: list[list[tuple[int, Tensor]]] = [[] for _ in range(options.l_max)]
     given = replayed(model, tokens)
@@ -399,7 +399,7 @@ def adaponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[
             if not (gate > options.tau if given is None else given[t] > k):
                 break
             p = torch.softmax(head(model, z), dim=0)
-            e = e + gate * factor * sum(p[v] * model.embedding.weight[v] for v in range(len(p)))
+            e = e + gate * sum(p[v] * vectors[v] for v in range(len(p)))
         out.append(head(model, z))
     extra = [torch.zeros((), dtype=out[0].dtype) for _ in tokens]
     for of_pass in gates:
