@@ -72,8 +72,8 @@ METHODS: dict[str, MethodEntry] = {
     Method.PONDER2: MethodEntry(
         Ponder2Options,
         Ponder2Model,
-        lambda o: 2 * o.jacobi_high + 3,
-        "PonderLM-2: one latent thought per token, by Jacobi",
+        lambda o: (o.thoughts + 1) * (o.jacobi_high + 1) + 1,
+        "PonderLM-2: latent thoughts after every token, by Jacobi",
         semantics=2,  # 1 drew its number of passes in every forward piece
     ),
     Method.MOR: MethodEntry(

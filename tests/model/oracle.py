@@ -308,6 +308,9 @@ def ponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int
         base = rows if model.options.accumulate else first
         for row, z in zip(base, causal_pass(model, rows, list(range(len(tokens)))), strict=True):
             p = torch.softmax(head(model, z), dim=0)
+            if model.options.top_k:
+                kept = sorted(range(len(p)), key=lambda v: -float(p[v]))[: model.options.top_k]
+                p = [p[v] / sum(p[u] for u in kept) if v in kept else 0.0 for v in range(len(p))]
             guessed.append(row + sum(p[v] * vectors[v] for v in range(len(p))))
         rows = guessed
     out = causal_pass(model, rows, list(range(len(tokens))))
@@ -317,11 +320,13 @@ def ponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int
 def ponder2_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     x = [embed(model, token) for token in tokens]
     z = causal_pass(model, x, list(range(len(tokens))))
-    positions = [t for t in range(len(tokens)) for _ in range(2)]
-    for _ in range(model.options.jacobi_high):
-        z = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[0::2]
-    out = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[1::2]
-    return [head(model, row) for row in out], [0.0] * len(tokens), [2] * len(tokens)
+    K = model.options.thoughts
+    positions = [t for t in range(len(tokens)) for _ in range(K + 1)]
+    thoughts = [[row] * K for row in z]
+    for _ in range(model.options.jacobi_high + 1):
+        out = causal_pass(model, [slot for t in range(len(x)) for slot in (x[t], *thoughts[t])], positions)
+        thoughts = [[out[t * (K + 1) + n] for n in range(K)] for t in range(len(x))]
+    return [head(model, row) for row in out[K :: K + 1]], [0.0] * len(tokens), [K + 1] * len(tokens)
 
 
 def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
@@ -346,12 +351,20 @@ def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
         depth = given or [int(p[t].argmax()) for t in range(T)]
         share = [sum(d == r for d in depth) / T for r in range(R)]
         extra = [options.balance_weight * R * sum(share[r] * p[t][r] for r in range(R)) for t in range(T)]
+        for t in range(T):
+            scores = loop.routers[0].score.weight @ first[t]
+            extra[t] = extra[t] + options.z_weight * torch.log(sum(torch.exp(s) for s in scores)) ** 2
     inside = list(range(T))
     for i in range(R):
+        for t in inside if expert else []:
+            extra[t] = extra[t] + options.z_weight * (loop.routers[i].score.weight[0] @ h[t]) ** 2
         if i and given is not None:
             inside = [t for t in inside if given[t] >= i]
         elif i and expert:
-            foretold = {t: loop.auxiliary_routers[i - 1].score.weight[0] @ h[t].detach() for t in inside}
+            if options.auxiliary == "main":
+                foretold = {t: loop.routers[i].score.weight[0] @ h[t] for t in inside}
+            else:
+                foretold = {t: loop.auxiliary_routers[i - 1].score.weight[0] @ h[t].detach() for t in inside}
             if model.training:
                 ranked = sorted(inside, key=lambda t: -float((loop.routers[i].score.weight[0] @ h[t]).detach()))
                 picked = sorted(ranked[: math.ceil(T * (R - i) / R)])

@@ -18,7 +18,7 @@ from haltscale.model.language_model import canonical_name
 from haltscale.model.latent_loop import RouterInput, RouterKind
 from haltscale.model.loop_options import Injection
 from haltscale.model.looped import LoopedOptions
-from haltscale.model.mor import MorOptions, Routing
+from haltscale.model.mor import Auxiliary, MorOptions, Routing
 from haltscale.model.pause import PauseOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
@@ -97,7 +97,9 @@ CASES: dict[str, tuple[Method, Any]] = {
     "pause": (Method.PAUSE, PauseOptions(steps=2)),
     "ponder": (Method.PONDER, PonderOptions(steps=2)),
     "ponder, replacing": (Method.PONDER, PonderOptions(steps=2, accumulate=False)),
+    "ponder, three likeliest": (Method.PONDER, PonderOptions(steps=2, accumulate=False, top_k=3)),
     "ponder2": (Method.PONDER2, Ponder2Options()),
+    "ponder2, two thoughts": (Method.PONDER2, Ponder2Options(thoughts=2)),
     "ponder3": (Method.PONDER3, Ponder3Options(lam=0.3, tau=0.25, router_bias=0.5)),
     "ponder3, fixed steps": (Method.PONDER3, Ponder3Options(lam=0.3, tau=0.25, router_bias=0.5, **FIXED)),
     "adaponder, shuffled steps": (
@@ -106,6 +108,14 @@ CASES: dict[str, tuple[Method, Any]] = {
     ),
     "adaponder": (Method.ADAPONDER, AdaponderOptions(lam=0.3, fraction=0.4, tau=0.5, router_bias=0.3)),
     "mor": (Method.MOR, MorOptions(auxiliary_weight=0.3)),
+    "mor, published recipe": (
+        Method.MOR,
+        MorOptions(auxiliary=Auxiliary.MAIN, auxiliary_weight=0.3, z_weight=0.2),
+    ),
+    "mor, token choice, z-loss": (
+        Method.MOR,
+        MorOptions(routing=Routing.TOKEN_CHOICE, balance_weight=0.3, z_weight=0.2),
+    ),
     "mor, shuffled steps": (Method.MOR, MorOptions(auxiliary_weight=0.3, **SHUFFLED_MOR)),
     "mor, token choice, shuffled steps": (
         Method.MOR,
@@ -127,6 +137,10 @@ ORACLES = {
     "adaptive, expected loss, prior": "optioned_sequence",
     "ponder3, fixed steps": "ponder3_sequence",
     "adaponder, shuffled steps": "adaponder_sequence",
+    "mor, published recipe": "mor_sequence",
+    "mor, token choice, z-loss": "mor_sequence",
+    "ponder, three likeliest": "ponder_sequence",
+    "ponder2, two thoughts": "ponder2_sequence",
     "mor, shuffled steps": "mor_sequence",
     "mor, token choice, shuffled steps": "mor_sequence",
     "adaptive, norm injection, last passes": "optioned_sequence",
@@ -230,7 +244,7 @@ def test_the_future_changes_nothing(tiny: Callable, batch: Callable, case: str, 
     for each in (tokens, other):
         results.append(model(each))
     before, after = results
-    if training and case == "mor":  # expert choice ranks the whole sequence: mor.py says so
+    if training and case in ("mor", "mor, published recipe"):  # expert choice ranks the whole sequence: mor.py says so
         assert not torch.equal(before.logits_BTV[:, :6], after.logits_BTV[:, :6])
         return
     torch.testing.assert_close(before.logits_BTV[:, :6], after.logits_BTV[:, :6], atol=1e-11, rtol=0)
@@ -254,8 +268,11 @@ def test_decoding_equals_reading(tiny: Callable, batch: Callable, case: str, mon
     """Token by token, the same logits, the same steps, the same count of what was needed."""
     monkeypatch.setattr("haltscale.model.decoding.FIRST_CAPACITY", 4)  # so that the cache grows on the way
     method, options = CASES[case]
-    if case == "ponder2":
-        options = Ponder2Options(jacobi_low=11, jacobi_high=11)  # decoding is the fixed point of the iteration
+    if method is Method.PONDER2:
+        passes = 11 * options.thoughts
+        options = replace(
+            options, jacobi_low=passes, jacobi_high=passes
+        )  # decoding is the fixed point of the iteration
     monkeypatch.setitem(CASES, case, (method, options))
     model = build(tiny, case)
     tokens, _ = batch(3, 11)
@@ -266,8 +283,8 @@ def test_decoding_equals_reading(tiny: Callable, batch: Callable, case: str, mon
         torch.testing.assert_close(logits_BV, whole.logits_BTV[:, t], atol=1e-10, rtol=0)
         assert steps_B.tolist() == whole.trace.steps_BT[:, t].tolist()
     assert state.counts.tokens == whole.trace.counts.tokens
-    if case == "ponder2":
-        assert state.counts.rows == [33, 33], "decoding needs two passes where training iterates"
+    if method is Method.PONDER2:
+        assert state.counts.rows == [33] * (options.thoughts + 1), "one pass per slot where training iterates"
     else:
         assert [n for n in state.counts.rows if n] == [n for n in whole.trace.counts.rows if n]
         assert [n for n in state.counts.keys if n] == [n for n in whole.trace.counts.keys if n]
