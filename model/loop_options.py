@@ -77,10 +77,10 @@ class LoopOptions:
             found += require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         if found:
             return found
-        if self.injection is Injection.NORM:
+        if self.injection == Injection.NORM:
             allowed = "false with injection norm, which has a norm at the border already (or take injection add)"
             found += require(not self.loop_norm, "loop_norm", self.loop_norm, allowed)
-        if self.gradient_passes and self.injection is Injection.NONE:
+        if self.gradient_passes and self.injection == Injection.NONE:
             allowed = "0 without an injection, or the embedding would never be trained: set injection to add or norm"
             found += require(False, "gradient_passes", self.gradient_passes, allowed)
         if l_max == 0:
@@ -102,9 +102,9 @@ class LoopOptions:
         if share >= self.depth_growth:
             return l_max
         passes, grown = l_max + 1, share / self.depth_growth
-        if self.depth_curve is DepthCurve.LATE:
+        if self.depth_curve == DepthCurve.LATE:
             return 0
-        if self.depth_curve is DepthCurve.SQRT:
+        if self.depth_curve == DepthCurve.SQRT:
             return max(1, math.ceil(passes * (1 - math.sqrt(1 - grown)))) - 1
         return int(grown * passes)
 
@@ -131,16 +131,16 @@ class LoopBorder(nn.Module):
     def __init__(self, d: int, norm_eps: float, options: LoopOptions):
         super().__init__()
         self.injection = options.injection
-        if self.injection is Injection.NORM:
+        if self.injection == Injection.NORM:
             self.state_norm = RMSNorm(d, norm_eps)
             self.alpha = nn.Parameter(torch.ones(1))
         self.input_norm = RMSNorm(d, norm_eps) if options.loop_norm else None
 
     def forward(self, z_Nd: Tensor, token_Nd: Tensor) -> Tensor:
         """The next input of rows with states z_Nd, token_Nd being their embedded tokens."""
-        if self.injection is Injection.ADD:
+        if self.injection == Injection.ADD:
             z_Nd = z_Nd + token_Nd
-        elif self.injection is Injection.NORM:
+        elif self.injection == Injection.NORM:
             z_Nd = self.state_norm(z_Nd) + self.alpha * token_Nd
         return z_Nd if self.input_norm is None else self.input_norm(z_Nd)
 

@@ -309,7 +309,7 @@ def ponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int
         for row, z in zip(base, causal_pass(model, rows, list(range(len(tokens)))), strict=True):
             p = torch.softmax(head(model, z), dim=0)
             if model.options.top_k:
-                kept = sorted(range(len(p)), key=lambda v: -float(p[v]))[: model.options.top_k]
+                kept = sorted(range(len(p)), key=lambda v: -float(p[v].detach()))[: model.options.top_k]
                 p = [p[v] / sum(p[u] for u in kept) if v in kept else 0.0 for v in range(len(p))]
             guessed.append(row + sum(p[v] * vectors[v] for v in range(len(p))))
         rows = guessed
