@@ -36,7 +36,7 @@ from haltscale.model.halting import HaltingTrace, halting_step
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LatentState, LoopOutput
 from haltscale.model.ledger import PassCounts
-from haltscale.model.loop_options import LoopBorder, LoopOptions, gradient
+from haltscale.model.loop_options import LoopBorder, LoopOptions
 
 
 class RouterKind(StrEnum):
@@ -261,7 +261,7 @@ class LatentLoop(nn.Module):
         certain_N = at_least_float32(x_Nd).new_ones(B * T)
         first_pass = self._faded(first_plan, certain_N)
         embedded_Nd = token_Nd = before_Nd = x_Nd
-        with gradient(learns and not gradless):
+        with torch.set_grad_enabled(learns and not gradless):
             z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_pass)
         ahead_NL = self.upfront_gates(z_Nd)
         counts = PassCounts(tokens=int(valid_BT.sum()))
@@ -312,7 +312,7 @@ class LatentLoop(nn.Module):
             plan = LatentPlan(states_BT, rows, compute_dtype(z_Nd))
             before_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
             this_pass = self._faded(plan, reach_N)
-            with gradient(learns and k + 1 >= gradless):
+            with torch.set_grad_enabled(learns and k + 1 >= gradless):
                 x_Nd = self.border(before_Nd, token_Nd)
                 z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), this_pass, memories)
             plan.record(counts)

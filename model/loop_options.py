@@ -7,8 +7,6 @@ them the gradient flows (`gradient_passes`).
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -147,15 +145,3 @@ class LoopBorder(nn.Module):
     def touch(self, like: Tensor) -> Tensor:
         """Zero, with a gradient for every parameter: no pass may have used them yet, and all ranks need one."""
         return sum((parameter.sum() * 0.0 for parameter in self.parameters()), start=like.new_zeros(()))
-
-
-@contextmanager
-def gradient(on: bool) -> Iterator[None]:
-    """A block that runs without a gradient unless `on`."""
-    if on:
-        yield
-        return
-    with torch.no_grad():
-        yield
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        torch.clear_autocast_cache()  # weights that were cast here have no gradient, and later passes would reuse them

@@ -14,7 +14,7 @@ from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
-from haltscale.model.loop_options import LoopOptions, gradient
+from haltscale.model.loop_options import LoopOptions
 from haltscale.model.repeated import RepeatedPasses
 
 
@@ -55,7 +55,7 @@ class LoopedModel(LanguageModel):
         def passes(token_Nd: Tensor) -> Tensor:
             rope, h_Nd = loop.rope(B, T, token_Nd), token_Nd
             for k in range(steps + 1):
-                with gradient(torch.is_grad_enabled() and k >= gradless):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and k >= gradless):
                     h_Nd = loop.border(h_Nd, token_Nd) if k else h_Nd
                     h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == steps)
             return h_Nd + loop.border.touch(h_Nd) if steps < self.steps else h_Nd
