@@ -12,6 +12,7 @@ decoding.py        keys and values from token to token
 probing.py         what each step was worth, and the same weights under other halting
 posthoc.py         halting by thresholds that need no training
 generation.py      several prompts continued together
+loop_options.py    switches that make loops train, for all methods that loop
 step_source.py     how many latent steps a token takes: by the router, or replayed from a recorded schedule
 latent_loop.py     the latent chain, and repeated.py, plain repeated passes: what the methods are made of
 vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, adaponder, mor   the methods, one file each
@@ -19,13 +20,23 @@ vanilla, adaptive, fixed, shuffled, looped, pause, ponder, ponder2, ponder3, ada
 
 from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, GateTarget, Mixture, PenaltyProbability, WarmupLoss
-from haltscale.model.config import SIZES, Method, MethodOptions, ModelConfig, Parametrisation, Shape
+from haltscale.model.config import (
+    MODEL_CHOICES,
+    SIZES,
+    EmbeddingScale,
+    Method,
+    MethodOptions,
+    ModelConfig,
+    Parametrisation,
+    Shape,
+)
 from haltscale.model.decoding import DecodingState
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, Output
 from haltscale.model.latent_loop import HaltingRule, RouterInput, RouterKind
 from haltscale.model.ledger import Flops, PassCounts, paper_inference_flops, paper_passes, paper_training_flops
+from haltscale.model.loop_options import DepthCurve, Injection, LoopOptions
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.mor import MorOptions, Routing
 from haltscale.model.pause import PauseOptions
@@ -47,17 +58,22 @@ from haltscale.model.vanilla import VanillaModel, VanillaOptions
 __all__ = [
     "IGNORE_INDEX",
     "METHODS",
+    "MODEL_CHOICES",
     "SIZES",
     "AdaponderOptions",
     "AdaptiveModel",
     "AdaptiveOptions",
     "DecodingState",
+    "DepthCurve",
+    "EmbeddingScale",
     "FixedOptions",
     "Flops",
     "GateTarget",
     "HaltingRule",
     "HaltingTrace",
+    "Injection",
     "LanguageModel",
+    "LoopOptions",
     "LoopedOptions",
     "Method",
     "MethodEntry",

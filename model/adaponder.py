@@ -194,7 +194,7 @@ class AdaponderModel(LanguageModel):
     def guess(self, z_Nd: Tensor) -> Tensor:
         """The expected embedding of the next token, as these states foretell it."""
         guess_NV = torch.softmax(at_least_float32(self.lm_head(z_Nd)), dim=1).to(z_Nd.dtype)
-        return guess_NV @ self.embedding.weight * self.embedding_factor
+        return self.expected_embedding(guess_NV)
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         forced_BT = self.replay.steps(tokens_BT, self.budget_share) if self.replay else None
@@ -213,7 +213,7 @@ class AdaponderModel(LanguageModel):
         """Gates after every pass but the last; a guess, through head and embedding, before every pass but the first."""
         d = self.config.shape.d
         per_gate = 2.0 * (d * d + d)
-        per_guess = 2 * 2.0 * d * self.config.vocab_size
+        per_guess = 2 * self.head_row_flops()
         l_max = self.options.l_max
         realised, executed = (
             per_gate * sum(rows[:l_max]) + per_guess * sum(rows[1:]) for rows in (counts.rows, counts.executed_rows)

@@ -9,7 +9,7 @@ a named place in latent_loop.py, halting.py or backbone.py.
 
 Three questions are kept apart, each with options of its own: where the number of steps comes from (step_source.py),
 what is read (`mixture`), and what the gates learn from and when (`gate_target`, `gate_warmup`, `lam_ramp`, `explore`,
-`router_*`, `prior_steps`). The defaults are the paper's method.
+`router_*`, `prior_steps`). The defaults are the paper's method. The switches of loop_options.py come on top.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, LatentState, LoopOutput
 from haltscale.model.latent_loop import HaltingRule, LatentLoop, LoopRules, RouterInput, RouterKind
 from haltscale.model.ledger import PassCounts
+from haltscale.model.loop_options import LoopOptions, loop_options
 from haltscale.model.step_source import EXPLORE, Replay, SourceOptions, draws
 
 
@@ -89,7 +90,7 @@ class PenaltyProbability(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveOptions(SourceOptions):
+class AdaptiveOptions(SourceOptions, LoopOptions):
     """Options of adaptive latent chain-of-thought."""
 
     lam: float = 0.1
@@ -132,8 +133,6 @@ class AdaptiveOptions(SourceOptions):
     read, nothing presses. Gates that learn from labels do so from the start; others stay at router_bias until then."""
     warmup_loss: WarmupLoss = WarmupLoss.LAST
     """What is trained on in that share."""
-    depth_growth: float = 0.0
-    """Share of the training budget over which the most latent steps grow from 0 to l_max, in l_max + 1 equal parts."""
     lam_ramp: float = 0.0
     """Share of the training budget, after the warm-up, over which lam rises from 0 in a straight line."""
     explore: float = 0.0
@@ -159,11 +158,11 @@ class AdaptiveOptions(SourceOptions):
             *in_range("gain_margin", self.gain_margin, 0.0),
             *in_range("gain_weight", self.gain_weight, 0.0),
             *in_range("gate_warmup", self.gate_warmup, 0.0, 1.0),
-            *in_range("depth_growth", self.depth_growth, 0.0, 1.0),
             *in_range("lam_ramp", self.lam_ramp, 0.0, 1.0),
             *in_range("explore", self.explore, 0.0, 1.0),
             *in_range("prior_steps", self.prior_steps, 0.0),
             *self.source_problems(self.l_max),
+            *self.loop_problems(self.l_max),
         ]
         kinds = [RouterKind.LINEAR, RouterKind.MLP, RouterKind.NONE]
         for name, choices in (
@@ -179,6 +178,10 @@ class AdaptiveOptions(SourceOptions):
             found += require(value in list(choices), name, value, f"one of {', '.join(choices)}")
         for name in ("router_per_step", "router_detached", "truncate_gradient"):
             found += require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        every = (Mixture.PROBABILITY, Mixture.EXPECTED_LOSS, WarmupLoss.EVERY)
+        if self.mixture in every or self.warmup_loss in every:
+            allowed = "0 where every state is read: those without a gradient would teach nothing"
+            found += require(not self.gradient_passes, "gradient_passes", self.gradient_passes, allowed)
         if self.router is RouterKind.MLP and self.router_input is RouterInput.CHANGE:
             found += require(False, "router_input", str(self.router_input), "state for the mlp router")
         return found
@@ -192,6 +195,7 @@ class AdaptiveOptions(SourceOptions):
             idle |= {"gain_margin": 0.0, "gain_weight": 0.1}
         if not self.gate_warmup:
             idle["warmup_loss"] = WarmupLoss.LAST
+        idle |= self.idle_loop(self.l_max)
         return replace(self, **idle)
 
 
@@ -222,6 +226,7 @@ class AdaptiveModel(LanguageModel):
                 or options.gate_target.labels
                 or options.warmup_loss is WarmupLoss.EVERY
             ),
+            switches=loop_options(options),
         )
         self.latent_loop = LatentLoop(config, rules)
         self.replay = Replay.of(options)
@@ -241,10 +246,7 @@ class AdaptiveModel(LanguageModel):
     @property
     def _most_steps(self) -> int:
         """The depth that has been grown at this share of the budget."""
-        options, share = self.options, self.budget_share
-        if share >= options.depth_growth:
-            return options.l_max
-        return int(share / options.depth_growth * (options.l_max + 1))
+        return self.options.most_steps(self.budget_share, self.options.l_max)
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         options = self.options
@@ -409,7 +411,7 @@ class AdaptiveModel(LanguageModel):
             per_row = self.latent_loop.routers[0].flops()  # type: ignore[operator]
             routed = slice(0, self.latent_loop.rules.l_max)
             realised, executed = per_row * sum(counts.rows[routed]), per_row * sum(counts.executed_rows[routed])
-        per_head_row = 2.0 * self.config.shape.d * self.config.vocab_size
+        per_head_row = self.head_row_flops()
         if self.options.mixture.heads_every_state or self._trains_every_state:
             realised += per_head_row * sum(counts.rows[1:])
         return realised, executed

@@ -317,9 +317,11 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One transformer block: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
-    def __init__(self, shape: Shape, norm_eps: float):
+    def __init__(self, shape: Shape, norm_eps: float, *, residual_scale: float = 1.0):
+        """residual_scale: of what attention and MLP add to the residual stream."""
         super().__init__()
         self.shape = shape
+        self.residual_scale = residual_scale
         kv = shape.kv_heads * shape.head_dim
         self.attention_norm = RMSNorm(shape.d, norm_eps)
         self.qkv = nn.Linear(shape.d, shape.d + 2 * kv, bias=False)  # one product for queries, keys and values
@@ -343,8 +345,11 @@ class Block(nn.Module):
 
     def after_attention(self, x_Nd: Tensor, mixed_Nd: Tensor) -> Tensor:
         """The block's output, once the rows have looked at others."""
-        x_Nd = x_Nd + self.out(mixed_Nd)
-        return x_Nd + self.down(swiglu(self.gate_up(self.mlp_norm(x_Nd))))
+        x_Nd = x_Nd + self._scaled(self.out(mixed_Nd))
+        return x_Nd + self._scaled(self.down(swiglu(self.gate_up(self.mlp_norm(x_Nd)))))
+
+    def _scaled(self, added_Nd: Tensor) -> Tensor:
+        return added_Nd if self.residual_scale == 1 else added_Nd * self.residual_scale
 
     def compile_(self) -> None:
         """Compile what is before and after attention, for any number of rows: raggedness leaves it no fixed shape, and
@@ -356,10 +361,10 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """f: all blocks and the final norm. What goes out has unit scale and can go in again."""
 
-    def __init__(self, shape: Shape, norm_eps: float):
+    def __init__(self, shape: Shape, norm_eps: float, *, residual_scale: float = 1.0):
         super().__init__()
         self.shape = shape
-        self.blocks = nn.ModuleList(Block(shape, norm_eps) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape, norm_eps, residual_scale=residual_scale) for _ in range(shape.layers))
         self.final_norm = RMSNorm(shape.d, norm_eps)
         self.activation_checkpointing = False
 

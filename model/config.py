@@ -32,6 +32,22 @@ class Method(StrEnum):
     ADAPONDER = "adaponder"
 
 
+class EmbeddingScale(StrEnum):
+    """What embeddings are multiplied by on the way in."""
+
+    NONE = "none"
+    """Nothing: the plain Llama, and the authors' vanilla model."""
+    SQRT_D = "sqrt_d"
+    """sqrt(d), as the authors' pause and PonderLM have it."""
+    UNIT = "unit"
+    """sqrt(2.5 d), as their looped model and PonderLM-2: with the initial std of sqrt(2/(5d)), a token and a fed-back
+    hidden state have the same size."""
+
+    def factor(self, d: int) -> float:
+        """The number, for hidden size d."""
+        return {EmbeddingScale.NONE: 1.0, EmbeddingScale.SQRT_D: math.sqrt(d)}.get(self, math.sqrt(2.5 * d))
+
+
 class MethodOptions(Protocol):
     """What every method's options dataclass offers besides its fields."""
 
@@ -60,12 +76,14 @@ class Shape:
         """Size of one attention head."""
         return self.d // self.heads
 
-    def parameters(self, vocab_size: int, *, tie_embeddings: bool = False) -> int:
+    def parameters(self, vocab_size: int, *, tie_embeddings: bool = False, embedding_rank: int = 0) -> int:
         """Parameters of the plain Llama of this shape: embedding, blocks, final norm and (untied) head."""
         attention = 2 * self.d * self.d + 2 * self.d * self.kv_heads * self.head_dim
         block = attention + 3 * self.d * self.ffn + 2 * self.d
         vocabularies = 1 if tie_embeddings else 2
-        return vocabularies * vocab_size * self.d + self.layers * block + self.d
+        rank = embedding_rank
+        vocabulary = rank * (vocab_size + self.d) if rank else vocab_size * self.d
+        return vocabularies * vocabulary + self.layers * block + self.d
 
     def problems(self) -> list[str]:
         """All errors of the shape."""
@@ -151,6 +169,22 @@ class Parametrisation(StrEnum):
     """CompleteP: nor on the depth, loops included."""
 
 
+MODEL_CHOICES = ("tie_embeddings", "embedding_rank", "embedding_scale", "norm_eps")
+"""Choices of the model that a run makes for any method: its fields of the same names."""
+
+
+def model_choice_problems(values: Any) -> list[str]:
+    """All errors of the `MODEL_CHOICES` of a model or a run."""
+    eps, scale = values.norm_eps, values.embedding_scale
+    tied = values.tie_embeddings
+    return [
+        *require(is_number(eps) and 0 < eps < 1, "norm_eps", eps, "a number between 0 and 1"),
+        *require(isinstance(tied, bool), "tie_embeddings", tied, "true or false"),
+        *in_range("embedding_rank", values.embedding_rank, 0, 65_536, integer=True),
+        *require(scale in list(EmbeddingScale), "embedding_scale", scale, f"one of {', '.join(EmbeddingScale)}"),
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One model, complete: same config and seed, same initial weights and same results."""
@@ -171,15 +205,20 @@ class ModelConfig:
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = False
     """Whether the head uses the embedding's matrix. The authors do not tie."""
-    embedding_scale: bool = True
-    """Unit-scale inputs: embeddings are initialised with std sqrt(2/(5d)) and multiplied by sqrt(2.5 d) on the way in,
-    so that a token and a fed-back hidden state have the same size (PonderLM-2). The authors' vanilla model goes
-    without; here every arm has it, so that a comparison is about thinking and not about scale."""
+    embedding_rank: int = 0
+    """Above 0: embedding and head are products of two matrices, vocab_size x rank and rank x d (ALBERT, 1909.11942)."""
+    embedding_scale: EmbeddingScale = EmbeddingScale.UNIT
+    """What embeddings are multiplied by on the way in. The authors' vanilla model goes without, and their pause and
+    PonderLM take sqrt(d); here every arm has unit scale by default, so that a comparison is about thinking and not
+    about scale. True and False, in files of former versions, are unit and none."""
     parametrisation: Parametrisation = Parametrisation.STANDARD
     """Of the initial weights; training takes its rates from it too. What a forward pass computes from given weights is
     the same in all."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.embedding_scale, bool):
+            scale = EmbeddingScale.UNIT if self.embedding_scale else EmbeddingScale.NONE
+            object.__setattr__(self, "embedding_scale", scale)
         set_normalised(self)
         object.__setattr__(self, "options", normalised_options(self.options))
 

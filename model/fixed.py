@@ -6,7 +6,7 @@ reads the last state.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from haltscale.model.config import ModelConfig, in_range
 from haltscale.model.decoding import DecodingState
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.latent_loop import LatentLoop, LoopRules, RouterKind
+from haltscale.model.loop_options import LoopOptions, loop_options
 
 CERTAIN = 100.0
 """A router bias whose sigmoid is 1 in float32 and float64: all mass reaches the last executed state."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedOptions:
+class FixedOptions(LoopOptions):
     """Options of the fixed-k control."""
 
     steps: float = 3.0
@@ -30,7 +31,12 @@ class FixedOptions:
 
     def problems(self) -> list[str]:
         """All errors of the options."""
-        return in_range("steps", self.steps, 0.0, 32.0)
+        found = in_range("steps", self.steps, 0.0, 32.0)
+        return found + self.loop_problems(None if found else math.ceil(self.steps))
+
+    def canonical(self) -> "FixedOptions":
+        """These options with those that have no say at their defaults."""
+        return replace(self, **self.idle_loop(math.ceil(self.steps)))
 
 
 def dealt_steps(steps: float, position: int) -> int:
@@ -45,22 +51,34 @@ class FixedModel(LanguageModel):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         assert isinstance(config.options, FixedOptions)
+        self.options = config.options
         self.steps = config.options.steps
-        rules = LoopRules(l_max=math.ceil(self.steps), tau=0.0, router=RouterKind.NONE, router_bias=CERTAIN)
+        rules = LoopRules(
+            l_max=math.ceil(self.steps),
+            tau=0.0,
+            router=RouterKind.NONE,
+            router_bias=CERTAIN,
+            switches=loop_options(config.options),
+        )
         self.latent_loop = LatentLoop(config, rules)
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         steps_T = torch.tensor([dealt_steps(self.steps, t) for t in range(T)], device=tokens_BT.device)
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
-        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, steps_T.expand(B, T))
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, steps_T.expand(B, T), most_steps=self._most_steps)
         return loop_output
+
+    @property
+    def _most_steps(self) -> int:
+        """The depth that has been grown at this share of the budget."""
+        return self.options.most_steps(self.budget_share, math.ceil(self.steps))
 
     def cache_widths(self) -> list[int]:
         return self.latent_loop.cache_widths()
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        forced = [dealt_steps(self.steps, state.position)] * state.batch
+        forced = [min(dealt_steps(self.steps, state.position), self._most_steps)] * state.batch
         rope = self.rope_at(state.position)
         hidden_Bd, steps_B, _ = self.latent_loop.decode(self.embed(tokens_B), rope, state, forced)
         return hidden_Bd, steps_B

@@ -73,11 +73,14 @@ class HaltingTrace:
         return [int(n) for n in torch.bincount(steps, minlength=self.exit_BTK.shape[2])]
 
 
-def single_state_trace(valid_BT: Tensor, counts: PassCounts, *, steps: int = 0) -> HaltingTrace:
-    """The trace of a method without halting: every real position executes `steps` extra steps and uses the last."""
-    one_BTK = torch.zeros(*valid_BT.shape, steps + 1, device=valid_BT.device)
-    exit_BTK = one_BTK.clone()
-    exit_BTK[..., -1] = valid_BT.float()
-    reach_BTK = valid_BT.float()[..., None].expand_as(one_BTK).contiguous()
+def single_state_trace(
+    valid_BT: Tensor, counts: PassCounts, *, steps: int = 0, most_steps: int | None = None
+) -> HaltingTrace:
+    """The trace of a method without halting: every real position executes `steps` extra steps and uses the last.
+    most_steps: what it will execute once its depth has grown, which is how wide the trace is."""
+    exit_BTK = torch.zeros(*valid_BT.shape, (steps if most_steps is None else most_steps) + 1, device=valid_BT.device)
+    reach_BTK = exit_BTK.clone()
+    exit_BTK[..., steps] = valid_BT.float()
+    reach_BTK[..., : steps + 1] = valid_BT.float()[..., None]
     steps_BT = (valid_BT * steps).to(torch.uint8)
     return HaltingTrace(steps_BT=steps_BT, reach_BTK=reach_BTK, exit_BTK=exit_BTK, valid_BT=valid_BT, counts=counts)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from haltscale.model import ledger
 from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, rope_table
-from haltscale.model.config import ModelConfig, Shape
+from haltscale.model.config import EmbeddingScale, ModelConfig, Shape
 from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCache
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import CrossEntropyFunction
 from haltscale.model.ledger import Flops, PassCounts
+from haltscale.model.loop_options import loop_options
 
 IGNORE_INDEX = -100
 """Target of a position that is not scored."""
@@ -83,9 +84,15 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.shape.d)
+        d, rank = config.shape.d, config.embedding_rank
+        self.embedding = nn.Embedding(config.vocab_size, rank or d)
+        self.embedding_up = nn.Linear(rank, d, bias=False) if rank else None
         self.random_start: dict[str, float] = {}  # see `initialise`
-        self.head = None if config.tie_embeddings else nn.Linear(config.shape.d, config.vocab_size, bias=False)
+        self.head: nn.Module | None = None
+        if not config.tie_embeddings:
+            down = [nn.Linear(d, rank, bias=False)] if rank else []
+            up = nn.Linear(rank or d, config.vocab_size, bias=False)
+            self.head = nn.Sequential(*down, up) if rank else up
         self.budget_share = 1.0
 
     def set_budget_share(self, share: float) -> None:
@@ -162,17 +169,39 @@ class LanguageModel(nn.Module):
     # What all share --------------------------------------------------------------------------------------------------
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Input vectors of tokens, at unit scale (see ModelConfig.embedding_scale)."""
-        return cast(Tensor, self.embedding(tokens)) * self.embedding_factor
+        """Input vectors of tokens, scaled as ModelConfig.embedding_scale says."""
+        found = cast(Tensor, self.embedding(tokens))
+        return (found if self.embedding_up is None else self.embedding_up(found)) * self.embedding_factor
+
+    def expected_embedding(self, probability_NV: Tensor) -> Tensor:
+        """The mean input vector of tokens that are distributed so."""
+        mean_N = probability_NV @ self.embedding.weight
+        return (mean_N if self.embedding_up is None else self.embedding_up(mean_N)) * self.embedding_factor
 
     @property
     def embedding_factor(self) -> float:
         """What embeddings are multiplied by on the way in."""
-        return math.sqrt(2.5 * self.config.shape.d) if self.config.embedding_scale else 1.0
+        return self.config.embedding_scale.factor(self.config.shape.d)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """LM head."""
-        return F.linear(hidden, self.embedding.weight) if self.head is None else cast(Tensor, self.head(hidden))
+        if self.head is not None:
+            return cast(Tensor, self.head(hidden))
+        if self.embedding_up is not None:
+            hidden = F.linear(hidden, self.embedding_up.weight.T)
+        return F.linear(hidden, self.embedding.weight)
+
+    def vocabulary_matrices(self) -> tuple[Tensor, Tensor]:
+        """Embedding and head as whole matrices, [V, d] each; the embedding without its scale."""
+        embedding = self.embedding.weight
+        if self.embedding_up is not None:
+            embedding = embedding @ self.embedding_up.weight.T
+        if self.head is None:
+            return embedding, embedding
+        if isinstance(self.head, nn.Sequential):
+            down, up = (cast(Tensor, part.weight) for part in self.head)
+            return embedding, up @ down
+        return embedding, cast(Tensor, self.head.weight)
 
     def forward(
         self,
@@ -325,22 +354,40 @@ class LanguageModel(nn.Module):
         config = self.config
         layers = self.layers_per_pass(len(counts.rows))
         realised = ledger.passes_flops(config.shape, counts.rows, counts.keys, layers)
-        head = ledger.head_flops(config.shape, config.vocab_size, counts.tokens)
+        head = counts.tokens * (self.head_row_flops() + self._embedding_row_flops)
+        embedding = self.embedded_rows(counts) * self._embedding_row_flops
         parameters = sum(self.parameter_groups_count().values())
         passes = sum(rows * depth / config.shape.layers for rows, depth in zip(counts.rows, layers, strict=True))
         gradless = self._executed_flops(counts.gradless) if counts.gradless else 0.0
+        first = counts.forward_only or PassCounts()
+        depths = layers[: len(first.rows)]
         return Flops(
             realised=realised + self.extra_flops(counts)[0] + head,
-            executed=self._executed_flops(counts) + gradless,
+            executed=self._executed_flops(counts) + gradless + embedding,
             paper=ledger.paper_inference_flops(parameters, 1, passes),
-            executed_gradless=gradless,
+            executed_gradless=gradless
+            + ledger.passes_flops(config.shape, first.executed_rows, first.executed_keys, depths),
+            realised_gradless=ledger.passes_flops(config.shape, first.rows, first.keys, depths),
+            paper_gradless=ledger.paper_inference_flops(parameters, 1, sum(first.rows)),
         )
 
     def _executed_flops(self, counts: PassCounts) -> float:
         layers = self.layers_per_pass(len(counts.executed_rows))
         executed = ledger.passes_flops(self.config.shape, counts.executed_rows, counts.executed_keys, layers)
-        head = ledger.head_flops(self.config.shape, self.config.vocab_size, counts.head_rows)
-        return executed + self.extra_flops(counts)[1] + head
+        return executed + self.extra_flops(counts)[1] + counts.head_rows * self.head_row_flops()
+
+    def head_row_flops(self) -> float:
+        """Of one row in the LM head; as many for a mean of embeddings (`expected_embedding`)."""
+        return ledger.head_flops(self.config.shape, self.config.vocab_size, 1, rank=self.config.embedding_rank)
+
+    @property
+    def _embedding_row_flops(self) -> float:
+        """Of one row on its way in: looking up costs nothing, the second factor of a factorised embedding does."""
+        return 2.0 * self.config.embedding_rank * self.config.shape.d
+
+    def embedded_rows(self, counts: PassCounts) -> int:
+        """Rows that were embedded, padding included: those of the first pass, for most methods."""
+        return sum(counts.executed_rows[:1])
 
 
 def _true_numel(parameter: nn.Parameter) -> int:
@@ -355,8 +402,12 @@ def canonical_name(name: str) -> str:
 
 def _group_of(name: str) -> str:
     name = canonical_name(name)
-    if name.startswith(("embedding.", "head.")):
-        return name.split(".")[0]
+    if name.startswith(("embedding.", "embedding_up.")):
+        return "embedding"
+    if name.startswith("head."):
+        return "head"
+    if name.startswith("border."):
+        return "method"
     if "norm." in name:
         return "norms"
     if ".qkv." in name or ".out." in name:
@@ -372,13 +423,16 @@ def initialise(model: LanguageModel, seed: int) -> None:
 
     Each parameter has a random stream of its own, so weights that two methods share start out identical, and a method
     that adds a parameter disturbs no other. Normal with std sqrt(2/(5d)) (Nguyen & Salakhutdinov, 2019; PonderLM-2 for
-    the embedding), projections into the residual stream divided by sqrt(2 layers) (GPT-2). Any module may name further
-    parameters of its own in a dict `random_start`, each with its std. What is none of these (norm gains, a router's
-    last layer) keeps the value that its module gave it.
+    the embedding; a factorised one has the same std as a product), projections into the residual stream divided by
+    sqrt(2 layers) (GPT-2), or zero (`LoopOptions.zero_outputs`). Any module may name further parameters of its own in a
+    dict `random_start`, each with its std. What is none of these (norm gains, a router's last layer) keeps the value
+    that its module gave it.
     """
     shape = model.config.shape
     std = math.sqrt(2.0 / (5.0 * shape.d))
     into_residual = std / math.sqrt(2.0 * shape.layers)
+    if loop_options(model.config.options).zero_outputs:
+        into_residual = 0.0
     scale: dict[int, float] = {}
     for module in model.modules():
         if isinstance(module, Block):
@@ -386,8 +440,13 @@ def initialise(model: LanguageModel, seed: int) -> None:
             scale |= {id(module.out.weight): into_residual, id(module.down.weight): into_residual}
         for name, own_std in getattr(module, "random_start", {}).items():
             scale[id(module.get_parameter(name))] = own_std
-    scale[id(model.embedding.weight)] = std if model.config.embedding_scale else 0.02
-    if model.head is not None:
+    scale[id(model.embedding.weight)] = 0.02 if model.config.embedding_scale is EmbeddingScale.NONE else std
+    if model.embedding_up is not None:
+        scale[id(model.embedding_up.weight)] = 1 / math.sqrt(model.config.embedding_rank)
+    if isinstance(model.head, nn.Sequential):
+        down, up = model.head
+        scale |= {id(down.weight): std, id(up.weight): 1 / math.sqrt(model.config.embedding_rank)}
+    elif model.head is not None:
         scale[id(model.head.weight)] = std
     for name, parameter in model.named_parameters():
         if id(parameter) in scale:

@@ -12,7 +12,7 @@ the states, or the last one) and what the gates learn from are options beside it
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -36,6 +36,7 @@ from haltscale.model.halting import HaltingTrace, halting_step
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LatentState, LoopOutput
 from haltscale.model.ledger import PassCounts
+from haltscale.model.loop_options import LoopBorder, LoopOptions
 
 
 class RouterKind(StrEnum):
@@ -136,6 +137,8 @@ class LoopRules:
     """Add the logarithm of a state's reach to the scores that its key gets (PonderLM-3)."""
     keep_states: bool = False
     """Hand the states of every pass to the loss."""
+    switches: LoopOptions = field(default_factory=LoopOptions)
+    """What is alike for all methods that loop."""
 
 
 class LatentLoop(nn.Module):
@@ -150,7 +153,8 @@ class LatentLoop(nn.Module):
         super().__init__()
         self.config = config
         self.rules = rules
-        self.stack = Stack(config.shape, config.norm_eps)
+        self.stack = Stack(config.shape, config.norm_eps, residual_scale=rules.switches.residual_scale(rules.l_max))
+        self.border = LoopBorder(config.shape.d, config.norm_eps, rules.switches)
         learned = 0 if rules.router is RouterKind.NONE else (rules.l_max if rules.router_per_step else 1)
         self.routers = nn.ModuleList(
             Router(
@@ -164,8 +168,8 @@ class LatentLoop(nn.Module):
         )
 
     def gate(self, z_Nd: Tensor, before_Nd: Tensor, k: int, ahead_NL: Tensor | None) -> Tensor:
-        """Probability of going on after state k, which was computed from before_Nd; ahead_NL: the gates of these rows,
-        if they were all set at step 0."""
+        """Probability of going on after state k, which came after before_Nd, the state before it or the embedded token;
+        ahead_NL: the gates of these rows, if they were all set at step 0."""
         if ahead_NL is not None:
             return ahead_NL[:, k]
         if not self.routers:
@@ -240,11 +244,13 @@ class LatentLoop(nn.Module):
         at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
         that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
         the depth still grows. goes_on: instead of the router's rule, asked after state k with the states of the active
-        rows and what they were computed from (posthoc.py)."""
+        rows and those before them, embedded tokens first (posthoc.py)."""
         rules, config = self.rules, self.config
         B, T = valid_BT.shape
         K = rules.l_max + 1
         deepest = rules.l_max if most_steps is None else min(most_steps, rules.l_max)
+        gradless = rules.switches.passes_without_gradient(deepest)
+        learns = torch.is_grad_enabled()
         device = x_Nd.device
         cos_T, sin_T = rope_table(T, config.shape, config.rope_theta, x_Nd)
 
@@ -254,7 +260,9 @@ class LatentLoop(nn.Module):
         first_plan = CausalPlan(B, T, keep=True)
         certain_N = at_least_float32(x_Nd).new_ones(B * T)
         first_pass = self._faded(first_plan, certain_N)
-        z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_pass)
+        embedded_Nd = token_Nd = before_Nd = x_Nd
+        with torch.set_grad_enabled(learns and not gradless):
+            z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_pass)
         ahead_NL = self.upfront_gates(z_Nd)
         counts = PassCounts(tokens=int(valid_BT.sum()))
         first_plan.record(counts, valid_BT)
@@ -273,10 +281,10 @@ class LatentLoop(nn.Module):
         states: list[LatentState] = []
 
         for k in range(K):
-            gate_N = self.gate(z_Nd, x_Nd, k, ahead_NL) if k < deepest else None
+            gate_N = self.gate(z_Nd, before_Nd, k, ahead_NL) if k < deepest else None
             counted_N = torch.ones_like(gate_N) if open_gates and gate_N is not None else gate_N
             if goes_on is not None and counted_N is not None:
-                forced_N = goes_on(k, z_Nd, x_Nd) * (k + 1)
+                forced_N = goes_on(k, z_Nd, before_Nd) * (k + 1)
             goes_on_N, exit_N, onward_N = self._decide(counted_N, reach_N, k, may_go_on_N, forced_N, at_least_N)
             read_N = self._read(exit_N, goes_on_N, exists_N)
             reach_NK = reach_NK.index_put((row_N, row_N.new_full((), k)), reach_N)
@@ -289,10 +297,11 @@ class LatentLoop(nn.Module):
             if len(on_N) == 0:
                 break
 
-            # Pass k + 1: pack the rows that go on. Their input is their own last output.
+            # Pass k + 1: pack the rows that go on. Their input is their own last output, past the border.
             if len(on_N) < len(row_N):
                 row_N, position_N = row_N[on_N], position_N[on_N]
                 z_Nd, onward_N = z_Nd.index_select(0, on_N), onward_N.index_select(0, on_N)
+                token_Nd = token_Nd.index_select(0, on_N)
                 forced_N = None if forced_N is None else forced_N[on_N]
                 at_least_N = None if at_least_N is None else at_least_N[on_N]
                 ahead_NL = None if ahead_NL is None else ahead_NL[on_N]
@@ -301,10 +310,13 @@ class LatentLoop(nn.Module):
             rows.append(row_N)
             states_BT = states_BT.flatten().index_add(0, row_N, torch.ones_like(row_N)).view(B, T)
             plan = LatentPlan(states_BT, rows, compute_dtype(z_Nd))
-            x_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
+            before_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
             this_pass = self._faded(plan, reach_N)
-            z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), this_pass, memories)
+            with torch.set_grad_enabled(learns and k + 1 >= gradless):
+                x_Nd = self.border(before_Nd, token_Nd)
+                z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), this_pass, memories)
             plan.record(counts)
+        counts.forward_only = counts.first(gradless)
 
         trace = HaltingTrace(
             steps_BT=(states_BT - valid_BT.long()).to(torch.uint8),
@@ -313,7 +325,10 @@ class LatentLoop(nn.Module):
             valid_BT=valid_BT,
             counts=counts,
         )
-        touch = sum((parameter.sum() * 0.0 for parameter in self.routers.parameters()), start=mixture_Nd.new_zeros(()))
+        used_by_few = self.parameters() if gradless else self.routers.parameters()
+        touch = sum((parameter.sum() * 0.0 for parameter in used_by_few), start=self.border.touch(mixture_Nd))
+        if gradless:  # all positions may have halted before the first pass that has a gradient
+            touch = touch + embedded_Nd.sum() * 0.0
         hidden_Nd = (mixture_Nd + touch).to(z_Nd.dtype)
         return LoopOutput(hidden_Nd.view(B, T, -1), trace, reach_BTK=reach_NK.view(B, T, K), states=states)
 
@@ -337,13 +352,13 @@ class LatentLoop(nn.Module):
         steps_B = torch.zeros_like(row_N)
         states: list[LatentState] = []
         ahead_NL: Tensor | None = None
-        x_Nd = x_Bd
+        x_Nd = before_Nd = token_Nd = x_Bd
         for k in range(l_max + 1):
             plan = cache.plan(rows, read=k, write=range(k, l_max + 1))
             z_Nd, _ = self.stack(x_Nd, rope, self._faded(plan, reach_N), cache.memories)
             state.count(k, len(rows), plan)
             ahead_NL = self.upfront_gates(z_Nd) if k == 0 else ahead_NL
-            gate_N = self.gate(z_Nd, x_Nd, k, ahead_NL) if k < l_max else None
+            gate_N = self.gate(z_Nd, before_Nd, k, ahead_NL) if k < l_max else None
             goes_on_N, exit_N, onward_N = self._decide(gate_N, reach_N, k, True, forced_N)
             if rules.keep_states:
                 states.append(LatentState(row_N, z_Nd, reach_N, exit_N, gate_N))
@@ -355,12 +370,14 @@ class LatentLoop(nn.Module):
             going = [i for i, on in enumerate(goes_on_N.tolist()) if on]
             if not going:
                 break
-            x_Nd, reach_N = z_Nd, onward_N
+            before_Nd, reach_N = z_Nd, onward_N
             if len(going) < len(rows):
                 rows = [rows[i] for i in going]
                 on_N = torch.tensor(going, device=x_Bd.device)
-                row_N, x_Nd, reach_N = row_N[on_N], x_Nd[on_N], reach_N[on_N]
+                row_N, before_Nd, reach_N = row_N[on_N], before_Nd[on_N], reach_N[on_N]
+                token_Nd = token_Nd[on_N]
                 ahead_NL = None if ahead_NL is None else ahead_NL[on_N]
                 forced_N = None if forced_N is None else forced_N[on_N]
             steps_B[row_N] += 1
+            x_Nd = self.border(before_Nd, token_Nd)
         return mixture_Bd.to(x_Bd.dtype), steps_B, states

@@ -13,8 +13,9 @@ Three kinds of FLOPs, never to be mixed on one axis:
 A multiply-add is 2 FLOPs. Norms, rotary, softmax and other elementwise work are left out, as everywhere.
 
 Training costs 3 x forward: the backward pass does two products of the forward's size for each of the forward's (one for
-the gradient of the input, one for that of the weight; for attention, one for each of its two operands). Recomputation
-under activation checkpointing adds up to one more forward, which is execution, not method, and is not in here.
+the gradient of the input, one for that of the weight; for attention, one for each of its two operands). Passes that run
+without a gradient cost their forward alone. Recomputation under activation checkpointing adds up to one more forward,
+which is execution, not method, and is not in here.
 """
 
 from dataclasses import astuple, dataclass, field, replace
@@ -44,6 +45,8 @@ class PassCounts:
     """Rows that went through the LM head."""
     gradless: "PassCounts | None" = None
     """What was executed without a gradient on top of the rest, so that no backward pass follows; nothing realised."""
+    forward_only: "PassCounts | None" = None
+    """The part of these passes that ran without a gradient (`LoopOptions.gradient_passes`): the first ones."""
 
     def __add__(self, other: "PassCounts") -> "PassCounts":
         def add(mine: list[int], theirs: list[int]) -> list[int]:
@@ -56,14 +59,24 @@ class PassCounts:
             executed_keys=add(self.executed_keys, other.executed_keys),
             tokens=self.tokens + other.tokens,
             head_rows=self.head_rows + other.head_rows,
-            gradless=self.gradless + other.gradless
-            if self.gradless and other.gradless
-            else self.gradless or other.gradless,
+            gradless=_both(self.gradless, other.gradless),
+            forward_only=_both(self.forward_only, other.forward_only),
         )
 
     def executed_only(self) -> "PassCounts":
         """These counts with nothing realised: work that the hardware did and the method does not ask for."""
-        return replace(self, rows=[0] * len(self.rows), keys=[0] * len(self.keys), tokens=0)
+        return replace(self, rows=[0] * len(self.rows), keys=[0] * len(self.keys), tokens=0, forward_only=None)
+
+    def first(self, passes: int) -> "PassCounts | None":
+        """The counts of the first passes alone, without head; None for none."""
+        if not passes:
+            return None
+        return PassCounts(
+            rows=self.rows[:passes],
+            keys=self.keys[:passes],
+            executed_rows=self.executed_rows[:passes],
+            executed_keys=self.executed_keys[:passes],
+        )
 
     def record(self, *, rows: int, keys: int, executed_rows: int, executed_keys: int) -> None:
         """Append one pass."""
@@ -78,6 +91,10 @@ class PassCounts:
         return sum(self.rows) / max(self.tokens, 1)
 
 
+def _both(mine: PassCounts | None, theirs: PassCounts | None) -> PassCounts | None:
+    return mine + theirs if mine and theirs else mine or theirs
+
+
 @dataclass(frozen=True)
 class Flops:
     """Floating-point operations, by kind (see the top of this file)."""
@@ -87,6 +104,10 @@ class Flops:
     paper: float = 0.0
     executed_gradless: float = 0.0
     """The part of `executed` that no backward pass follows."""
+    realised_gradless: float = 0.0
+    """The same of `realised`."""
+    paper_gradless: float = 0.0
+    """The same of `paper`."""
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -99,8 +120,16 @@ class Flops:
     @property
     def training(self) -> "Flops":
         """Forward and backward, given that self is the forward."""
-        once = self.executed_gradless
-        return replace(self * TRAINING_TO_FORWARD, executed=TRAINING_TO_FORWARD * (self.executed - once) + once)
+
+        def both(all_: float, once: float) -> float:
+            return TRAINING_TO_FORWARD * (all_ - once) + once
+
+        return replace(
+            self,
+            realised=both(self.realised, self.realised_gradless),
+            executed=both(self.executed, self.executed_gradless),
+            paper=both(self.paper, self.paper_gradless),
+        )
 
 
 def layer_row_flops(shape: Shape) -> float:
@@ -122,9 +151,9 @@ def passes_flops(shape: Shape, rows: list[int], pairs: list[int], layers: list[i
     )
 
 
-def head_flops(shape: Shape, vocab_size: int, rows: int) -> float:
-    """FLOPs of the LM head on `rows`."""
-    return 2.0 * rows * shape.d * vocab_size
+def head_flops(shape: Shape, vocab_size: int, rows: int, *, rank: int = 0) -> float:
+    """FLOPs of the LM head on `rows`; rank: of a factorised one, 0 for a whole one."""
+    return 2.0 * rows * (rank * (shape.d + vocab_size) if rank else shape.d * vocab_size)
 
 
 def paper_training_flops(parameters: float, tokens: float, passes: float) -> float:

@@ -1,10 +1,10 @@
 """Looped: the whole stack applied K + 1 times (LoopedLM, as the PonderLM authors compare it).
 
 h0 = E[x]; h <- f(h), K + 1 times without the final norm in between; the norm once at the end; the embedding is not
-injected again. Every pass is an ordinary causal one over its own keys.
+injected again, unless `injection` says so (loop_options.py). Every pass is an ordinary causal one over its own keys.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
+from haltscale.model.loop_options import LoopOptions
 from haltscale.model.repeated import RepeatedPasses
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopedOptions:
+class LoopedOptions(LoopOptions):
     """Options of the looped model."""
 
     steps: int = 3
@@ -26,7 +27,11 @@ class LoopedOptions:
 
     def problems(self) -> list[str]:
         """All errors of the options."""
-        return in_range("steps", self.steps, 0, 32, integer=True)
+        return [*in_range("steps", self.steps, 0, 32, integer=True), *self.loop_problems(self.steps)]
+
+    def canonical(self) -> "LoopedOptions":
+        """These options with those that have no say at their defaults."""
+        return replace(self, **self.idle_loop(self.steps))
 
 
 class LoopedModel(LanguageModel):
@@ -35,28 +40,39 @@ class LoopedModel(LanguageModel):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         assert isinstance(config.options, LoopedOptions)
+        self.options = config.options
         self.steps = config.options.steps
-        self.latent_loop = RepeatedPasses(config)
+        self.latent_loop = RepeatedPasses(config, options=config.options, steps=self.steps)
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
 
-        def passes(h_Nd: Tensor) -> Tensor:
-            rope = loop.rope(B, T, h_Nd)
-            for k in range(self.steps + 1):
-                h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == self.steps)
-            return h_Nd
+        steps = self.options.most_steps(self.budget_share, self.steps)
+        gradless = self.options.passes_without_gradient(steps)
+
+        def passes(token_Nd: Tensor) -> Tensor:
+            rope, h_Nd = loop.rope(B, T, token_Nd), token_Nd
+            for k in range(steps + 1):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and k >= gradless):
+                    h_Nd = loop.border(h_Nd, token_Nd) if k else h_Nd
+                    h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == steps)
+            return h_Nd + loop.border.touch(h_Nd) if steps < self.steps else h_Nd
 
         h_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
-        return LoopOutput(h_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
+        counts.forward_only = counts.first(gradless)
+        trace = single_state_trace(valid_BT, counts, steps=steps, most_steps=self.steps)
+        return LoopOutput(h_Nd.view(B, T, -1), trace)
 
     def cache_widths(self) -> list[int]:
         return [1] * (self.steps + 1)
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        h_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
-        for k in range(self.steps + 1):
-            h_Bd = self.latent_loop.decode(h_Bd, rope, state, k=k, region=k, final_norm=k == self.steps)
-        return h_Bd, torch.full_like(tokens_B, self.steps)
+        steps = self.options.most_steps(self.budget_share, self.steps)
+        token_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
+        h_Bd = token_Bd
+        for k in range(steps + 1):
+            h_Bd = self.latent_loop.border(h_Bd, token_Bd) if k else h_Bd
+            h_Bd = self.latent_loop.decode(h_Bd, rope, state, k=k, region=k, final_norm=k == steps)
+        return h_Bd, torch.full_like(tokens_B, steps)

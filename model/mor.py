@@ -13,6 +13,9 @@ decoding cannot. So a second, auxiliary router learns from a detached state to f
 Token choice: after the first block a router commits each token to a depth, by argmax; its last recursion is weighted by
 the router's probability and added to what went in. A balancing loss keeps the depths from collapsing into one.
 
+The authors' published recipe for expert choice has the auxiliary loss on the router itself and a z-loss:
+`auxiliary="main"`, `z_weight=0.001`.
+
 Both auxiliary losses are averaged over scored tokens, like the cross-entropy [R].
 
 Where the numbers of recursions are replayed (step_source.py), both routers go on weighing what they weighed, and pick
@@ -46,6 +49,16 @@ class Routing(StrEnum):
     """Each token chooses its number of recursions."""
 
 
+class Auxiliary(StrEnum):
+    """Which router foretells the pick of expert choice, and so picks in evaluation and decoding."""
+
+    OWN = "own"
+    """An auxiliary router, which reads detached states."""
+    MAIN = "main"
+    """The router that picks: the auxiliary loss makes its score positive where it picks, and in evaluation the sign
+    decides (the recipe that the authors publish; its gradient reaches the states [R])."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MorOptions(SourceOptions):
     """Options of Mixture-of-Recursions."""
@@ -58,6 +71,10 @@ class MorOptions(SourceOptions):
     """Factor on the gate of expert choice."""
     auxiliary_weight: float = 0.001
     """Weight of the auxiliary router's loss (expert choice), nats per token and recursion."""
+    auxiliary: Auxiliary = Auxiliary.OWN
+    """Which router the auxiliary loss trains (expert choice)."""
+    z_weight: float = 0.0
+    """Weight of the routers' z-loss, (log sum exp of a row's scores)^2, over all rows that are scored [R]."""
     balance_weight: float = 0.1
     """Weight of the balancing loss (token choice), which is 1 when all depths are equally used."""
 
@@ -68,6 +85,8 @@ class MorOptions(SourceOptions):
             *require(self.routing in list(Routing), "routing", self.routing, f"one of {', '.join(Routing)}"),
             *in_range("alpha", self.alpha, 0.0),
             *in_range("auxiliary_weight", self.auxiliary_weight, 0.0),
+            *require(self.auxiliary in list(Auxiliary), "auxiliary", self.auxiliary, f"one of {', '.join(Auxiliary)}"),
+            *in_range("z_weight", self.z_weight, 0.0),
             *in_range("balance_weight", self.balance_weight, 0.0),
             *self.source_problems(self.recursions - 1 if is_int(self.recursions) else None),
         ]
@@ -102,7 +121,8 @@ class RecursionLoop(nn.Module):
         self.expert = options.routing is Routing.EXPERT_CHOICE
         if self.expert:
             self.routers = nn.ModuleList(LinearRouter(d, 1) for _ in range(options.recursions))
-            self.auxiliary_routers = nn.ModuleList(LinearRouter(d, 1) for _ in range(further))
+            own = further if options.auxiliary is Auxiliary.OWN else 0
+            self.auxiliary_routers = nn.ModuleList(LinearRouter(d, 1) for _ in range(own))
         else:
             self.routers = nn.ModuleList([LinearRouter(d, options.recursions)])
             self.auxiliary_routers = nn.ModuleList()
@@ -113,8 +133,16 @@ class RecursionLoop(nn.Module):
 
     def foretold(self, h_Nd: Tensor, i: int) -> Tensor:
         """Logit that recursion i >= 1 will pick these rows."""
+        if self.options.auxiliary is Auxiliary.MAIN:
+            own_N: Tensor = self.routers[i](h_Nd).squeeze(1)
+            return own_N
         logit_N: Tensor = self.auxiliary_routers[i - 1](h_Nd.detach()).squeeze(1)
         return logit_N
+
+    def z_loss(self, h_Nd: Tensor, i: int) -> Tensor:
+        """What keeps the scores of rows small, [N], weighted."""
+        scores_NR: Tensor = self.routers[i](h_Nd)
+        return self.options.z_weight * scores_NR.logsumexp(1).square()
 
     def combine(self, h_Nd: Tensor, out_Nd: Tensor, first_Nd: Tensor, i: int, depth_N: Tensor, p_NR: Tensor) -> Tensor:
         """The rows after recursion i, which made out_Nd of h_Nd."""
@@ -151,7 +179,11 @@ class RecursionLoop(nn.Module):
         inside_BT = valid_BT
         passes_BT = valid_BT.long()
         auxiliary_BT = at_least_float32(h_Nd).new_zeros(B, T)
+        if self.options.z_weight:
+            auxiliary_BT = self.z_loss(first_Nd, 0).view(B, T)
         for i in range(1, R):
+            if self.expert and self.options.z_weight:
+                auxiliary_BT = auxiliary_BT + self.z_loss(h_Nd, i).view(B, T) * inside_BT
             if self.expert and forced_BT is not None:
                 picked_BT = inside_BT & (forced_BT >= i)
             elif self.expert:
@@ -178,7 +210,7 @@ class RecursionLoop(nn.Module):
             now_Nd = self.combine(in_Nd, out_Nd, first_Nd[row_N], i, depth_N[row_N], p_NR[row_N])
             h_Nd = h_Nd.index_copy(0, row_N, now_Nd)
         if not self.expert:
-            auxiliary_BT = self.options.balance_weight * self._imbalance(
+            auxiliary_BT = auxiliary_BT + self.options.balance_weight * self._imbalance(
                 depth_N.view(B, T), p_NR.view(B, T, R), valid_BT
             )
         z_Nd, _ = self.stack(h_Nd, everywhere, causal, blocks=slice(-1, None))
@@ -282,5 +314,6 @@ class MorModel(LanguageModel):
         """Routers. Under expert choice the later ones score every row, picked or not."""
         per_score = 2.0 * self.config.shape.d
         R = self.options.recursions
-        scores = R if not self.latent_loop.expert else 1 + (1 if self.replay else 3) * (R - 1)
+        expert, z = self.latent_loop.expert, bool(self.options.z_weight)
+        scores = (1 + (1 if self.replay else 3) * (R - 1)) + z * R if expert else R * (1 + z)
         return per_score * scores * sum(counts.rows[:1]), per_score * scores * sum(counts.executed_rows[:1])

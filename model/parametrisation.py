@@ -32,7 +32,7 @@ decay is divided by the rate's multiple: what decays a weight is their product (
 import math
 from dataclasses import dataclass
 
-from haltscale.model.config import SIZES, ModelConfig, Parametrisation
+from haltscale.model.config import SIZES, EmbeddingScale, ModelConfig, Parametrisation
 
 BASE = SIZES["0.6m"]
 """Where all parametrisations are the same, at one pass per token."""
@@ -64,7 +64,9 @@ def scale_of(name: str, config: ModelConfig, depth: float) -> Scale:
         m = depth / BASE.layers
         branch = math.sqrt(config.shape.layers / BASE.layers) / m  # `initialise` divides by the root of the layers
     if name.startswith("embedding."):
-        factor = n**-0.5 if config.embedding_scale else 1.0  # it is multiplied by sqrt(2.5 d) on the way in
+        factor = (
+            n**-0.5 if config.embedding_scale is not EmbeddingScale.NONE else 1.0
+        )  # it is multiplied by sqrt(2.5 d) on the way in
         return Scale(rate=factor, epsilon=n**-1 / factor)
     if name.startswith("head."):
         return Scale(start=n**-0.5, rate=1 / n)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from haltscale.model.config import ModelConfig, in_range
+from haltscale.model.config import EmbeddingScale, ModelConfig, in_range
 from haltscale.model.decoding import DecodingState
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, LoopOutput
@@ -40,7 +40,7 @@ class PauseModel(LanguageModel):
         # One learned vector, which goes in as it is: at unit scale if the tokens do.
         self.pause = nn.Parameter(torch.zeros(config.shape.d)) if self.steps else None
         if self.steps:
-            self.random_start = {"pause": 1.0 if config.embedding_scale else 0.02}
+            self.random_start = {"pause": 0.02 if config.embedding_scale is EmbeddingScale.NONE else 1.0}
 
     def _with_pauses(self, x_Nd: Tensor) -> Tensor:
         """[N, d] -> [N * (K + 1), d]."""
@@ -61,6 +61,9 @@ class PauseModel(LanguageModel):
 
         z_Nd: Tensor = loop(self._with_pauses(self.embed(tokens_BT).flatten(0, 1)), one_pass)
         return LoopOutput(z_Nd.view(B, T, width, -1)[:, :, -1], single_state_trace(valid_BT, counts, steps=self.steps))
+
+    def embedded_rows(self, counts: PassCounts) -> int:
+        return sum(counts.executed_rows[:1]) // (self.steps + 1)
 
     def cache_widths(self) -> list[int]:
         return [self.steps + 1]

@@ -27,12 +27,16 @@ class PonderOptions:
     """K: guesses fed back before the last pass."""
     accumulate: bool = True
     """Add each guess to the last input (the paper), or to the token's embedding alone (the later code)."""
+    top_k: int = 0
+    """Above 0: a guess is the distribution over the so many likeliest tokens alone, made to sum to 1 [R]. It is
+    computed densely, and counted so."""
 
     def problems(self) -> list[str]:
         """All errors of the options."""
         return [
             *in_range("steps", self.steps, 0, 32, integer=True),
             *require(isinstance(self.accumulate, bool), "accumulate", self.accumulate, "true or false"),
+            *in_range("top_k", self.top_k, 0, integer=True),
         ]
 
 
@@ -48,9 +52,12 @@ class PonderModel(LanguageModel):
 
     def _next_input(self, token_Nd: Tensor, e_Nd: Tensor, z_Nd: Tensor) -> Tensor:
         """The input after a pass that gave z_Nd from e_Nd."""
-        guess_NV = torch.softmax(at_least_float32(self.lm_head(z_Nd)), dim=1).to(z_Nd.dtype)
-        expected_Nd = guess_NV @ self.embedding.weight * self.embedding_factor
-        return (e_Nd if self.options.accumulate else token_Nd) + expected_Nd
+        logits_NV = at_least_float32(self.lm_head(z_Nd))
+        if 0 < self.options.top_k < logits_NV.shape[1]:
+            kept, place = logits_NV.topk(self.options.top_k, dim=1)
+            logits_NV = torch.full_like(logits_NV, -torch.inf).scatter(1, place, kept)
+        guess_NV = torch.softmax(logits_NV, dim=1).to(z_Nd.dtype)
+        return (e_Nd if self.options.accumulate else token_Nd) + self.expected_embedding(guess_NV)
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
@@ -80,5 +87,5 @@ class PonderModel(LanguageModel):
 
     def extra_flops(self, counts: PassCounts) -> tuple[float, float]:
         """Each guess: once through the head, once through the embedding."""
-        per_row = 2 * 2.0 * self.config.shape.d * self.config.vocab_size
+        per_row = 2 * self.head_row_flops()
         return per_row * sum(counts.rows[: self.steps]), per_row * sum(counts.executed_rows[: self.steps])

@@ -1,4 +1,4 @@
-"""PonderLM-2 with one latent thought per token (K = 1), trained by Jacobi iteration (the authors' public code).
+"""PonderLM-2 with K latent thoughts per token, trained by Jacobi iteration (the authors' public code, whose K is 1).
 
 The sequence [x1 z1 x2 z2 ..] holds, after each token, a latent thought: the last hidden state at the token. z_t needs
 z_1 .. z_{t-1}, so an exact pass would be sequential. Training iterates instead: one pass over the tokens alone guesses
@@ -6,6 +6,9 @@ all z at once; J Jacobi passes over the interleaved sequence (2T long, token and
 causal mask) refresh z from the token slots; a last pass gives the logits at the thought slots. J is drawn from {2, 3}
 for each optimizer step and is 3 in evaluation; gradients flow through everything. Cost: 2J + 3 passes of length T, 8
 on average.
+
+With K > 1 [R], [x1 z1 .. zK x2 ..] is K + 1 times as long: each thought is the last hidden state at the slot before it,
+the first guess of all K is that of the pass over the tokens, and the logits are read at the last thought.
 
 Decoding is exact and sequential: two passes per token over one cache. It is the fixed point that J passes approach, and
 equals `forward` once J reaches the number of tokens; with J = 3 the two differ a little. That gap is the method's own.
@@ -28,6 +31,8 @@ from haltscale.model.repeated import RepeatedPasses
 class Ponder2Options:
     """Options of PonderLM-2."""
 
+    thoughts: int = 1
+    """K: latent thoughts after every token."""
     jacobi_low: int = 2
     """Fewest Jacobi passes in training; drawn uniformly up to jacobi_high, once per optimizer step (`begin_step`), so
     that a step's result does not depend on how its batch is cut into pieces and shared by ranks."""
@@ -37,7 +42,8 @@ class Ponder2Options:
     def problems(self) -> list[str]:
         """All errors of the options."""
         found = in_range("jacobi_high", self.jacobi_high, 0, 4096, integer=True)
-        return found or in_range("jacobi_low", self.jacobi_low, 0, self.jacobi_high, integer=True)
+        found = found or in_range("jacobi_low", self.jacobi_low, 0, self.jacobi_high, integer=True)
+        return [*in_range("thoughts", self.thoughts, 1, 32, integer=True), *found]
 
 
 class Ponder2Model(LanguageModel):
@@ -56,24 +62,30 @@ class Ponder2Model(LanguageModel):
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
         B, T = tokens_BT.shape
-        loop = self.latent_loop
+        loop, K = self.latent_loop, self.options.thoughts
         counts = PassCounts(tokens=int(valid_BT.sum()))
 
         def passes(x_Nd: Tensor) -> Tensor:
-            z_Nd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)
-            rope, valid_BU = loop.rope(B, T, x_Nd, repeat=2), valid_BT.repeat_interleave(2, dim=1)
+            z_NKd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)[:, None].expand(-1, K, -1)
+            rope, valid_BU = loop.rope(B, T, x_Nd, repeat=K + 1), valid_BT.repeat_interleave(K + 1, dim=1)
+
+            def interleaved() -> Tensor:
+                slots_Nd = torch.cat((x_Nd[:, None], z_NKd), dim=1).flatten(0, 1)
+                return loop.run(slots_Nd, rope, valid_BU, counts).unflatten(0, (-1, K + 1))
+
             for _ in range(self._drawn if self.training else self.options.jacobi_high):
-                z_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[0::2]
-            return loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[1::2]
+                z_NKd = interleaved()[:, :-1]
+            return interleaved()[:, -1]
 
         out_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
-        return LoopOutput(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=1))
+        return LoopOutput(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=K))
 
     def cache_widths(self) -> list[int]:
-        return [2]
+        return [self.options.thoughts + 1]
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         rope = self.rope_at(state.position)
-        z_Bd = self.latent_loop.decode(self.embed(tokens_B), rope, state, k=0, region=0)
-        out_Bd = self.latent_loop.decode(z_Bd, rope, state, k=1, region=0)
-        return out_Bd, torch.ones_like(tokens_B)
+        z_Bd = self.embed(tokens_B)
+        for k in range(self.options.thoughts + 1):
+            z_Bd = self.latent_loop.decode(z_Bd, rope, state, k=k, region=0)
+        return z_Bd, torch.full_like(tokens_B, self.options.thoughts)

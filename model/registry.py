@@ -20,6 +20,7 @@ from haltscale.model.config import (
     is_int,
     is_number,
     key_problems,
+    model_choice_problems,
 )
 from haltscale.model.fixed import FixedModel, FixedOptions
 from haltscale.model.language_model import LanguageModel, canonical_name, initialise
@@ -76,8 +77,8 @@ METHODS: dict[str, MethodEntry] = {
     Method.PONDER2: MethodEntry(
         Ponder2Options,
         Ponder2Model,
-        lambda o: 2 * o.jacobi_high + 3,
-        "PonderLM-2: one latent thought per token, by Jacobi",
+        lambda o: (o.thoughts + 1) * (o.jacobi_high + 1) + 1,
+        "PonderLM-2: latent thoughts after every token, by Jacobi",
         semantics=2,  # 1 drew its number of passes in every forward piece
     ),
     Method.MOR: MethodEntry(
@@ -148,20 +149,15 @@ def config_problems(config: ModelConfig, *, tokenizer_size: int | None = None, l
             found.append(f"{name} = {value}: must be at least {needed}, {whose}")
     if not is_number(config.rope_theta) or not config.rope_theta > 1:
         found.append(f"rope_theta = {config.rope_theta!r}: must be a number above 1")
-    if not is_number(config.norm_eps) or not 0 < config.norm_eps < 1:
-        found.append(f"norm_eps = {config.norm_eps!r}: must be a number between 0 and 1")
     if config.parametrisation not in list(Parametrisation):
         told = did_you_mean(config.parametrisation, Parametrisation)
         found.append(f"parametrisation = {config.parametrisation!r}{told}")
-    elif config.parametrisation is not Parametrisation.STANDARD and config.tie_embeddings:
+    elif config.parametrisation is not Parametrisation.STANDARD and (config.tie_embeddings or config.embedding_rank):
         found.append(
-            f"parametrisation = {str(config.parametrisation)!r}: needs a head of its own, and tie_embeddings is set;"
-            " take 'standard'"
+            f"parametrisation = {str(config.parametrisation)!r}: needs an embedding and a head of their own, and"
+            f" {'tie_embeddings' if config.tie_embeddings else 'embedding_rank'} is set; take 'standard'"
         )
-    for name in ("tie_embeddings", "embedding_scale"):
-        if not isinstance(getattr(config, name), bool):
-            found.append(f"{name} = {getattr(config, name)!r}: must be true or false")
-    return found
+    return found + model_choice_problems(config)
 
 
 def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:

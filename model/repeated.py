@@ -11,6 +11,7 @@ from haltscale.model.backbone import CausalPlan, Rope, Stack, rope_table
 from haltscale.model.config import ModelConfig
 from haltscale.model.decoding import DecodingState
 from haltscale.model.ledger import PassCounts
+from haltscale.model.loop_options import LoopBorder, LoopOptions
 
 
 class RepeatedPasses(nn.Module):
@@ -19,10 +20,13 @@ class RepeatedPasses(nn.Module):
     In training, all passes run within one `forward`: under ZeRO-3 the parameters are gathered once for all of them.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, options: LoopOptions | None = None, steps: int = 0):
+        """options, steps: the switches of a method that has them, and its passes beyond the first."""
         super().__init__()
+        options = options or LoopOptions()
         self.config = config
-        self.stack = Stack(config.shape, config.norm_eps)
+        self.stack = Stack(config.shape, config.norm_eps, residual_scale=options.residual_scale(steps))
+        self.border = LoopBorder(config.shape.d, config.norm_eps, options)
 
     def forward(self, x_Nd: Tensor, passes: Callable[[Tensor], Tensor]) -> Tensor:
         """passes(x_Nd): what the method makes of its input by calling `run`."""

@@ -15,6 +15,9 @@ REPLAYS = ("shuffled", "fixed")
 """What a run's steps may be replayed as (``haltscale.model.StepsFrom``, which whoever only reads records need not
 import)."""
 OLD_CONTROLS = ("fixed", "shuffled")
+INJECTED = "injected"
+"""The twin of looped that has its embedding injected again: a looped baseline without it is called weak
+(docs/methods.md). Other methods stay one arm, with or without it."""
 
 
 def arm(identity: Mapping[str, Any]) -> str:
@@ -22,7 +25,10 @@ def arm(identity: Mapping[str, Any]) -> str:
     method, options = identity.get("method"), identity.get("options")
     if not isinstance(method, str):
         return ""
-    source = options.get("steps_from") if isinstance(options, Mapping) else None
+    chosen = options if isinstance(options, Mapping) else {}
+    if method == "looped" and chosen.get("injection") not in (None, "none"):
+        return f"{method}/{INJECTED}"
+    source = chosen.get("steps_from")
     return f"{method}/{source}" if source in REPLAYS else str(method)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from haltscale.model import (
     METHODS,
+    MODEL_CHOICES,
     SIZES,
+    EmbeddingScale,
     Method,
     MethodOptions,
     ModelConfig,
@@ -31,6 +33,7 @@ from haltscale.model.config import (
     require,
     set_normalised,
 )
+from haltscale.model.loop_options import LOOP_FIELDS
 from haltscale.platform.arms import arm
 from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
@@ -63,6 +66,10 @@ LABELLED_OPTIONS = {"lam": "λ", "beta": "β", "l_max": "l_max"}
 """Options that a run's label shows: λ always, the others where they differ from the method's default."""
 
 
+LABELLED_SWITCHES = tuple(name for name in LOOP_FIELDS if name != "depth_growth")
+"""Switches that it shows where they are on; depth_growth has a say in published studies, whose labels stay."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that changes what a run computes; the corpus joins it in :meth:`identity`."""
@@ -80,6 +87,14 @@ class RunConfig:
     its record says by how much that was too many."""
     context: int = 256
     """Sequence length in tokens."""
+    tie_embeddings: bool = False
+    """Whether the head uses the embedding's matrix. The authors do not tie."""
+    embedding_rank: int = 0
+    """Above 0: embedding and head are products of two matrices, vocabulary x rank and rank x d."""
+    embedding_scale: EmbeddingScale = EmbeddingScale.UNIT
+    """What embeddings are multiplied by on the way in: unit for sqrt(2.5 d), sqrt_d, or none."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm; the authors' pause, PonderLM and PonderLM-2 have 0.1."""
     batch_tokens: int = 4096
     """Tokens per optimizer step, over all workers; a multiple of ``context``."""
     learning_rate: float = 2e-3
@@ -133,8 +148,12 @@ class RunConfig:
     def label(self) -> str:
         """What tables and figures call the run."""
         defaults = type(self.options)()
-        shown = [arm({"method": self.method, "options": {"steps_from": getattr(self.options, "steps_from", None)}})]
-        shown.append(self.size)
+        own = {name: getattr(self.options, name, None) for name in ("steps_from", "injection")}
+        shown = [arm({"method": self.method, "options": own}), self.size]
+        for name in LABELLED_SWITCHES:
+            value = getattr(self.options, name, None)
+            if value is not None and value != getattr(defaults, name):
+                shown.append(name if value is True else f"{name} {value}")
         for name, symbol in LABELLED_OPTIONS.items():
             value = getattr(self.options, name, None)
             if value is not None and (name == "lam" or value != getattr(defaults, name)):
@@ -150,6 +169,7 @@ class RunConfig:
             context=self.context,
             options=self.options,
             parametrisation=self.parametrisation,
+            **{name: getattr(self, name) for name in MODEL_CHOICES},
         )
         if (start := self.init_from) is None:
             return config
@@ -159,13 +179,16 @@ class RunConfig:
             rope_theta=start.rope_theta,
             norm_eps=start.norm_eps,
             tie_embeddings=start.tie_embeddings,
-            embedding_scale=False,  # as the Llama has it
+            embedding_rank=0,
+            embedding_scale=EmbeddingScale.NONE,  # as the Llama has it
         )
 
     def parameters(self, vocab_size: int) -> int:
         """Parameters of the plain model of this run's shape; what its method adds is left out."""
         config = self.model_config(vocab_size)
-        return config.shape.parameters(config.vocab_size, tie_embeddings=config.tie_embeddings)
+        return config.shape.parameters(
+            config.vocab_size, tie_embeddings=config.tie_embeddings, embedding_rank=config.embedding_rank
+        )
 
     def problems(self, vocab_size: int = 4096) -> list[str]:
         """Everything wrong with this run, each naming its field and the allowed values."""
@@ -203,7 +226,14 @@ class RunConfig:
 
     def _start_problems(self, start: InitialModel, vocab_size: int) -> list[str]:
         """What keeps the run from starting from that model."""
-        found = []
+        defaults = {f.name: f.default for f in fields(RunConfig)}
+        found = [
+            f"{name} {getattr(self, name)} cannot be chosen with init_from, which has its own: leave it out"
+            for name in MODEL_CHOICES
+            if getattr(self, name) != defaults[name]
+        ]
+        if getattr(self.options, "zero_outputs", False):
+            found.append("zero_outputs cannot be chosen with init_from, whose weights are not zero: leave it out")
         if self.size != IMPORTED and named_shape(self.size) != start.shape:
             found.append(
                 f"size {self.size!r} is {named_shape(self.size)}, init_from has {start.shape}: give size {IMPORTED!r}"

@@ -125,8 +125,8 @@ def llama_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     """A vanilla model's weights under Llama's names, float32. The scale of the embeddings goes into their table, so a
     tied head becomes one of its own."""
     weights = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
-    weights.setdefault("head.weight", weights["embedding.weight"])
-    weights["embedding.weight"] = weights["embedding.weight"] * model.embedding_factor
+    embedding, head = (matrix.detach().float().cpu() for matrix in model.vocabulary_matrices())
+    weights |= {"embedding.weight": embedding * model.embedding_factor, "head.weight": head}
     found: dict[str, torch.Tensor] = {}
     for own, parts in llama_parts(model.config.shape, tie_embeddings=False).items():
         rows = [len(weights[own])] if len(parts) == 1 else [shape[0] for shape in parts.values()]

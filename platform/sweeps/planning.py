@@ -8,6 +8,7 @@ is never guessed: such a run has a bound, and an estimate only from finished run
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -35,8 +36,12 @@ PROBE_CONTEXT = 256
 PRICELESS = (
     *("lam", "beta", "tau", "router_bias", "router_rate", "router_detached", "gate_warmup", "lam_ramp", "explore"),
     *("gain_margin", "prior_steps", "steps_from", "steps_schedule", "steps_seed"),
+    *("injection", "loop_norm", "zero_outputs", "scaled_residuals", "depth_growth", "depth_curve"),
 )
-"""Options that change how often a model halts but not what a pass costs."""
+"""Options that change how often a model halts, or what is learned, but not what a pass costs. Where no router decides,
+the cost of a depth that grows is the mean over the budget (`cost`)."""
+GROWTH_SHARES = 1000
+"""Shares of the budget at which a growing depth is asked for."""
 NEAR = 0.02
 """Shapes whose FLOPs differ by less than this (relatively) are as good as equal."""
 
@@ -58,15 +63,33 @@ def cost(run: RunConfig, vocab_size: int) -> Cost:
         ValueError: the run has errors (:meth:`RunConfig.problems`).
     """
     options = _priced(run.options)
-    bound = _training_flops(run.method, run.shape, options, run.context, vocab_size)
+    rank = run.embedding_rank
+    bound = _training_flops(run.method, run.shape, options, run.context, vocab_size, rank)
     expected: float | None = bound
     if isinstance(options, Ponder2Options):  # draws its number of passes at every step
         drawn = [replace(options, jacobi_low=n, jacobi_high=n) for n in range(options.jacobi_low, options.jacobi_high)]
-        known = [_training_flops(run.method, run.shape, o, run.context, vocab_size) for o in drawn]
+        known = [_training_flops(run.method, run.shape, o, run.context, vocab_size, rank) for o in drawn]
         expected = float(np.mean([*known, bound]))
     elif _stand_in(run.method, options)[0] is not run.method:
         expected = None
+    elif getattr(run.options, "depth_growth", 0.0):
+        expected = _mean_while_growing(run, vocab_size)
     return Cost(bound=bound, expected=expected)
+
+
+def _mean_while_growing(run: RunConfig, vocab_size: int) -> float:
+    """Realised training FLOPs per token of a method without a router, on average over the growth of its depth."""
+    options: Any = run.options  # of a method with `steps`: looped or fixed
+    priced: Any = _priced(options)
+    l_max = math.ceil(options.steps)
+    depths = Counter(options.most_steps(n / GROWTH_SHARES, l_max) for n in range(GROWTH_SHARES))
+
+    def at(depth: int) -> float:
+        steps = min(options.steps, depth)
+        known = replace(priced, steps=steps)
+        return _training_flops(run.method, run.shape, known, run.context, vocab_size, run.embedding_rank)
+
+    return sum(at(depth) * shares for depth, shares in depths.items()) / GROWTH_SHARES
 
 
 def tokens_for(flops: float, run: RunConfig, vocab_size: int) -> int:
@@ -90,7 +113,8 @@ def size_for(flops: float, run: RunConfig, vocab_size: int) -> str:
             if d >= 192 and d % 64:
                 continue
             shape = rung(layers, d)
-            rows = ledger.passes_flops(shape, [1], [0], [layers]) + ledger.head_flops(shape, vocab_size, 1)
+            rows = ledger.passes_flops(shape, [1], [0], [layers]) + 2 * run.embedding_rank * d
+            rows += ledger.head_flops(shape, vocab_size, 1, rank=run.embedding_rank)
             pairs = layers * ledger.layer_pair_flops(shape) * (run.context + 1) / 2
             miss = abs(math.log(ledger.TRAINING_TO_FORWARD * (rows + pairs) / wanted))
             stretch = abs(math.log(d / layers * own.layers / own.d))
@@ -198,7 +222,8 @@ def _stand_in(method: Method, options: Any) -> tuple[Method, Any]:
     if method is Method.MOR:
         return Method.LOOPED, LoopedOptions(steps=options.recursions - 1)
     if hasattr(options, "l_max"):
-        return Method.FIXED, FixedOptions(steps=float(options.l_max))
+        gradient_passes = getattr(options, "gradient_passes", 0)
+        return Method.FIXED, FixedOptions(steps=float(options.l_max), gradient_passes=gradient_passes)
     return method, options
 
 
@@ -208,16 +233,25 @@ def _priced(options: Any) -> Any:
 
 
 @cache
-def _training_flops(method: Method, shape: Shape, options: Any, context: int, vocab_size: int) -> float:
-    model = _weightless(method, shape, options, vocab_size)
+def _training_flops(
+    method: Method, shape: Shape, options: Any, context: int, vocab_size: int, embedding_rank: int
+) -> float:
+    model = _weightless(method, shape, options, vocab_size, embedding_rank)
     counts = _counts(*_stand_in(method, options), context)
     return model.flops(counts).training.realised / counts.tokens
 
 
 @cache
-def _weightless(method: Method, shape: Shape, options: Any, vocab_size: int) -> LanguageModel:
+def _weightless(method: Method, shape: Shape, options: Any, vocab_size: int, embedding_rank: int) -> LanguageModel:
     """A model that has shapes and no weights."""
-    config = ModelConfig(method=method, shape=shape, vocab_size=vocab_size, context=8, options=options)
+    config = ModelConfig(
+        method=method,
+        shape=shape,
+        vocab_size=vocab_size,
+        context=8,
+        options=options,
+        embedding_rank=embedding_rank,
+    )
     with torch.device("meta"), _Undrawn():
         return METHODS[method].model(config)
 
@@ -242,13 +276,16 @@ def _counts(method: Method, options: Any, context: int) -> PassCounts:
         def carried_on(counts: list[list[int]]) -> list[int]:
             return [round(float(np.polyval(np.polyfit(lengths, k, 2), context))) for k in zip(*counts, strict=True)]
 
-        return PassCounts(
+        whole = PassCounts(
             rows=carried_on([counts.rows for counts in probed]),
             keys=carried_on([counts.keys for counts in probed]),
             executed_rows=[0] * len(probed[0].rows),
             executed_keys=[0] * len(probed[0].rows),
             tokens=context,
         )
+        without_gradient = probed[0].forward_only
+        whole.forward_only = whole.first(len(without_gradient.rows)) if without_gradient else None
+        return whole
     config = ModelConfig(method=method, shape=PROBE_SHAPE, vocab_size=8, context=context, options=options)
     tokens_BT = torch.zeros(1, context, dtype=torch.long)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

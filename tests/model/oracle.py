@@ -37,10 +37,11 @@ def block_row(
     me: tuple[int, int],
     visible: Iterable[tuple[int, int]],
     fade: dict[tuple[int, int], Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """One row through one block. It leaves its key and value in `states[me]` and looks at `visible` (me included).
 
-    fade: added to the score of each key.
+    fade: added to the score of each key. scale: of what is added to the residual stream.
     """
     visible = list(visible)
     shape = block.shape
@@ -58,9 +59,9 @@ def block_row(
             scores = scores + torch.stack([fade[other] for other in visible])
         weights = torch.softmax(scores, dim=0)
         heads.append(sum(w * value[g] for w, (_, value) in zip(weights, seen, strict=True)))
-    x = x + block.out.weight @ torch.cat(heads)
+    x = x + scale * (block.out.weight @ torch.cat(heads))
     gate, up = (block.gate_up.weight @ norm(x, block.mlp_norm)).chunk(2)
-    return x + block.down.weight @ (gate / (1 + torch.exp(-gate)) * up)
+    return x + scale * (block.down.weight @ (gate / (1 + torch.exp(-gate)) * up))
 
 
 def stack_row(
@@ -74,19 +75,31 @@ def stack_row(
     *,
     final_norm: bool = True,
     fade: dict[tuple[int, int], Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """One row through all blocks and the final norm."""
     for block, layer_states in zip(stack.blocks, states, strict=True):
-        x = block_row(block, x, position, theta, layer_states, me, visible, fade)
+        x = block_row(block, x, position, theta, layer_states, me, visible, fade, scale)
     return norm(x, stack.final_norm) if final_norm else x
 
 
 def embed(model: torch.nn.Module, token: int) -> Tensor:
-    scale = math.sqrt(2.5 * model.config.shape.d) if model.config.embedding_scale else 1.0
-    return model.embedding.weight[token] * scale
+    return table(model)[token]
+
+
+def table(model: torch.nn.Module) -> Tensor:
+    """The input vectors of all tokens."""
+    scale = {"none": 1.0, "sqrt_d": model.config.shape.d**0.5, "unit": (2.5 * model.config.shape.d) ** 0.5}
+    factors = model.embedding.weight
+    whole = factors if not model.config.embedding_rank else factors @ model.embedding_up.weight.T
+    return whole * scale[model.config.embedding_scale]
 
 
 def head(model: torch.nn.Module, hidden: Tensor) -> Tensor:
+    if model.config.embedding_rank:
+        if model.config.tie_embeddings:
+            return model.embedding.weight @ (model.embedding_up.weight.T @ hidden)
+        return model.head[1].weight @ (model.head[0].weight @ hidden)
     weight = model.embedding.weight if model.head is None else model.head.weight
     return weight @ hidden
 
@@ -106,6 +119,28 @@ def loss_of(logits_TV: list[Tensor], targets: list[int], extra: list[Tensor | fl
         pressed = pressed + (1.0 if beta is None else torch.exp(-nll.detach()) ** beta) * steps
         scored += 1
     return nats, lam * pressed, scored
+
+
+def crossed(model: torch.nn.Module, z: Tensor, e: Tensor) -> Tensor:
+    """A state on its way into the stack again, e being its embedded token."""
+    options, border = model.config.options, model.latent_loop.border
+    if options.injection == "norm":
+        z = norm(z, border.state_norm) + border.alpha[0] * e
+    elif options.injection == "add":
+        z = z + e
+    return norm(z, border.input_norm) if options.loop_norm else z
+
+
+def switches(model: torch.nn.Module, most: int) -> tuple[int, int, float]:
+    """(latent steps allowed at the model's share of the budget, passes without a gradient, residual scale)."""
+    options, share = model.config.options, model.budget_share
+    deepest, W = most, options.depth_growth
+    if share < W:
+        curve = options.depth_curve
+        passes = (most + 1) * (1 - math.sqrt((W - share) / W)) if curve == "sqrt" else (most + 1) * share / W
+        deepest = {"linear": math.floor(passes), "sqrt": max(math.ceil(passes), 1) - 1, "late": 0}[curve]
+    gradless = deepest + 1 - options.gradient_passes if options.gradient_passes else 0
+    return deepest, max(gradless, 0), 1 / (most + 1) if options.scaled_residuals else 1.0
 
 
 def adaptive_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
@@ -187,16 +222,19 @@ def fixed_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]
     states = new_states(stack)
     executed: list[int] = []
     out = []
+    deepest, gradless, scale = switches(model, math.ceil(model.steps))
     for t, token in enumerate(tokens):
         whole = math.floor(model.steps)
         share = (t + 1) * 0.6180339887498949
         steps = whole + (1 if share - math.floor(share) < model.steps - whole else 0)
-        z = embed(model, token)
+        z = e = embed(model, token)
         executed.append(0)
-        for k in range(steps + 1):
+        for k in range(min(steps, deepest) + 1):
             executed[t] = k + 1
             visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
-            z = stack_row(stack, z, t, theta, states, (t, k), visible)
+            with torch.set_grad_enabled(k >= gradless):
+                x = crossed(model, z, e) if k else e
+                z = stack_row(stack, x, t, theta, states, (t, k), visible, scale=scale)
         out.append(head(model, z))
     return out, [0.0] * len(tokens), executed
 
@@ -228,22 +266,28 @@ def shuffled_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
     return out, expected, executed
 
 
-def causal_pass(model: torch.nn.Module, rows: list[Tensor], positions: list[int], *, final_norm: bool = True):
+def causal_pass(
+    model: torch.nn.Module, rows: list[Tensor], positions: list[int], *, final_norm: bool = True, scale: float = 1.0
+):
     """One ordinary causal pass over these input vectors."""
     stack, out = model.latent_loop.stack, []
     states = new_states(stack)
     for n, (row, position) in enumerate(zip(rows, positions, strict=True)):
         visible = [(m, 0) for m in range(n + 1)]
         theta = model.config.rope_theta
-        out.append(stack_row(stack, row, position, theta, states, (n, 0), visible, final_norm=final_norm))
+        out.append(stack_row(stack, row, position, theta, states, (n, 0), visible, final_norm=final_norm, scale=scale))
     return out
 
 
 def looped_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
-    rows = [embed(model, token) for token in tokens]
-    for k in range(model.steps + 1):
-        rows = causal_pass(model, rows, list(range(len(tokens))), final_norm=k == model.steps)
-    return [head(model, row) for row in rows], [0.0] * len(tokens), [model.steps + 1] * len(tokens)
+    rows = first = [embed(model, token) for token in tokens]
+    steps, gradless, scale = switches(model, model.steps)
+    for k in range(steps + 1):
+        with torch.set_grad_enabled(k >= gradless):
+            if k:
+                rows = [crossed(model, row, e) for row, e in zip(rows, first, strict=True)]
+            rows = causal_pass(model, rows, list(range(len(tokens))), final_norm=k == steps, scale=scale)
+    return [head(model, row) for row in rows], [0.0] * len(tokens), [steps + 1] * len(tokens)
 
 
 def pause_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
@@ -257,14 +301,17 @@ def pause_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]
 
 def ponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     first = [embed(model, token) for token in tokens]
-    factor = math.sqrt(2.5 * model.config.shape.d)
+    vectors = table(model)
     rows = first
     for _ in range(model.steps):
         guessed = []
         base = rows if model.options.accumulate else first
         for row, z in zip(base, causal_pass(model, rows, list(range(len(tokens)))), strict=True):
             p = torch.softmax(head(model, z), dim=0)
-            guessed.append(row + factor * sum(p[v] * model.embedding.weight[v] for v in range(len(p))))
+            if model.options.top_k:
+                kept = sorted(range(len(p)), key=lambda v: -float(p[v].detach()))[: model.options.top_k]
+                p = [p[v] / sum(p[u] for u in kept) if v in kept else 0.0 for v in range(len(p))]
+            guessed.append(row + sum(p[v] * vectors[v] for v in range(len(p))))
         rows = guessed
     out = causal_pass(model, rows, list(range(len(tokens))))
     return [head(model, row) for row in out], [0.0] * len(tokens), [model.steps + 1] * len(tokens)
@@ -273,11 +320,13 @@ def ponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int
 def ponder2_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     x = [embed(model, token) for token in tokens]
     z = causal_pass(model, x, list(range(len(tokens))))
-    positions = [t for t in range(len(tokens)) for _ in range(2)]
-    for _ in range(model.options.jacobi_high):
-        z = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[0::2]
-    out = causal_pass(model, [row for pair in zip(x, z, strict=True) for row in pair], positions)[1::2]
-    return [head(model, row) for row in out], [0.0] * len(tokens), [2] * len(tokens)
+    K = model.options.thoughts
+    positions = [t for t in range(len(tokens)) for _ in range(K + 1)]
+    thoughts = [[row] * K for row in z]
+    for _ in range(model.options.jacobi_high + 1):
+        out = causal_pass(model, [slot for t in range(len(x)) for slot in (x[t], *thoughts[t])], positions)
+        thoughts = [[out[t * (K + 1) + n] for n in range(K)] for t in range(len(x))]
+    return [head(model, row) for row in out[K :: K + 1]], [0.0] * len(tokens), [K + 1] * len(tokens)
 
 
 def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
@@ -302,12 +351,20 @@ def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
         depth = given or [int(p[t].argmax()) for t in range(T)]
         share = [sum(d == r for d in depth) / T for r in range(R)]
         extra = [options.balance_weight * R * sum(share[r] * p[t][r] for r in range(R)) for t in range(T)]
+        for t in range(T):
+            scores = loop.routers[0].score.weight @ first[t]
+            extra[t] = extra[t] + options.z_weight * torch.log(sum(torch.exp(s) for s in scores)) ** 2
     inside = list(range(T))
     for i in range(R):
+        for t in inside if expert else []:
+            extra[t] = extra[t] + options.z_weight * (loop.routers[i].score.weight[0] @ h[t]) ** 2
         if i and given is not None:
             inside = [t for t in inside if given[t] >= i]
         elif i and expert:
-            foretold = {t: loop.auxiliary_routers[i - 1].score.weight[0] @ h[t].detach() for t in inside}
+            if options.auxiliary == "main":
+                foretold = {t: loop.routers[i].score.weight[0] @ h[t] for t in inside}
+            else:
+                foretold = {t: loop.auxiliary_routers[i - 1].score.weight[0] @ h[t].detach() for t in inside}
             if model.training:
                 ranked = sorted(inside, key=lambda t: -float((loop.routers[i].score.weight[0] @ h[t]).detach()))
                 picked = sorted(ranked[: math.ceil(T * (R - i) / R)])
@@ -335,7 +392,7 @@ def mor_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
 def adaponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[int]):
     """AdaPonderLM in decoding order; a token shows its newest state up to the pass that looks. Extra: sparsity loss."""
     options, theta, stack = model.options, model.config.rope_theta, model.latent_loop.stack
-    factor = math.sqrt(2.5 * model.config.shape.d) if model.config.embedding_scale else 1.0
+    vectors = table(model)
     states, last, out = new_states(stack), [], []
     gates: list[list[tuple[int, Tensor]]] = [[] for _ in range(options.l_max)]
     given = replayed(model, tokens)
@@ -355,7 +412,7 @@ def adaponder_sequence(model: torch.nn.Module, tokens: list[int], targets: list[
             if not (gate > options.tau if given is None else given[t] > k):
                 break
             p = torch.softmax(head(model, z), dim=0)
-            e = e + gate * factor * sum(p[v] * model.embedding.weight[v] for v in range(len(p)))
+            e = e + gate * sum(p[v] * vectors[v] for v in range(len(p)))
         out.append(head(model, z))
     extra = [torch.zeros((), dtype=out[0].dtype) for _ in tokens]
     for of_pass in gates:
@@ -448,9 +505,7 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
     given = replayed(model, tokens)
     explored = [u < options.explore for u in drawn(tokens, options.steps_seed, salt=1)]
     warm = share < options.gate_warmup
-    deepest = options.l_max
-    if share < options.depth_growth:
-        deepest = int(share * (options.l_max + 1) / options.depth_growth)
+    deepest, gradless, scale = switches(model, options.l_max)
     lam = options.lam
     if options.lam_ramp:
         lam = lam * min(1, max(0, share - options.gate_warmup) / options.lam_ramp)
@@ -460,7 +515,9 @@ def optioned_sequence(model: torch.nn.Module, tokens: list[int], targets: list[i
         for k in range(options.l_max + 1):
             executed[t] = k + 1
             visible = [(j, i) for j in range(t + 1) for i in range(min(k, executed[j] - 1) + 1)]
-            before, z = z, stack_row(stack, z, t, theta, states, (t, k), visible)
+            with torch.set_grad_enabled(k >= gradless):
+                x = crossed(model, z, embed(model, token)) if k else z
+                before, z = z, stack_row(stack, x, t, theta, states, (t, k), visible, scale=scale)
             zs.append(z)
             if k == deepest:
                 break

@@ -10,14 +10,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from haltscale.model import METHODS, Method, Shape
+from haltscale.model import METHODS, EmbeddingScale, Method, Shape
 from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveOptions, GateTarget, Mixture, PenaltyProbability
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.language_model import canonical_name
 from haltscale.model.latent_loop import RouterInput, RouterKind
+from haltscale.model.loop_options import Injection
 from haltscale.model.looped import LoopedOptions
-from haltscale.model.mor import MorOptions, Routing
+from haltscale.model.mor import Auxiliary, MorOptions, Routing
 from haltscale.model.pause import PauseOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
@@ -61,13 +62,44 @@ CASES: dict[str, tuple[Method, Any]] = {
         Method.ADAPTIVE,
         AdaptiveOptions(mixture=Mixture.EXPECTED_LOSS, prior_steps=1.5, **RAGGED),
     ),
+    "adaptive, norm injection, last passes": (
+        Method.ADAPTIVE,
+        AdaptiveOptions(injection=Injection.NORM, gradient_passes=3, router_input=RouterInput.CHANGE, **RAGGED),
+    ),
+    "adaptive, border norm, scaled": (
+        Method.ADAPTIVE,
+        AdaptiveOptions(loop_norm=True, scaled_residuals=True, depth_growth=0.5, **RAGGED),
+    ),
+    "adaptive, added injection, last passes": (
+        Method.ADAPTIVE,
+        AdaptiveOptions(injection=Injection.ADD, loop_norm=True, gradient_passes=2, **RAGGED),
+    ),
     "fixed": (Method.FIXED, FixedOptions(steps=1.4)),
+    "fixed, norm injection, last passes": (
+        Method.FIXED,
+        FixedOptions(steps=2.4, injection=Injection.NORM, gradient_passes=2),
+    ),
+    "fixed, added injection, border norm, scaled": (
+        Method.FIXED,
+        FixedOptions(steps=1.4, injection=Injection.ADD, loop_norm=True, scaled_residuals=True),
+    ),
+    "looped, norm injection, last passes": (
+        Method.LOOPED,
+        LoopedOptions(steps=3, injection=Injection.NORM, gradient_passes=2),
+    ),
+    "looped, added injection, last pass": (
+        Method.LOOPED,
+        LoopedOptions(steps=2, injection=Injection.ADD, gradient_passes=1),
+    ),
+    "looped, border norm, scaled": (Method.LOOPED, LoopedOptions(steps=2, loop_norm=True, scaled_residuals=True)),
     "shuffled": (Method.SHUFFLED, ShuffledOptions(shift=3, **RAGGED)),
     "looped": (Method.LOOPED, LoopedOptions(steps=2)),
     "pause": (Method.PAUSE, PauseOptions(steps=2)),
     "ponder": (Method.PONDER, PonderOptions(steps=2)),
     "ponder, replacing": (Method.PONDER, PonderOptions(steps=2, accumulate=False)),
+    "ponder, three likeliest": (Method.PONDER, PonderOptions(steps=2, accumulate=False, top_k=3)),
     "ponder2": (Method.PONDER2, Ponder2Options()),
+    "ponder2, two thoughts": (Method.PONDER2, Ponder2Options(thoughts=2)),
     "ponder3": (Method.PONDER3, Ponder3Options(lam=0.3, tau=0.25, router_bias=0.5)),
     "ponder3, fixed steps": (Method.PONDER3, Ponder3Options(lam=0.3, tau=0.25, router_bias=0.5, **FIXED)),
     "adaponder, shuffled steps": (
@@ -76,6 +108,14 @@ CASES: dict[str, tuple[Method, Any]] = {
     ),
     "adaponder": (Method.ADAPONDER, AdaponderOptions(lam=0.3, fraction=0.4, tau=0.5, router_bias=0.3)),
     "mor": (Method.MOR, MorOptions(auxiliary_weight=0.3)),
+    "mor, published recipe": (
+        Method.MOR,
+        MorOptions(auxiliary=Auxiliary.MAIN, auxiliary_weight=0.3, z_weight=0.2),
+    ),
+    "mor, token choice, z-loss": (
+        Method.MOR,
+        MorOptions(routing=Routing.TOKEN_CHOICE, balance_weight=0.3, z_weight=0.2),
+    ),
     "mor, shuffled steps": (Method.MOR, MorOptions(auxiliary_weight=0.3, **SHUFFLED_MOR)),
     "mor, token choice, shuffled steps": (
         Method.MOR,
@@ -97,9 +137,21 @@ ORACLES = {
     "adaptive, expected loss, prior": "optioned_sequence",
     "ponder3, fixed steps": "ponder3_sequence",
     "adaponder, shuffled steps": "adaponder_sequence",
+    "mor, published recipe": "mor_sequence",
+    "mor, token choice, z-loss": "mor_sequence",
+    "ponder, three likeliest": "ponder_sequence",
+    "ponder2, two thoughts": "ponder2_sequence",
     "mor, shuffled steps": "mor_sequence",
     "mor, token choice, shuffled steps": "mor_sequence",
+    "adaptive, norm injection, last passes": "optioned_sequence",
+    "adaptive, border norm, scaled": "optioned_sequence",
+    "adaptive, added injection, last passes": "optioned_sequence",
     "fixed": "fixed_sequence",
+    "fixed, norm injection, last passes": "fixed_sequence",
+    "fixed, added injection, border norm, scaled": "fixed_sequence",
+    "looped, norm injection, last passes": "looped_sequence",
+    "looped, added injection, last pass": "looped_sequence",
+    "looped, border norm, scaled": "looped_sequence",
     "shuffled": "shuffled_sequence",
     "looped": "looped_sequence",
     "pause": "pause_sequence",
@@ -115,9 +167,22 @@ TINY = Shape(layers=2, d=16, heads=4, kv_heads=2, ffn=24)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "grouped queries, untied": {},
     "multi-head, tied": {"shape": replace(TINY, kv_heads=4), "tie_embeddings": True},
+    "factorised, sqrt(d), eps 0.1": {"embedding_rank": 4, "embedding_scale": EmbeddingScale.SQRT_D, "norm_eps": 0.1},
+    "factorised, tied": {"embedding_rank": 4, "tie_embeddings": True},
 }
 every_case = pytest.mark.parametrize("case", list(CASES))
-every_layout = pytest.mark.parametrize("layout", list(LAYOUTS))
+PLAIN_LAYOUTS = [layout for layout in LAYOUTS if "factorised" not in layout]
+FACTORISED = ("vanilla", "adaptive, probabilities", "fixed", "looped, norm injection, last passes", "pause", "ponder")
+"""Cases that are enough for the factorised layouts: each way in which a method uses embedding and head."""
+every_case_and_layout = pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        (case, layout)
+        for layout in LAYOUTS
+        for case in CASES
+        if layout in PLAIN_LAYOUTS or case in (*FACTORISED, "ponder2", "ponder3", "adaponder", "mor")
+    ],
+)
 routed_case = pytest.mark.parametrize(
     "case",
     [
@@ -142,8 +207,7 @@ def test_every_method_is_held_to_these_tests() -> None:
     assert set(ORACLES) == set(CASES)
 
 
-@every_case
-@every_layout
+@every_case_and_layout
 def test_forward_and_gradients_equal_the_definition(
     tiny: Callable, batch: Callable, oracle: ModuleType, case: str, layout: str
 ) -> None:
@@ -190,7 +254,7 @@ def test_the_future_changes_nothing(tiny: Callable, batch: Callable, case: str, 
     for each in (tokens, other):
         results.append(model(each))
     before, after = results
-    if training and case == "mor":  # expert choice ranks the whole sequence: mor.py says so
+    if training and case in ("mor", "mor, published recipe"):  # expert choice ranks the whole sequence: mor.py says so
         assert not torch.equal(before.logits_BTV[:, :6], after.logits_BTV[:, :6])
         return
     torch.testing.assert_close(before.logits_BTV[:, :6], after.logits_BTV[:, :6], atol=1e-11, rtol=0)
@@ -214,8 +278,11 @@ def test_decoding_equals_reading(tiny: Callable, batch: Callable, case: str, mon
     """Token by token, the same logits, the same steps, the same count of what was needed."""
     monkeypatch.setattr("haltscale.model.decoding.FIRST_CAPACITY", 4)  # so that the cache grows on the way
     method, options = CASES[case]
-    if case == "ponder2":
-        options = Ponder2Options(jacobi_low=11, jacobi_high=11)  # decoding is the fixed point of the iteration
+    if method is Method.PONDER2:
+        passes = 11 * options.thoughts
+        options = replace(
+            options, jacobi_low=passes, jacobi_high=passes
+        )  # decoding is the fixed point of the iteration
     monkeypatch.setitem(CASES, case, (method, options))
     model = build(tiny, case)
     tokens, _ = batch(3, 11)
@@ -226,16 +293,15 @@ def test_decoding_equals_reading(tiny: Callable, batch: Callable, case: str, mon
         torch.testing.assert_close(logits_BV, whole.logits_BTV[:, t], atol=1e-10, rtol=0)
         assert steps_B.tolist() == whole.trace.steps_BT[:, t].tolist()
     assert state.counts.tokens == whole.trace.counts.tokens
-    if case == "ponder2":
-        assert state.counts.rows == [33, 33], "decoding needs two passes where training iterates"
+    if method is Method.PONDER2:
+        assert state.counts.rows == [33] * (options.thoughts + 1), "one pass per slot where training iterates"
     else:
         assert [n for n in state.counts.rows if n] == [n for n in whole.trace.counts.rows if n]
         assert [n for n in state.counts.keys if n] == [n for n in whole.trace.counts.keys if n]
         assert model.flops(state.counts).realised == pytest.approx(model.flops(whole.trace.counts).realised)
 
 
-@every_case
-@every_layout
+@every_case_and_layout
 @pytest.mark.parametrize("backward", [False, True])
 def test_executed_flops_equal_torchs_counter(
     tiny: Callable, batch: Callable, case: str, backward: bool, layout: str
@@ -252,9 +318,9 @@ def test_executed_flops_equal_torchs_counter(
     assert 0 < flops.realised <= flops.executed
 
 
-@every_case
-def test_decodings_flops_equal_torchs_counter(tiny: Callable, batch: Callable, case: str) -> None:
-    model = build(tiny, case)
+@every_case_and_layout
+def test_decodings_flops_equal_torchs_counter(tiny: Callable, batch: Callable, case: str, layout: str) -> None:
+    model = build(tiny, case, **LAYOUTS[layout])
     tokens, _ = batch(2, 8)
     state = model.start_decoding(2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -277,8 +343,7 @@ def test_the_trace_adds_up(tiny: Callable, batch: Callable, case: str) -> None:
     assert all(n <= m for n, m in zip(trace.counts.keys, trace.counts.executed_keys, strict=True))
 
 
-@every_case
-@every_layout
+@every_case_and_layout
 def test_padding_changes_nothing(tiny: Callable, batch: Callable, case: str, layout: str) -> None:
     model = build(tiny, case, **LAYOUTS[layout])
     tokens, targets = batch(2, 12)
@@ -291,8 +356,7 @@ def test_padding_changes_nothing(tiny: Callable, batch: Callable, case: str, lay
     assert a.trace.counts.keys == b.trace.counts.keys
 
 
-@every_case
-@every_layout
+@every_case_and_layout
 def test_bfloat16_trains_and_decodes(tiny: Callable, batch: Callable, case: str, layout: str) -> None:
     model = build(tiny, case, dtype=torch.float32, **LAYOUTS[layout]).bfloat16().train()
     tokens, targets = batch(2, 12)
@@ -364,15 +428,15 @@ def test_bytes_of_keys_and_values(tiny: Callable, batch: Callable, case: str) ->
         assert needed == model.cache_bytes_per_token() == 2 * 2 * 8 * 8  # keys, values; layers; 2 heads of 4; float64
 
 
-@every_case
-@every_layout
+@every_case_and_layout
 def test_parameters_by_part_add_up(tiny: Callable, case: str, layout: str) -> None:
     model = build(tiny, case, **LAYOUTS[layout])
     shape, groups = model.config.shape, model.parameter_groups_count()
     assert sum(groups.values()) == sum(p.numel() for p in model.parameters())
-    tied = model.config.tie_embeddings
-    assert groups["head"] == (0 if tied else 31 * 16)
-    assert sum(groups.values()) - groups["method"] == shape.parameters(31, tie_embeddings=tied)
+    tied, rank = model.config.tie_embeddings, model.config.embedding_rank
+    assert groups["head"] == (0 if tied else rank * (31 + 16) if rank else 31 * 16)
+    whole = shape.parameters(31, tie_embeddings=tied, embedding_rank=rank)
+    assert sum(groups.values()) - groups["method"] == whole
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ SAY: dict[str, dict[str, Any]] = {
     "gain_margin": {"gate_target": GateTarget.GAIN},
     "gain_weight": {"gate_target": GateTarget.GAIN},
     "warmup_loss": {"gate_warmup": 0.1},
+    "depth_curve": {"depth_growth": 0.1},
 }
 """What gives an option a say that has none by default."""
 

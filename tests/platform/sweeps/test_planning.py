@@ -70,6 +70,38 @@ def test_long_contexts_are_carried_on_exactly(method, monkeypatch):
     assert planning.cost(long, V).bound == pytest.approx(whole, rel=1e-9)
 
 
+@pytest.mark.parametrize("method", ["looped", "fixed"])
+@pytest.mark.parametrize("context", [24, 96])
+def test_passes_without_a_gradient_cost_a_third(method, context, monkeypatch):
+    """By hand from the costs at other depths: of four passes, the first two go forward only."""
+    monkeypatch.setattr(planning, "PROBE_CONTEXT", 48)
+    whole, half = (planning.cost(replace(run(method, steps=s), context=context), V).bound for s in (3, 1))
+    some = replace(run(method, steps=3, injection="add", gradient_passes=2), context=context)
+    priced = planning.cost(some, V)
+    assert priced.expected == priced.bound
+    assert half < priced.bound < whole
+    if method == "looped":  # every pass has the same keys
+        assert whole - priced.bound == pytest.approx((whole - half) * 2 / 3)
+    if context == 24:
+        assert priced.bound == pytest.approx(spent(some))
+
+
+@pytest.mark.parametrize("method", ["looped", "fixed"])
+@pytest.mark.parametrize("curve", ["linear", "sqrt", "late"])
+def test_a_growing_depth_costs_the_mean_over_the_budget(method, curve):
+    shares = [n / 200 for n in range(200)]
+    grown = run(method, steps=3, depth_growth=0.8, depth_curve=curve)
+    model = build_model(grown.model_config(V), seed=0)
+    tokens, found = torch.zeros(1, grown.context, dtype=torch.long), []
+    for share in shares:
+        model.set_budget_share(share)
+        counts = model(tokens, tokens).trace.counts
+        found.append(model.flops(counts).training.realised / counts.tokens)
+    priced = planning.cost(grown, V)
+    assert priced.bound == planning.cost(run(method, steps=3), V).bound == max(found)
+    assert priced.expected == pytest.approx(sum(found) / len(found), rel=1e-2)
+
+
 def test_fractions_of_steps_lie_between(monkeypatch):
     two, more, three = (planning.cost(run("fixed", steps=s), V).bound for s in (2, 2.4, 3))
     assert two < more < three
