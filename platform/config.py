@@ -49,6 +49,15 @@ class Schedule(StrEnum):
     """The peak to the end."""
 
 
+class Optimizer(StrEnum):
+    """What turns gradients into steps."""
+
+    ADAMW = "adamw"
+    """AdamW for every weight."""
+    MUON = "muon"
+    """Muon for the matrices of the blocks, AdamW for embeddings, heads, norms, routers and vectors."""
+
+
 class ConfigError(ValueError):
     """A configuration is refused; ``problems`` lists everything wrong with it at once."""
 
@@ -94,7 +103,12 @@ class RunConfig:
     final_learning_rate_fraction: float = 0.1
     """Where the schedule ends, as a share of the peak."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices only."""
+    """The optimizer's, on matrices only."""
+    optimizer: Optimizer = Optimizer.ADAMW
+    muon_rate: float = 1.0
+    """Multiple of the learning rate at which Muon's matrices train. Its updates have the root mean square of AdamW's:
+    begin with 1."""
+    muon_momentum: float = 0.95
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     clip: float = 1.0
@@ -179,10 +193,11 @@ class RunConfig:
         for name in ("warmup_fraction", "decay_fraction", "final_learning_rate_fraction"):
             found += in_range(name, getattr(self, name), 0, 1)
         found += in_range("weight_decay", self.weight_decay, 0, 10)
-        for name in ("adam_beta1", "adam_beta2"):
+        found += in_range("muon_rate", self.muon_rate, 0, 1000, above=True)
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             found += in_range(name, getattr(self, name), 0, 0.99999)
         found += in_range("clip", self.clip, 0, 1e9, above=True)
-        for name, members in (("precision", Precision), ("schedule", Schedule)):
+        for name, members in (("precision", Precision), ("schedule", Schedule), ("optimizer", Optimizer)):
             value = getattr(self, name)
             found += require(value in list(members), name, value, f"one of {', '.join(members)}")
         if self.flops is not None:
@@ -222,6 +237,8 @@ class RunConfig:
             idle.add("final_learning_rate_fraction")
         if self.warmup_tokens is not None:
             idle.add("warmup_fraction")
+        if self.optimizer is not Optimizer.MUON:
+            idle |= {"muon_rate", "muon_momentum"}
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in idle}
         if self.flops is None and self.steps:
             defaults["tokens"] = self.steps * self.batch_tokens
