@@ -165,6 +165,10 @@ class ModelConfig:
     so that a token and a fed-back hidden state have the same size (PonderLM-2). The authors' vanilla model goes
     without; here every arm has it, so that a comparison is about thinking and not about scale."""
 
+    document_start: int | None = None
+    """The token that begins a document (end-of-text): attention stops there. None: a row's documents see each other,
+    as in the paper. Decoding reads one document."""
+
     def __post_init__(self) -> None:
         set_normalised(self)
         object.__setattr__(self, "options", normalised_options(self.options))

@@ -113,6 +113,9 @@ class RunConfig:
     adam_beta2: float = 0.95
     clip: float = 1.0
     """Greatest gradient norm."""
+    document_mask: bool = False
+    """Attention stops at the borders of documents. False is the paper's way: the documents of a packed row see those
+    before them."""
     precision: Precision = Precision.AUTO
     seed: int = 0
     """Of the initial weights and of the order of the sequences."""
@@ -150,10 +153,24 @@ class RunConfig:
                 shown.append(f"{symbol} {value:g}")
         return " · ".join([*shown, *([f"seed {self.seed}"] if self.seed else [])])
 
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model of this run."""
+    def model_config(self, vocab_size: int, end_of_text: int | None = None) -> ModelConfig:
+        """The model of this run.
+
+        Args:
+            end_of_text: the token before every document of the corpus; needed for a run with ``document_mask``.
+
+        Raises:
+            ValueError: the run has a ``document_mask``, and no ``end_of_text`` was given.
+        """
+        if self.document_mask and end_of_text is None:
+            raise ValueError("document_mask needs end_of_text, the token before every document of the corpus")
         config = ModelConfig(
-            method=self.method, shape=self.shape, vocab_size=vocab_size, context=self.context, options=self.options
+            method=self.method,
+            shape=self.shape,
+            vocab_size=vocab_size,
+            context=self.context,
+            options=self.options,
+            document_start=end_of_text if self.document_mask else None,
         )
         if (start := self.init_from) is None:
             return config
@@ -168,7 +185,7 @@ class RunConfig:
 
     def parameters(self, vocab_size: int) -> int:
         """Parameters of the plain model of this run's shape; what its method adds is left out."""
-        config = self.model_config(vocab_size)
+        config = self.model_config(vocab_size, end_of_text=0)
         return config.shape.parameters(config.vocab_size, tie_embeddings=config.tie_embeddings)
 
     def problems(self, vocab_size: int = 4096) -> list[str]:
@@ -180,7 +197,7 @@ class RunConfig:
             sized = replace(self, size=next(iter(SIZES)))
         elif self.init_from:
             found += self._start_problems(self.init_from, vocab_size)
-        found += config_problems(sized.model_config(vocab_size))
+        found += config_problems(sized.model_config(vocab_size, end_of_text=0))
         whole = {name: getattr(self, name) for name in ("tokens", "context", "batch_tokens")}
         wrong = [problem for name, value in whole.items() for problem in in_range(name, value, 1, integer=True)]
         found += wrong
@@ -200,6 +217,7 @@ class RunConfig:
         for name, members in (("precision", Precision), ("schedule", Schedule), ("optimizer", Optimizer)):
             value = getattr(self, name)
             found += require(value in list(members), name, value, f"one of {', '.join(members)}")
+        found += require(isinstance(self.document_mask, bool), "document_mask", self.document_mask, "true or false")
         if self.flops is not None:
             found += in_range("flops", self.flops, 0, above=True)
         if self.warmup_tokens is not None:
