@@ -144,7 +144,7 @@ def member(arm: str, folder: Path, rank: int) -> None:
     mine = [
         torch.as_tensor(np.asarray(reader.read(row), dtype=np.int64)) for row in rank_share(ids, rank=rank, world=world)
     ]
-    model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
+    model = build_model(corpus.model_config(run), seed=run.seed)
     _, pieces = execution.accumulation(run.batch_sequences)
     take_step = deepspeed_step(model, run, execution) if arm == "deepspeed" else pytorch_step(model, run, pieces, world)
     warm = steps // 4

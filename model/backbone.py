@@ -16,8 +16,10 @@ d hidden size, V vocabulary, K states per position (l_max + 1), L layers.
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -109,38 +111,106 @@ def attention(q_BMHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, mask: Tensor | Non
     return out_BHME.transpose(1, 2)
 
 
+def attention_in_chunks(q_BMHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, chunks: list[Chunk]) -> Tensor:
+    """The same, queries by chunks over prefixes of the keys."""
+    if fused_cpu_attention(q_BMHE) and q_BMHE.shape[2] == k_BSGE.shape[2]:
+        q_BHME, k_BHSE, v_BHSE = (x.transpose(1, 2) for x in (q_BMHE, k_BSGE, v_BSGE))
+        out_BHME: Tensor = ChunkedAttentionFunction.apply(q_BHME, k_BHSE, v_BHSE, chunks)
+        return out_BHME.transpose(1, 2)
+    parts = [
+        attention(q_BMHE[:, a:b], k_BSGE[:, :width], v_BSGE[:, :width], mask, causal=mask is None)
+        for a, b, width, mask in chunks
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+_first_seen: ContextVar[Tensor | None] = ContextVar("first_seen", default=None)
+
+
+@contextmanager
+def documents_apart(first_BT: Tensor | None) -> Iterator[None]:
+    """Have every plan that is made meanwhile stop at the borders of documents.
+
+    Who sees whom is the plans' business alone, so no method has to know of documents.
+
+    first_BT: for each position, the one at which its document begins; None where documents see each other.
+    """
+    token = _first_seen.set(first_BT)
+    try:
+        yield
+    finally:
+        _first_seen.reset(token)
+
+
+QUERIES_PER_CHUNK = 64
+MAX_CHUNKS = 8
+
+
 @dataclass(frozen=True)
 class CausalPlan:
     """The ordinary causal pass: rows are [B, T] flattened, each sees its own sequence up to itself.
 
-    Padding stands only at the end of a sequence, so no real position can see it and no mask is needed.
+    Padding stands only at the end of a sequence, so no real position can see it and no mask is needed. Within
+    `documents_apart`, a row sees its own document alone; queries are then cut into chunks as in a LatentPlan.
     """
 
     batch: int
     length: int
     keep: bool = False
     """Whether a later pass will look at these states."""
+    first: Tensor | None = field(default_factory=_first_seen.get, compare=False)
+    """[B, positions], as in `documents_apart`; each position may have several rows here, one after the other."""
+
+    @functools.cached_property
+    def _first_row(self) -> Tensor | None:
+        """[B, T]: the first row of this pass that each row may see."""
+        if self.first is None:
+            return None
+        rows = self.length // self.first.shape[1]
+        return (self.first * rows).repeat_interleave(rows, dim=1)
+
+    @functools.cached_property
+    def _borders(self) -> list[tuple[int, int, Tensor]]:
+        """Chunks of queries a..b over the keys up to b, with which of them are after the query or before its
+        document."""
+        first_BT, T = self._first_row, self.length
+        assert first_BT is not None
+        t_T = torch.arange(T, device=first_BT.device)
+        chunks = min(max(T // QUERIES_PER_CHUNK, 1), MAX_CHUNKS)
+        edges = [T * c // chunks for c in range(chunks + 1)]
+        return [(a, b, (t_T[:b] > t_T[a:b, None]) | (t_T[:b] < first_BT[:, a:b, None])) for a, b in pairwise(edges)]
+
+    @functools.cached_property
+    def _chunks(self) -> dict[torch.dtype, list[Chunk]]:
+        return {}
+
+    def _chunks_for(self, q_NHE: Tensor) -> list[Chunk]:
+        """The same as attention takes them; made once for all layers."""
+        if self.first is None:
+            return [(0, self.length, self.length, None)]
+        if q_NHE.dtype not in self._chunks:
+            self._chunks[q_NHE.dtype] = [
+                (a, b, b, q_NHE.new_zeros(unseen_BMS.shape).masked_fill_(unseen_BMS, -torch.inf)[:, None])
+                for a, b, unseen_BMS in self._borders
+            ]
+        return self._chunks[q_NHE.dtype]
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
-        if fused_cpu_attention(q_NHE) and q_BTHE.shape[2] == k_BTGE.shape[2]:
-            heads_first = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
-            out_BTHE = ChunkedAttentionFunction.apply(*heads_first, [(0, T, T, None)]).transpose(1, 2)
-        else:
-            out_BTHE = attention(q_BTHE, k_BTGE, v_BTGE, None, causal=True)
+        out_BTHE = attention_in_chunks(q_BTHE, k_BTGE, v_BTGE, self._chunks_for(q_NHE))
         kept = ((k_NGE.flatten(1), v_NGE.flatten(1)),) if self.keep else ()
         return out_BTHE.reshape(B * T, -1), kept
 
     def record(self, counts: PassCounts, valid_BT: Tensor) -> None:
-        """Add this pass to the counts: real position t of a sequence needs t + 1 keys."""
-        rows, keys = torch.stack((valid_BT.sum(), (valid_BT.cumsum(1) * valid_BT).sum())).tolist()  # one trip
-        counts.record(
-            rows=rows,
-            keys=keys,
-            executed_rows=self.batch * self.length,
-            executed_keys=self.batch * self.length * self.length,
-        )
+        """Add this pass to the counts: real position t of a sequence, or of a document, needs t + 1 keys."""
+        keys_BT = valid_BT.cumsum(1)
+        pairs = self.batch * self.length * self.length
+        if self._first_row is not None:
+            keys_BT = keys_BT - self._first_row
+            pairs = sum(self.batch * (b - a) * b for a, b, _ in self._borders)
+        rows, keys = torch.stack((valid_BT.sum(), (keys_BT * valid_BT).sum())).tolist()  # one trip
+        counts.record(rows=rows, keys=keys, executed_rows=self.batch * self.length, executed_keys=pairs)
 
 
 class LatentPlan:
@@ -151,11 +221,13 @@ class LatentPlan:
     at position t may see is a *prefix* of the keys, and the whole mask follows from one count per query. Queries are
     cut into a few chunks, each handed only the prefix that its last query needs, which removes most masked work.
 
+    Within `documents_apart`, what a query sees begins with its document.
+
     Building a plan reads a few integers back from the device (sizes of this pass), in one trip per pass, not per layer.
     """
 
-    QUERIES_PER_CHUNK = 64
-    MAX_CHUNKS = 8
+    QUERIES_PER_CHUNK = QUERIES_PER_CHUNK
+    MAX_CHUNKS = MAX_CHUNKS
 
     def __init__(
         self,
@@ -178,6 +250,9 @@ class LatentPlan:
         end_BT = states_BT.cumsum(1)  # keys visible at t = slot one past its newest state
         sequence_N = row_N // T
         visible_N = end_BT.flatten()[row_N]
+        before_N: Tensor | None = None  # of these, the keys of earlier documents
+        if (first_BT := _first_seen.get()) is not None:
+            before_N = (end_BT - states_BT).gather(1, first_BT).flatten()[row_N]
         active_B = torch.zeros(B, dtype=torch.long, device=device).index_add_(0, sequence_N, torch.ones_like(row_N))
         offset_B = active_B.cumsum(0) - active_B
         place_N = torch.arange(len(row_N), device=device) - offset_B[sequence_N]  # among its sequence's rows
@@ -187,7 +262,8 @@ class LatentPlan:
         chunk_N = torch.searchsorted(edge_C, place_N, right=True)
         # A query slot that holds no row sees one key, which keeps its softmax finite; nobody reads what it gives.
         widest_C = torch.ones(most, dtype=torch.long, device=device).scatter_reduce(0, chunk_N, visible_N, "amax")
-        sizes = torch.stack((end_BT[:, -1].max(), end_BT[:, -1].sum(), visible_N.sum(), active_B.max(), chunks_0))
+        needed_N = visible_N if before_N is None else visible_N - before_N
+        sizes = torch.stack((end_BT[:, -1].max(), end_BT[:, -1].sum(), needed_N.sum(), active_B.max(), chunks_0))
         slots, states, self.keys_needed, M, chunks, *widest = torch.cat((sizes, widest_C)).tolist()  # the one trip
         self.slots = slots
         self.full = states == B * slots
@@ -203,11 +279,16 @@ class LatentPlan:
         self.query_slot_N = sequence_N * M + place_N
         visible_BM = torch.ones(B * M, dtype=torch.long, device=device).index_copy(0, self.query_slot_N, visible_N)
         visible_BM = visible_BM.view(B, M)
+        before_BM: Tensor | None = None
+        if before_N is not None:
+            before_BM = torch.zeros_like(visible_BM).flatten().index_copy(0, self.query_slot_N, before_N).view(B, M)
         edges = [M * c // chunks for c in range(chunks + 1)]
         slot_S = torch.arange(slots, device=device)
         self.chunks: list[Chunk] = []
         for (a, b), width in zip(pairwise(edges), widest, strict=False):
             unseen_BMS = slot_S[:width] >= visible_BM[:, a:b, None]
+            if before_BM is not None:
+                unseen_BMS |= slot_S[:width] < before_BM[:, a:b, None]
             mask_BMS = torch.zeros(unseen_BMS.shape, dtype=dtype, device=device).masked_fill_(unseen_BMS, -torch.inf)
             self.chunks.append((a, b, width, mask_BMS[:, None]))
 
@@ -227,19 +308,12 @@ class LatentPlan:
     def _look(self, q_NHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor) -> Tensor:
         """Attention of this pass's rows over all states."""
         B, M = self.batch, self.queries
-        G, E = k_BSGE.shape[2:]
+        E = k_BSGE.shape[3]
         q_flat = q_NHE.flatten(1)
         if not self.dense:
             q_flat = MergeFunction.apply(B * M + 1, False, [self.query_slot_N], q_flat)[:-1]
         q_BMHE = q_flat.view(B, M, -1, E)
-        if fused_cpu_attention(q_BMHE) and q_BMHE.shape[2] == G:
-            q_BHME, k_BHSE, v_BHSE = (x.transpose(1, 2) for x in (q_BMHE, k_BSGE, v_BSGE))
-            out_BMHE = ChunkedAttentionFunction.apply(q_BHME, k_BHSE, v_BHSE, self.chunks).transpose(1, 2)
-        else:
-            out_BMHE = torch.cat(
-                [attention(q_BMHE[:, a:b], k_BSGE[:, :w], v_BSGE[:, :w], mask) for a, b, w, mask in self.chunks], dim=1
-            )
-        out_flat = out_BMHE.reshape(B * M, -1)
+        out_flat = attention_in_chunks(q_BMHE, k_BSGE, v_BSGE, self.chunks).reshape(B * M, -1)
         looked: Tensor = out_flat if self.dense else TakeFunction.apply(out_flat, self.query_slot_N)
         return looked
 

@@ -215,6 +215,10 @@ class ModelConfig:
     """Of the initial weights; training takes its rates from it too. What a forward pass computes from given weights is
     the same in all."""
 
+    document_start: int | None = None
+    """The token that begins a document (end-of-text): attention stops there. None: a row's documents see each other,
+    as in the paper. Decoding reads one document."""
+
     def __post_init__(self) -> None:
         if isinstance(self.embedding_scale, bool):
             scale = EmbeddingScale.UNIT if self.embedding_scale else EmbeddingScale.NONE

@@ -123,6 +123,11 @@ def _check(
             found.append(f"prompt {index} is empty: give it at least one token")
         elif not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             found.append(f"prompt {index} holds tokens outside of 0..{config.vocab_size - 1}")
+        elif config.document_start is not None and config.document_start in prompt[1:]:
+            found.append(
+                f"prompt {index} begins another document after its first token, and attention stops there: give the"
+                " last document alone"
+            )
         if len(prompt) > config.context:
             found.append(f"prompt {index} has {len(prompt)} tokens, more than the model's context of {config.context}")
         elif not found and len(prompt) + new_tokens - 1 > config.context:  # the last token is written, never read

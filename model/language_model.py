@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haltscale.model import ledger
-from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, rope_table
+from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, documents_apart, rope_table
 from haltscale.model.config import EmbeddingScale, ModelConfig, Shape
 from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCache
 from haltscale.model.halting import HaltingTrace
@@ -178,6 +178,14 @@ class LanguageModel(nn.Module):
         mean_N = probability_NV @ self.embedding.weight
         return (mean_N if self.embedding_up is None else self.embedding_up(mean_N)) * self.embedding_factor
 
+    def document_starts(self, tokens_BT: Tensor) -> Tensor | None:
+        """For each position, the one at which its document begins (0 in a row that begins within one); None where
+        documents see each other."""
+        if self.config.document_start is None:
+            return None
+        t_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return (t_T * (tokens_BT == self.config.document_start)).cummax(1).values
+
     @property
     def embedding_factor(self) -> float:
         """What embeddings are multiplied by on the way in."""
@@ -228,7 +236,8 @@ class LanguageModel(nn.Module):
         position_T = torch.arange(T, device=tokens_BT.device)
         valid_BT = (position_T < lengths_B[:, None]) if lengths_B is not None else position_T.expand(B, T) >= 0
         self._check_vocabulary(tokens_BT)
-        loop_output = (hidden_states or self.hidden_states)(tokens_BT, valid_BT)
+        with documents_apart(self.document_starts(tokens_BT)):
+            loop_output = (hidden_states or self.hidden_states)(tokens_BT, valid_BT)
         logits_BTV = self.logits(loop_output)
         if observe is not None:
             observe(loop_output, logits_BTV)

@@ -17,6 +17,7 @@ from haltscale.model.config import (
     Shape,
     build_options,
     did_you_mean,
+    in_range,
     is_int,
     is_number,
     key_problems,
@@ -147,6 +148,8 @@ def config_problems(config: ModelConfig, *, tokenizer_size: int | None = None, l
         value = getattr(config, name)
         if needed is not None and is_int(value) and 1 <= value < needed:
             found.append(f"{name} = {value}: must be at least {needed}, {whose}")
+    if config.document_start is not None and is_int(config.vocab_size):
+        found += in_range("document_start", config.document_start, 0, config.vocab_size - 1, integer=True)
     if not is_number(config.rope_theta) or not config.rope_theta > 1:
         found.append(f"rope_theta = {config.rope_theta!r}: must be a number above 1")
     if config.parametrisation not in list(Parametrisation):

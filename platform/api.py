@@ -1,13 +1,13 @@
 """The names that a study is written with, in one place."""
 
 from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method, Parametrisation
-from haltscale.platform.config import ConfigError, Precision, RunConfig, Schedule
+from haltscale.platform.config import ConfigError, Optimizer, Precision, RunConfig, Schedule
 from haltscale.platform.corpora.corpus import Corpus, sotu
 from haltscale.platform.corpora.formats import Format, InvalidUtf8
 from haltscale.platform.corpora.known_need import ChainedLookups, known_need
 from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
-from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, Optimizer, Sink
+from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, OptimizerKernel, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw, Transfer
@@ -52,6 +52,7 @@ __all__ = [
     "Offload",
     "OnTrouble",
     "Optimizer",
+    "OptimizerKernel",
     "Parametrisation",
     "Precision",
     "Pretrained",

@@ -1,7 +1,7 @@
 """Training checkpoints: sharded by rank, hashed, and made of nothing that could execute.
 
     <run>/checkpoints/step-00000012/
-        shard-00000-of-00002.safetensors   fragments of float32 weights and AdamW moments that rank 0 steps
+        shard-00000-of-00002.safetensors   fragments of float32 weights and moments that rank 0 steps
         shard-00000-of-00002.json          its manifest, written last: hash, progress, counters
 
 A step's checkpoint is complete when every shard has its manifest, so nothing has to be committed. Fragments carry the
@@ -39,7 +39,8 @@ from haltscale.platform.store import RunStore
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SCHEMA = 1
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT, ADAM_MOMENTS, MUON_MOMENTS = "weight", ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+MOMENTS = ADAM_MOMENTS + MUON_MOMENTS
 _MANIFEST = re.compile(r"shard-(\d{5})-of-(\d{5})\.json")
 _STEP = re.compile(r"step-(\d{8})")
 _ENTRY = re.compile(r"\w+:\d+:.")

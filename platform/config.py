@@ -53,6 +53,15 @@ class Schedule(StrEnum):
     """The peak to the end."""
 
 
+class Optimizer(StrEnum):
+    """What turns gradients into steps."""
+
+    ADAMW = "adamw"
+    """AdamW for every weight."""
+    MUON = "muon"
+    """Muon for the matrices of the blocks, AdamW for embeddings, heads, norms, routers and vectors."""
+
+
 class ConfigError(ValueError):
     """A configuration is refused; ``problems`` lists everything wrong with it at once."""
 
@@ -110,7 +119,12 @@ class RunConfig:
     final_learning_rate_fraction: float = 0.1
     """Where the schedule ends, as a share of the peak."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices only."""
+    """The optimizer's, on matrices only."""
+    optimizer: Optimizer = Optimizer.ADAMW
+    muon_rate: float = 1.0
+    """Multiple of the learning rate at which Muon's matrices train. Its updates have the root mean square of AdamW's:
+    begin with 1."""
+    muon_momentum: float = 0.95
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     clip: float = 1.0
@@ -119,6 +133,9 @@ class RunConfig:
     """How initial weights and each parameter's rate, epsilon and decay depend on the shape
     (``haltscale/model/parametrisation.py``): under ``mup`` and ``completep`` a rate that was tuned on a small model is
     one for a large model."""
+    document_mask: bool = False
+    """Attention stops at the borders of documents. False is the paper's way: the documents of a packed row see those
+    before them."""
     precision: Precision = Precision.AUTO
     seed: int = 0
     """Of the initial weights and of the order of the sequences."""
@@ -160,8 +177,17 @@ class RunConfig:
                 shown.append(f"{symbol} {value:g}")
         return " · ".join([*shown, *([f"seed {self.seed}"] if self.seed else [])])
 
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model of this run."""
+    def model_config(self, vocab_size: int, end_of_text: int | None = None) -> ModelConfig:
+        """The model of this run.
+
+        Args:
+            end_of_text: the token before every document of the corpus; needed for a run with ``document_mask``.
+
+        Raises:
+            ValueError: the run has a ``document_mask``, and no ``end_of_text`` was given.
+        """
+        if self.document_mask and end_of_text is None:
+            raise ValueError("document_mask needs end_of_text, the token before every document of the corpus")
         config = ModelConfig(
             method=self.method,
             shape=self.shape,
@@ -169,6 +195,7 @@ class RunConfig:
             context=self.context,
             options=self.options,
             parametrisation=self.parametrisation,
+            document_start=end_of_text if self.document_mask else None,
             **{name: getattr(self, name) for name in MODEL_CHOICES},
         )
         if (start := self.init_from) is None:
@@ -185,7 +212,7 @@ class RunConfig:
 
     def parameters(self, vocab_size: int) -> int:
         """Parameters of the plain model of this run's shape; what its method adds is left out."""
-        config = self.model_config(vocab_size)
+        config = self.model_config(vocab_size, end_of_text=0)
         return config.shape.parameters(
             config.vocab_size, tie_embeddings=config.tie_embeddings, embedding_rank=config.embedding_rank
         )
@@ -199,7 +226,7 @@ class RunConfig:
             sized = replace(self, size=next(iter(SIZES)))
         elif self.init_from:
             found += self._start_problems(self.init_from, vocab_size)
-        found += config_problems(sized.model_config(vocab_size))
+        found += config_problems(sized.model_config(vocab_size, end_of_text=0))
         whole = {name: getattr(self, name) for name in ("tokens", "context", "batch_tokens")}
         wrong = [problem for name, value in whole.items() for problem in in_range(name, value, 1, integer=True)]
         found += wrong
@@ -212,12 +239,16 @@ class RunConfig:
         for name in ("warmup_fraction", "decay_fraction", "final_learning_rate_fraction"):
             found += in_range(name, getattr(self, name), 0, 1)
         found += in_range("weight_decay", self.weight_decay, 0, 10)
-        for name in ("adam_beta1", "adam_beta2"):
+        found += in_range("muon_rate", self.muon_rate, 0, 1000, above=True)
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             found += in_range(name, getattr(self, name), 0, 0.99999)
         found += in_range("clip", self.clip, 0, 1e9, above=True)
-        for name, members in (("precision", Precision), ("schedule", Schedule)):
+        for name, members in (("precision", Precision), ("schedule", Schedule), ("optimizer", Optimizer)):
             value = getattr(self, name)
             found += require(value in list(members), name, value, f"one of {', '.join(members)}")
+        found += require(isinstance(self.document_mask, bool), "document_mask", self.document_mask, "true or false")
+        if self.optimizer is Optimizer.MUON and self.parametrisation is not Parametrisation.STANDARD:
+            found.append(f"parametrisation {self.parametrisation} scales AdamW's rates: take standard with muon")
         if self.flops is not None:
             found += in_range("flops", self.flops, 0, above=True)
         if self.warmup_tokens is not None:
@@ -266,6 +297,8 @@ class RunConfig:
             idle.add("final_learning_rate_fraction")
         if self.warmup_tokens is not None:
             idle.add("warmup_fraction")
+        if self.optimizer is not Optimizer.MUON:
+            idle |= {"muon_rate", "muon_momentum"}
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in idle}
         if self.flops is None and self.steps:
             defaults["tokens"] = self.steps * self.batch_tokens

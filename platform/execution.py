@@ -24,7 +24,7 @@ class Offload(StrEnum):
     C++ compiler and libaio's headers."""
 
 
-class Optimizer(StrEnum):
+class OptimizerKernel(StrEnum):
     """Which implementation of AdamW takes the steps; all compute the same update, in another order of rounding."""
 
     FUSED = "fused"
@@ -70,7 +70,7 @@ class ExecutionConfig:
     offload_folder: str = ""
     """On each worker's node: where files of NVMe offload are, while the worker lives; by default where temporary files
     go."""
-    optimizer: Optimizer = Optimizer.FUSED
+    optimizer_kernel: OptimizerKernel = OptimizerKernel.FUSED
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its inside: less memory, more time."""
     compile: bool = False
@@ -184,8 +184,9 @@ class ExecutionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExecutionConfig:
-        """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
-        execution: ExecutionConfig = build_options(cls, values)
+        """The inverse of ``dataclasses.asdict``, also after a way through JSON, and of a spec with former names."""
+        named = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+        execution: ExecutionConfig = build_options(cls, named)
         return execution
 
     def accumulation(self, batch_sequences: int) -> tuple[int, int]:
@@ -197,11 +198,12 @@ class ExecutionConfig:
         return micro, share // micro
 
 
+FORMER_NAMES = {"optimizer": "optimizer_kernel"}
 SINK_PACKAGES = {Sink.TENSORBOARD: "tensorboardX", Sink.WANDB: "wandb"}
 EXECUTION_CHOICES: dict[str, type[StrEnum]] = {
     "offload_optimizer": Offload,
     "offload_parameters": Offload,
-    "optimizer": Optimizer,
+    "optimizer_kernel": OptimizerKernel,
     "on_divergence": OnTrouble,
     "on_collapse": OnTrouble,
 }

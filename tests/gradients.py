@@ -14,7 +14,7 @@ from haltscale.model import LanguageModel, Method, ModelConfig, Shape, build_mod
 from haltscale.model.language_model import IGNORE_INDEX
 from haltscale.model.mor import MorOptions, Routing
 from haltscale.model.registry import METHODS
-from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.config import Optimizer, Precision, RunConfig
 from haltscale.platform.corpora.order import rank_share
 from haltscale.platform.training import engine as engines
 from haltscale.platform.training.loop import step_seed, train
@@ -101,10 +101,37 @@ def unlike(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def through_deepspeed(
-    case: str, precision: Precision, *, pieces: int, zero_stage: int, rank: int = 0, world: int = 1
+    case: str,
+    precision: Precision,
+    *,
+    pieces: int,
+    zero_stage: int,
+    optimizer: Optimizer = Optimizer.ADAMW,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, float]:
     """How far what this rank's optimizer was given is from :func:`plain`: by parameter, and of the norm."""
     run = run_of(case, precision)
+    run = replace(run, optimizer=optimizer, muon_momentum=run.adam_beta1)  # then both keep the same mean
+    engine, listener = trained(model_of(case), run, pieces=pieces, zero_stage=zero_stage, rank=rank, world=world)
+    right, norm = plain(case, precision, pieces=pieces, world=world)
+    told = listener.rows[-1]["grad_norm"]
+    errors = {} if told is None else {"norm": abs(told / norm - 1)}
+    kinds = set()
+    for fragment in engines.fragments(engine):
+        state = engine.basic_optimizer.state[fragment.stepped]
+        (kind,) = {"exp_avg", "momentum_buffer"} & set(state)
+        kinds.add(kind)
+        wanted = right[fragment.parameter].flatten()[fragment.start : fragment.start + fragment.numel]
+        errors[f"{fragment.parameter} from {fragment.start}"] = unlike(fragment.of(state[kind]), wanted)
+    assert optimizer is Optimizer.MUON or kinds == {"exp_avg"}
+    return errors
+
+
+def trained(
+    model: LanguageModel, run: RunConfig, *, pieces: int, zero_stage: int, rank: int = 0, world: int = 1
+) -> tuple[Any, Listener]:
+    """The engine after the two steps. At stage 3 every parameter is cut, however small."""
     micro_batch = ROWS // world // pieces
     execution = execution_of(run, zero_stage=zero_stage, workers=world, micro_batch_sequences=micro_batch)
     zero = engines._zero
@@ -114,7 +141,7 @@ def through_deepspeed(
 
     engines._zero = sharded
     try:
-        engine = engines.build_engine(model_of(case), run, execution)
+        engine = engines.build_engine(model, run, execution)
     finally:
         engines._zero = zero
 
@@ -124,14 +151,7 @@ def through_deepspeed(
 
     listener = Listener()
     train(engine, batches(), run, Progress(), listener.hooks(), execution=execution, rank=rank, world=world)
-    right, norm = plain(case, precision, pieces=pieces, world=world)
-    told = listener.rows[-1]["grad_norm"]
-    errors = {} if told is None else {"norm": abs(told / norm - 1)}
-    for fragment in engines.fragments(engine):
-        moment = fragment.of(engine.basic_optimizer.state[fragment.stepped]["exp_avg"])
-        wanted = right[fragment.parameter].flatten()[fragment.start : fragment.start + fragment.numel]
-        errors[f"{fragment.parameter} from {fragment.start}"] = unlike(moment, wanted)
-    return errors
+    return engine, listener
 
 
 def diagonal() -> list[tuple[str, Precision, int, int]]:

@@ -18,7 +18,7 @@ import torch
 
 from haltscale.model import AdaptiveOptions, LanguageModel, Method, build_model
 from haltscale.platform.checkpoints import Checkpoints
-from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.config import Optimizer, Precision, RunConfig
 from haltscale.platform.corpora.order import rank_share
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.store import RunStore
@@ -41,6 +41,7 @@ RUNS = {
     "vanilla": RUN,
     "adaptive": replace(RUN, method=Method.ADAPTIVE, options=AdaptiveOptions(lam=0.3, l_max=2, tau=0.3)),
 }
+RUNS["muon"] = replace(RUNS["adaptive"], optimizer=Optimizer.MUON)
 
 EVALUATED = RunConfig(
     size="0.6m",
@@ -151,14 +152,20 @@ def shares(run: RunConfig, first: int = 0, *, rank: int, world: int) -> Iterator
 
 
 def train_and_save(
-    store: str, *, zero_stage: int, rank: int = 0, world: int = 1, notice: tuple[int, int] | None = None
+    store: str,
+    *,
+    zero_stage: int,
+    rank: int = 0,
+    world: int = 1,
+    notice: tuple[int, int] | None = None,
+    case: str = "adaptive",
 ) -> dict[str, Any]:
     """A run with checkpoints, from the newest one in the store on.
 
     Args:
         notice: a rank, and the step at which it is told that it may end.
     """
-    run = RUNS["adaptive"]
+    run = RUNS[case]
     execution = execution_of(run, zero_stage=zero_stage, workers=world, micro_batch_sequences=2, checkpoints=2)
     checkpoints = Checkpoints(RunStore(store), "study", "run", rank=rank, world=world)
     engine, progress = start(build_model(run.model_config(LARGE), seed=run.seed), run, execution, checkpoints)

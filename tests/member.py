@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from haltscale.model import FixedOptions, Method, build_model
-from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.config import Optimizer, Precision, RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.order import rank_share
 from haltscale.platform.recorder import RunRecorder
@@ -26,6 +26,7 @@ from haltscale.platform.training.loop import train
 from haltscale.platform.training.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parent))
+import muon_steps
 from gradients import through_deepspeed
 
 import looping
@@ -66,14 +67,20 @@ def padded(rows: list[list[int]], zero_stage: int) -> dict[str, Any]:
     return {"loss": row["loss"], "grad_norm": row["grad_norm"], "moved": moved}
 
 
-def gradients(case: str, precision: str, pieces: int, zero_stage: int) -> dict[str, float]:
+def gradients(case: str, precision: str, pieces: int, zero_stage: int, optimizer: str = "adamw") -> dict[str, float]:
     """Relative errors of the gradients that this rank's optimizer was given."""
-    return through_deepspeed(case, Precision(precision), pieces=pieces, zero_stage=zero_stage, rank=RANK, world=WORLD)
+    kinds: Any = {"precision": Precision(precision), "optimizer": Optimizer(optimizer)}
+    return through_deepspeed(case, **kinds, pieces=pieces, zero_stage=zero_stage, rank=RANK, world=WORLD)
 
 
-def trained(store: str, zero_stage: int, notice: list[int] | None = None) -> dict[str, Any]:
+def muon(case: str, pieces: int, zero_stage: int) -> dict[str, float]:
+    """Relative errors of where Muon and AdamW moved the weights that this rank steps."""
+    return muon_steps.through_deepspeed(case, pieces=pieces, zero_stage=zero_stage, rank=RANK, world=WORLD)
+
+
+def trained(store: str, zero_stage: int, notice: list[int] | None = None, case: str = "adaptive") -> dict[str, Any]:
     pair = (notice[0], notice[1]) if notice else None
-    return looping.train_and_save(store, zero_stage=zero_stage, rank=RANK, world=WORLD, notice=pair)
+    return looping.train_and_save(store, zero_stage=zero_stage, rank=RANK, world=WORLD, notice=pair, case=case)
 
 
 def evaluated(corpus: str, store: str, key: str, zero_stage: int) -> dict[str, Any]:
@@ -113,7 +120,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every piece
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/rendezvous", rank=RANK, world_size=WORLD)
-    functions = (depths, padded, gradients, trained, evaluated, forget, harm)
+    functions = (depths, padded, gradients, muon, trained, evaluated, forget, harm)
     does = {function.__name__: function for function in functions}
     answers = {name: does[task.pop("do")](**task) for name, task in json.loads((FOLDER / "tasks.json").read_text())}
     (FOLDER / f"answers-{RANK}.json").write_text(json.dumps(answers))

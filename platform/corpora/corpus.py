@@ -34,8 +34,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 
-from haltscale.platform.config import ConfigError
+from haltscale.model import ModelConfig
+from haltscale.platform.config import ConfigError, RunConfig
 from haltscale.platform.corpora.formats import Format, SourceError, printable
 from haltscale.platform.corpora.order import Mixture
 from haltscale.platform.corpora.sources import Source
@@ -274,6 +276,13 @@ class PreparedCorpus:
     def end_of_text(self) -> str:
         """The token that stands before every document, as the corpus named it."""
         return recorded_end_of_text(self.counts) or END_OF_TEXT
+
+    def model_config(self, run: RunConfig) -> ModelConfig:
+        """The model of a run on this corpus."""
+        end: int | None = None
+        if run.document_mask:
+            end = Tokenizer.from_file(str(self.folder / "tokenizer.json")).token_to_id(self.end_of_text)
+        return run.model_config(self.counts["vocab_size"], end)
 
     def losses(self) -> list[str]:
         """A line for each source of which something was left out or altered; what and how much."""

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from haltscale.model import METHODS
 from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints
 from haltscale.platform.config import Precision, RunConfig, current_identity
 from haltscale.platform.corpora.corpus import recorded_end_of_text
+from haltscale.platform.corpora.tokenization import END_OF_TEXT
 from haltscale.platform.inference.models import FILES, TOKENIZER_CONFIG, ModelFolderError, end_of_text_config
 from haltscale.platform.store import RunState, RunStore, haltscale_home
 
@@ -144,7 +146,9 @@ def _write_checkpoint(store: RunStore, study: str, key: str, step: int, folder: 
     """Write a training checkpoint as a finished run's model would be: its weights in the precision of the run."""
     view = store.run(study, key)
     run = RunConfig.from_identity(current_identity(view.record) or view.spec["identity"]).resolved()
-    config = run.model_config(int(store.study(study)["corpus"]["vocab_size"]))
+    about, tokenizer = store.study(study)["corpus"], _tokenizer(store, study, key)
+    end_of_text = Tokenizer.from_str(tokenizer).token_to_id(recorded_end_of_text(about) or END_OF_TEXT)
+    config = run.model_config(int(about["vocab_size"]), end_of_text)
     dtype = DTYPES[run.precision]
     with torch.device("meta"):
         model = METHODS[config.method].model(config)
@@ -160,8 +164,8 @@ def _write_checkpoint(store: RunStore, study: str, key: str, step: int, folder: 
         ) from error
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-    (folder / "tokenizer.json").write_text(_tokenizer(store, study, key), encoding="utf-8")
-    if name := recorded_end_of_text(store.study(study)["corpus"]):
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    if name := recorded_end_of_text(about):
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(end_of_text_config(name)), encoding="utf-8")
 
 

@@ -218,7 +218,7 @@ def _train(
     """Train from the newest checkpoint to the record."""
     rank, world, store = around.rank, around.world, recorder.store
     checkpoints = Checkpoints(store, spec.study, spec.key, rank=rank, world=world)
-    model = build_model(run.model_config(corpus.counts["vocab_size"]), seed=run.seed)
+    model = build_model(corpus.model_config(run), seed=run.seed)
     branch = (
         branch_point(checkpoints, store, spec.study, spec.key, rank=rank, world=world) if execution.branch else None
     )

@@ -70,7 +70,7 @@ def cost(run: RunConfig, vocab_size: int) -> Cost:
         drawn = [replace(options, jacobi_low=n, jacobi_high=n) for n in range(options.jacobi_low, options.jacobi_high)]
         known = [_training_flops(run.method, run.shape, o, run.context, vocab_size, rank) for o in drawn]
         expected = float(np.mean([*known, bound]))
-    elif _stand_in(run.method, options)[0] is not run.method:
+    elif run.document_mask or _stand_in(run.method, options)[0] is not run.method:
         expected = None
     elif getattr(run.options, "depth_growth", 0.0):
         expected = _mean_while_growing(run, vocab_size)

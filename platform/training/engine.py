@@ -18,10 +18,20 @@ from torch import nn
 
 from haltscale.model import LanguageModel, build_model
 from haltscale.platform import llama
-from haltscale.platform.checkpoints import MOMENTS, WEIGHT, Checkpoints, Saved, Shard, tensor_name
-from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.execution import ExecutionConfig, Offload, Optimizer
+from haltscale.platform.checkpoints import (
+    ADAM_MOMENTS,
+    MOMENTS,
+    MUON_MOMENTS,
+    WEIGHT,
+    Checkpoints,
+    Saved,
+    Shard,
+    tensor_name,
+)
+from haltscale.platform.config import Optimizer, Precision, RunConfig
+from haltscale.platform.execution import ExecutionConfig, Offload, OptimizerKernel
 from haltscale.platform.memory import keep_freed_memory
+from haltscale.platform.training.muon import MuonAdamW, Piece, matrices, with_muon
 from haltscale.platform.training.parameter_groups import parameter_groups
 from haltscale.platform.training.progress import Progress
 
@@ -63,12 +73,17 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):
         # The loop runs a data-dependent number of times: gather its parameters once, as one leaf.
         deepspeed.utils.set_z3_leaf_modules(model, [type(loop)])
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, run),
-        lr=0.0,  # the loop sets it at every step; some of DeepSpeed's wrappers take one while they are built
-        betas=(run.adam_beta1, run.adam_beta2),
-        fused=execution.optimizer is Optimizer.FUSED,
-    )
+    groups = parameter_groups(model, run)
+    settings: dict[str, Any] = {
+        "lr": 0.0,  # the loop sets it at every step; some of DeepSpeed's wrappers take one while they are built
+        "betas": (run.adam_beta1, run.adam_beta2),
+        "fused": execution.optimizer_kernel is OptimizerKernel.FUSED,
+    }
+    if is_muon := run.optimizer is Optimizer.MUON:
+        precise = run.resolved().precision
+        optimizer: torch.optim.AdamW = MuonAdamW(with_muon(groups, model, run), precision=precise, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings)
     micro_batch, accumulation = execution.accumulation(run.batch_sequences)
     precision = run.resolved().precision
     config: dict[str, Any] = {
@@ -77,11 +92,14 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         "gradient_clipping": run.clip,
         "zero_optimization": _zero(execution, sum(parameter.numel() for parameter in model.parameters())),
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW steps offloaded state too
+        "zero_allow_untested_optimizer": is_muon,
         "bf16": {"enabled": precision is Precision.BF16},
         "fp16": {"enabled": precision is Precision.FP16},
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
+    if is_muon:  # it wants a parameter group stepped as a whole
+        config["zero_optimization"]["sub_group_size"] = max(10**9, sum(p.numel() for p in model.parameters()))
     if precision is Precision.BF16:
         config["communication_data_type"] = "fp32"
         if execution.zero_stage > 0:  # at 0 it takes gradients in whatever dtype they come
@@ -92,8 +110,24 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if precision is Precision.BF16:
         _accumulate_in_float32(engine)
+    if isinstance(optimizer, MuonAdamW):
+        _place(engine, optimizer)
     engine.basic_optimizer.state.clear()  # of the steps that wrappers took: counts and moments start from nothing
     return engine
+
+
+def _place(engine: Any, optimizer: MuonAdamW) -> None:
+    """Tell the optimizer where the matrices are that Muon steps."""
+    places: dict[Any, list[Piece]] = {}
+    owned = matrices(engine.module)
+    for fragment in fragments(engine):
+        for matrix in owned.get(fragment.parameter, ()):
+            first, end = max(fragment.start, matrix.start), min(fragment.start + fragment.numel, matrix.end)
+            if first < end:
+                at = fragment.offset + first - fragment.start
+                place = Piece(fragment.stepped, at, first - matrix.start, end - first)
+                places.setdefault(matrix, []).append(place)
+    optimizer.place(places, engine.device)
 
 
 def _accumulate_in_float32(engine: Any) -> None:
@@ -269,17 +303,19 @@ def restore(engine: Any, saved: Saved) -> None:
         CheckpointError: the checkpoint is of another model.
     """
     state, optimizer_step = engine.basic_optimizer.state, saved.counters["optimizer_step"]
+    by_muon = engine.basic_optimizer.parameters if isinstance(engine.basic_optimizer, MuonAdamW) else ()
     for fragment in fragments(engine):
         place = (fragment.parameter, fragment.start, fragment.numel)
         fragment.of(fragment.stepped).copy_(saved.read(WEIGHT, *place))
         if optimizer_step == 0:
             continue
+        kinds = MUON_MOMENTS if fragment.parameter in by_muon else ADAM_MOMENTS
         if fragment.stepped not in state:
-            fused = engine.basic_optimizer.defaults.get("fused")
+            fused = engine.basic_optimizer.defaults.get("fused") and kinds != MUON_MOMENTS
             device = fragment.stepped.device if fused else "cpu"
-            moments = {kind: torch.zeros_like(fragment.stepped) for kind in MOMENTS}
+            moments = {kind: torch.zeros_like(fragment.stepped) for kind in kinds}
             state[fragment.stepped] = {"step": torch.tensor(float(optimizer_step), device=device), **moments}
-        for kind in MOMENTS:
+        for kind in kinds:
             fragment.of(state[fragment.stepped][kind]).copy_(saved.read(kind, *place))
     for name, value in saved.counters["loss_scaler"].items():
         if hasattr(_loss_scaler(engine), name):  # the wrapper of ZeRO stage 0 has no hysteresis

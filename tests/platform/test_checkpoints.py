@@ -53,9 +53,10 @@ def trained(
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_a_resumed_run_is_the_uninterrupted_run(zero_stage, precision, store):
+@pytest.mark.parametrize("case", ["adaptive", "muon"])
+def test_a_resumed_run_is_the_uninterrupted_run(case, zero_stage, precision, store):
     """To the last bit: a run that was killed has the same place in a study as one that was not."""
-    run = replace(RUNS["adaptive"], precision=precision)
+    run = replace(RUNS[case], precision=precision)
     checkpoints = opened(store)
     engine, listener = trained(run, checkpoints, zero_stage=zero_stage)
     assert list(checkpoints.complete()) == [3, 6]
@@ -72,8 +73,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(zero_stage, precision, store):
 
 
 @pytest.mark.parametrize(("first", "then"), [(0, 1), (1, 3), (3, 2), (2, 0)])
-def test_a_run_goes_on_at_another_zero_stage(first, then, store):
-    run = RUNS["adaptive"]
+@pytest.mark.parametrize("case", ["adaptive", "muon"])
+def test_a_run_goes_on_at_another_zero_stage(case, first, then, store):
+    run = RUNS[case]
     _, listener = trained(run, opened(store), zero_stage=first)
     shutil.rmtree(store.path("study", "run", "checkpoints", "step-00000006"))
     engine, progress = begin(run, opened(store), zero_stage=then)

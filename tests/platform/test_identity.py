@@ -26,7 +26,7 @@ from haltscale.model import (
     build_model,
 )
 from haltscale.platform import config
-from haltscale.platform.config import Precision, RunConfig, Schedule
+from haltscale.platform.config import Optimizer, Precision, RunConfig, Schedule
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import SEMANTICS, canonical_json, digest, encodable
 from haltscale.platform.initial_model import InitialModel
@@ -76,9 +76,15 @@ def key(run: RunConfig, corpus: str = "corpus", fingerprint: str = "f00") -> str
     return run.key(corpus, fingerprint)
 
 
+def test_what_muon_alone_uses_is_in_no_other_key():
+    assert key(replace(BASE, muon_rate=2.0, muon_momentum=0.9)) == key(BASE)
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(RunConfig)])
 def test_every_field_of_a_run_is_in_its_key(name):
     base = replace(BASE, tokens=10 * BASE.batch_tokens) if name == "tokens" else BASE
+    if name.startswith("muon_"):  # AdamW has no use for them
+        base = replace(base, optimizer=Optimizer.MUON)
     other = OTHER_RUN.get(name) or another(getattr(base, name))
     changed = replace(base, **{name: 11 * BASE.batch_tokens if name == "tokens" else other})
     assert changed != base

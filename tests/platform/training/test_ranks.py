@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gradients
+import muon_steps
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,11 @@ CASES = {"equal": [2, 2], "unequal": [3, 1], "zero": [2, 0]}
 DIAGONAL = {
     f"gradients of {case}": {"case": case, "precision": precision, "pieces": pieces, "zero_stage": stage}
     for case, precision, pieces, stage in gradients.diagonal()
+}
+DIAGONAL |= {f"muon's {name}": {**task, "optimizer": "muon"} for name, task in list(DIAGONAL.items())[::3]}
+MUON = {
+    f"muon's steps of {case}": {"do": "muon", "case": case, "pieces": gradients.PIECES[1 + n % 2], "zero_stage": n % 4}
+    for n, case in enumerate(gradients.CASES)
 }
 LENGTHS = [16, 16, 3, 16, 16, 2, 9, 1]
 """Scored tokens of each row: rank 1 has fewer, and so has one micro-batch of rank 0."""
@@ -50,13 +56,20 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         tasks[f"{name} whole"] = {"do": "trained", "store": store, "zero_stage": stage}
         tasks[f"{name} forget"] = {"do": "forget", "store": store, "step": 6}
         tasks[f"{name} resumed"] = {"do": "trained", "store": store, "zero_stage": stage}
+    for stage in (1, 3):
+        kept = {"store": str(folder / f"muon {stage}"), "case": "muon"}
+        tasks[f"muon {stage} whole"] = {"do": "trained", **kept, "zero_stage": stage}
+        tasks[f"muon {stage} forget"] = {"do": "forget", "store": kept["store"], "step": 6}
+        tasks[f"muon {stage} resumed"] = {"do": "trained", **kept, "zero_stage": stage}
     tasks["harm"] = {"do": "harm", "store": two, "step": 6, "shard": 1}
     tasks["after harm"] = {"do": "trained", "store": two, "zero_stage": 1}
     tasks["more ranks"] = {"do": "trained", "store": one, "zero_stage": 3}
     tasks["noticed"] = {"do": "trained", "store": noticed, "zero_stage": 1, "notice": [1, 4]}
-    tasks |= {name: {"do": "gradients", **task} for name, task in DIAGONAL.items()}
+    tasks |= {name: {"do": "gradients", **task} for name, task in DIAGONAL.items()} | MUON
     found = answer_together(folder, tasks)
     forget(three, 6)
+    forget(str(folder / "muon 3"), 6)
+    found[0]["muon 3 fewer ranks"] = train_and_save(str(folder / "muon 3"), zero_stage=0, case="muon")
     found[0] |= {"alone": alone, "fewer ranks": train_and_save(three, zero_stage=0)}
     return found
 
@@ -116,7 +129,13 @@ def test_the_gradient_of_every_method_is_that_of_one_plain_process(answers, name
         gradients.check(rank[name], Precision(task["precision"]), task["zero_stage"])
 
 
-@pytest.mark.parametrize("name", ["two", "three"])
+@pytest.mark.parametrize("name", MUON)
+def test_muons_steps_are_those_of_full_matrices_in_one_process(answers, name):
+    for rank in answers:
+        muon_steps.check(rank[name])
+
+
+@pytest.mark.parametrize("name", ["two", "three", "muon 1", "muon 3"])
 def test_two_ranks_resume_to_the_last_bit(answers, name):
     whole, resumed = answers[0][f"{name} whole"], answers[0][f"{name} resumed"]
     assert resumed["from"] == 3
@@ -135,7 +154,10 @@ def test_damage_that_one_rank_finds_makes_all_go_back(answers):
         assert "step 6 is damaged (shard-00001-of-00002.safetensors" in event["what"]
 
 
-@pytest.mark.parametrize(("before", "after"), [("alone", "more ranks"), ("three whole", "fewer ranks")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("alone", "more ranks"), ("three whole", "fewer ranks"), ("muon 3 whole", "muon 3 fewer ranks")],
+)
 def test_a_run_goes_on_with_another_number_of_ranks(answers, before, after):
     """Elastic at every stage, on the same global batches: one rank at stage 2 to two at 3, two at 3 to one at 0."""
     whole, rest = answers[0][before], answers[0][after]

@@ -14,7 +14,7 @@ import torch
 
 from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions, build_model
 from haltscale.platform.config import Precision
-from haltscale.platform.execution import Offload, Optimizer
+from haltscale.platform.execution import Offload, OptimizerKernel
 from haltscale.platform.schedule import Spent, learning_rate
 from haltscale.platform.training import loop
 from haltscale.platform.training.engine import full_weights
@@ -255,7 +255,7 @@ EXECUTIONS: dict[str, dict[str, Any]] = {
         "activation_checkpointing": True,
         "zero_stage": 2,
     },
-    "torch's optimizer": {"optimizer": Optimizer.TORCH},
+    "torch's optimizer": {"optimizer_kernel": OptimizerKernel.TORCH},
     "activation checkpointing": {"activation_checkpointing": True},
     "activation checkpointing in shards": {"activation_checkpointing": True, "zero_stage": 3},
     "optimizer on the CPU, stage 1": {"offload_optimizer": Offload.CPU},
