@@ -141,4 +141,4 @@ def test_the_standard_parametrisation_scales_nothing():
 def test_a_bad_parametrisation_is_refused():
     assert "did you mean 'mup'" in " ".join(config_problems(config_of("mupp")))
     tied = {**config_of("mup").__dict__, "tie_embeddings": True}
-    assert "head of its own" in " ".join(config_problems(ModelConfig(**tied)))
+    assert "a head of their own" in " ".join(config_problems(ModelConfig(**tied)))

@@ -147,10 +147,10 @@ def test_a_probe_is_replaced_whole(store, monkeypatch):
     assert len(store.probe("study", "key", 1)) == 1
 
     def disk_full(source, target):
-        target.write(b"half")
+        Path(target).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("shutil.copyfileobj", disk_full)
+    monkeypatch.setattr("shutil.copyfile", disk_full)
     with pytest.raises(OSError, match="disk full"):
         run.probe(1, table())
     assert len(store.probe("study", "key", 1)) == 1
