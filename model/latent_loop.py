@@ -28,10 +28,11 @@ from haltscale.model.backbone import (
     Rope,
     Stack,
     compute_dtype,
+    rope_of,
     rope_table,
 )
 from haltscale.model.config import ModelConfig
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import HaltingTrace, halting_step
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LatentState, LoopOutput
@@ -235,12 +236,13 @@ class LatentLoop(nn.Module):
         open_gates: bool = False,
         most_steps: int | None = None,
         goes_on: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+        prompts: PromptStates | None = None,
     ) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order.
         at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
         that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
         the depth still grows. goes_on: instead of the router's rule, asked after state k with the states of the active
-        rows and what they were computed from (posthoc.py)."""
+        rows and what they were computed from (posthoc.py). prompts: filled in with what the passes leave."""
         rules, config = self.rules, self.config
         B, T = valid_BT.shape
         K = rules.l_max + 1
@@ -271,6 +273,8 @@ class LatentLoop(nn.Module):
         reach_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
         exit_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
         states: list[LatentState] = []
+        if prompts is not None:
+            prompts.add(memories, range(K))
 
         for k in range(K):
             gate_N = self.gate(z_Nd, x_Nd, k, ahead_NL) if k < deepest else None
@@ -305,6 +309,8 @@ class LatentLoop(nn.Module):
             this_pass = self._faded(plan, reach_N)
             z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), this_pass, memories)
             plan.record(counts)
+            if prompts is not None:
+                prompts.add(memories, range(k + 1, K), row_N=row_N)
 
         trace = HaltingTrace(
             steps_BT=(states_BT - valid_BT.long()).to(torch.uint8),
@@ -360,6 +366,7 @@ class LatentLoop(nn.Module):
                 rows = [rows[i] for i in going]
                 on_N = torch.tensor(going, device=x_Bd.device)
                 row_N, x_Nd, reach_N = row_N[on_N], x_Nd[on_N], reach_N[on_N]
+                rope = rope_of(rope, on_N)
                 ahead_NL = None if ahead_NL is None else ahead_NL[on_N]
                 forced_N = None if forced_N is None else forced_N[on_N]
             steps_B[row_N] += 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from haltscale.model.config import ModelConfig, in_range
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
@@ -38,7 +38,7 @@ class LoopedModel(LanguageModel):
         self.steps = config.options.steps
         self.latent_loop = RepeatedPasses(config)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
@@ -46,7 +46,7 @@ class LoopedModel(LanguageModel):
         def passes(h_Nd: Tensor) -> Tensor:
             rope = loop.rope(B, T, h_Nd)
             for k in range(self.steps + 1):
-                h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == self.steps)
+                h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == self.steps, prompts=prompts, region=k)
             return h_Nd
 
         h_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
@@ -56,7 +56,7 @@ class LoopedModel(LanguageModel):
         return [1] * (self.steps + 1)
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        h_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
+        h_Bd, rope = self.embed(tokens_B), self.rope_at(state.positions)
         for k in range(self.steps + 1):
             h_Bd = self.latent_loop.decode(h_Bd, rope, state, k=k, region=k, final_norm=k == self.steps)
         return h_Bd, torch.full_like(tokens_B, self.steps)

@@ -9,6 +9,8 @@ on average.
 
 Decoding is exact and sequential: two passes per token over one cache. It is the fixed point that J passes approach, and
 equals `forward` once J reaches the number of tokens; with J = 3 the two differ a little. That gap is the method's own.
+A prompt is read by as many Jacobi passes as the fixed point takes to be reached, to rounding; what the method needs of
+them is two passes per token.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from haltscale.model.config import ModelConfig, in_range
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
@@ -54,7 +56,7 @@ class Ponder2Model(LanguageModel):
         stream = torch.Generator().manual_seed(seed)
         self._drawn = int(torch.randint(self.options.jacobi_low, self.options.jacobi_high + 1, (), generator=stream))
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
@@ -62,18 +64,43 @@ class Ponder2Model(LanguageModel):
         def passes(x_Nd: Tensor) -> Tensor:
             z_Nd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)
             rope, valid_BU = loop.rope(B, T, x_Nd, repeat=2), valid_BT.repeat_interleave(2, dim=1)
-            for _ in range(self._drawn if self.training else self.options.jacobi_high):
+            drawn = self._drawn if self.training else self.options.jacobi_high
+            for _ in range(drawn if prompts is None else T):  # after T passes every state is exact
+                before_Nd = z_Nd
                 z_Nd = loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[0::2]
-            return loop.run(torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1), rope, valid_BU, counts)[1::2]
+                if prompts is not None and _settled(before_Nd, z_Nd):
+                    break
+            both_Nd = torch.stack((x_Nd, z_Nd), dim=1).flatten(0, 1)
+            return loop.run(both_Nd, rope, valid_BU, counts, prompts=prompts, rows_per_position=2)[1::2]
 
         out_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
+        if prompts is not None:
+            counts = _two_passes(valid_BT) + counts.executed_only()
         return LoopOutput(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=1))
 
     def cache_widths(self) -> list[int]:
         return [2]
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        rope = self.rope_at(state.position)
+        rope = self.rope_at(state.positions)
         z_Bd = self.latent_loop.decode(self.embed(tokens_B), rope, state, k=0, region=0)
         out_Bd = self.latent_loop.decode(z_Bd, rope, state, k=1, region=0)
         return out_Bd, torch.ones_like(tokens_B)
+
+
+def _settled(before_Nd: Tensor, after_Nd: Tensor) -> bool:
+    """Whether a Jacobi pass has changed no state by more than rounding."""
+    change = (after_Nd - before_Nd).abs().max()
+    return bool(change <= 4 * torch.finfo(after_Nd.dtype).eps * after_Nd.abs().max())
+
+
+def _two_passes(valid_BT: Tensor) -> PassCounts:
+    """What the method needs of whole texts: token t sees 2 t + 1 states, its thought one more."""
+    tokens, seen = int(valid_BT.sum()), int((valid_BT.cumsum(1) * valid_BT).sum())
+    return PassCounts(
+        rows=[tokens, tokens],
+        keys=[2 * seen - tokens, 2 * seen],
+        executed_rows=[0, 0],
+        executed_keys=[0, 0],
+        tokens=tokens,
+    )
