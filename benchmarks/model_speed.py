@@ -1,6 +1,6 @@
 """Speed of the models, side by side in one run, as medians of interleaved repeats.
 
-    python benchmarks/model_speed.py [tax llama litgpt decode rate methods where] [--repeats 9] [--threads 2]
+    python benchmarks/model_speed.py [tax llama litgpt decode prompt rate methods where] [--repeats 9] [--threads 2]
     python benchmarks/model_speed.py tax llama rate --device cuda --size 410m --length 2048 --dtype bf16 [--compile]
 
 tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly.
@@ -10,6 +10,8 @@ llama   tokens per second of vanilla over transformers' Llama of the same size, 
 litgpt  the same over litgpt's GPT, where it is installed. Aim: at least 1.0.
 decode  time per decoded token, adaptive over vanilla, divided by adaptive's mean passes, alone and in a batch whose
         sequences halt at different depths. Aim: at most 1.15.
+prompt  time until a prompt of 1,000 tokens is read and its next token is known, over one forward pass of it without a
+        gradient, for every method. Aim: at most 1.3.
 rate    vanilla's realised FLOP/s, forward and backward, over the machine's matrix rate, measured on square matrices in
         the same type. Aim: on a GPU at 410m at least 0.45.
 methods a training step of every method over vanilla's, at the options' defaults, and adaptive's over PonderLM-2's at
@@ -24,6 +26,7 @@ random weights, so halting is ragged. --size takes a step of the ladder, with th
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,8 +35,10 @@ from figures import Figure, interleaved, show
 from setting import Setting, add_arguments, setting_from
 
 from haltscale.model import METHODS, AdaptiveOptions, LanguageModel, Method
+from haltscale.model.generation import generate
 
 DECODED = 128
+PROMPT = 1000
 CLOCK = [time.perf_counter]  # what `timed` reads
 
 
@@ -211,6 +216,34 @@ def decode(setting: Setting) -> None:
         )
 
 
+def prompt(setting: Setting) -> None:
+    """Reading a prompt over one forward pass of it."""
+    long = replace(setting, length=PROMPT + 1)
+    tokens = long.tokens(1)
+    text = tokens[0, :PROMPT].tolist()
+    for method, entry in METHODS.items():
+        if entry.model.shape_problems(setting.shape):
+            continue
+        model = (long.ragged() if method is Method.ADAPTIVE else long.model(method, entry.options())).eval()
+
+        def read(model: LanguageModel = model) -> float:
+            return timed(lambda: next(generate(model, [text], new_tokens=1)))[0]
+
+        def forward(model: LanguageModel = model) -> float:
+            with torch.no_grad():
+                return timed(lambda: model(tokens[:, :PROMPT]))[0]
+
+        a, b, ratios = interleaved(read, forward, setting.repeats)
+        show(
+            Figure(
+                name=f"prompt of {PROMPT:,} tokens read over one forward pass, {method}",
+                values=ratios,
+                at_most=1.3,
+                detail=f"{a * 1e3:.0f} / {b * 1e3:.0f} ms",
+            )
+        )
+
+
 def rate(setting: Setting) -> None:
     """Vanilla against the machine's matrix rate."""
     tokens, size = setting.tokens(), 8192 if setting.device.type == "cuda" else 1024
@@ -303,6 +336,7 @@ def main() -> None:
         "llama": llama,
         "litgpt": litgpt,
         "decode": decode,
+        "prompt": prompt,
         "rate": rate,
         "methods": methods,
         "where": where,

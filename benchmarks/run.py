@@ -26,7 +26,7 @@ KEPT = FOLDER / "results.json"
 
 COMMANDS: dict[str, list[str]] = {
     "models": [
-        "benchmarks/model_speed.py tax llama litgpt decode rate methods",
+        "benchmarks/model_speed.py tax llama litgpt decode prompt rate methods",
         "benchmarks/model_memory.py",
     ],
     "data": ["benchmarks/data.py --repeats 4"],

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haltscale.model.backbone import CausalPlan, ReusePlan, Rope, Stack, compute_dtype, rope_table
+from haltscale.model.backbone import CausalPlan, ReusePlan, Rope, Stack, compute_dtype, rope_of, rope_table
 from haltscale.model.config import ModelConfig, in_range
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LanguageModel, LoopOutput
@@ -101,9 +101,17 @@ class GatedLoop(nn.Module):
         """The next input of rows that go on."""
         return x_Nd + (gate_N[:, None] * guess_Nd).to(x_Nd.dtype)
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor, guess: Guess, forced_BT: Tensor | None = None) -> LoopOutput:
+    def forward(
+        self,
+        x_Nd: Tensor,
+        valid_BT: Tensor,
+        guess: Guess,
+        forced_BT: Tensor | None = None,
+        *,
+        prompts: PromptStates | None = None,
+    ) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]. forced_BT: iterations by order; gates then only scale what they let
-        through."""
+        through. prompts: filled in with what the passes leave."""
         config, options = self.config, self.options
         B, T = valid_BT.shape
         cos_T, sin_T = rope_table(T, config.shape, config.rope_theta, x_Nd)
@@ -116,6 +124,8 @@ class GatedLoop(nn.Module):
         passes_BT = valid_BT.long()
         inside_BT = valid_BT  # positions that ran the last pass
         pressed_N = at_least_float32(z_Nd).new_zeros(B * T)
+        if prompts is not None:
+            prompts.add(memories, range(1))
         for k in range(options.l_max):
             gate_N = self.gate(z_Nd, k)
             low_N = self._lowest(gate_N.detach(), row_N, inside_BT)
@@ -132,6 +142,8 @@ class GatedLoop(nn.Module):
                 plan.record(counts)
                 z_Nd, memories = self.stack(x_Nd, (cos_T[row_N % T], sin_T[row_N % T]), plan, memories)
             newest_Nd = newest_Nd.index_copy(0, row_N, z_Nd)
+            if prompts is not None:  # the newest state of every position
+                prompts.add(memories, range(k + 1, k + 2))
         k_K = torch.arange(options.l_max + 1, device=x_Nd.device)
         trace = HaltingTrace(
             steps_BT=(passes_BT - valid_BT.long()).to(torch.uint8),
@@ -175,7 +187,7 @@ class GatedLoop(nn.Module):
             if not going:
                 break
             on_N = torch.tensor(going, device=x_Bd.device)
-            rows, row_N = [rows[i] for i in going], row_N[on_N]
+            rows, row_N, rope = [rows[i] for i in going], row_N[on_N], rope_of(rope, on_N)
             x_Nd = self.fed_back(x_Nd[on_N], gate_N[on_N], guess(z_Nd[on_N]))
             steps_B[row_N] += 1
         return newest_Bd, steps_B
@@ -196,10 +208,10 @@ class AdaponderModel(LanguageModel):
         guess_NV = torch.softmax(at_least_float32(self.lm_head(z_Nd)), dim=1).to(z_Nd.dtype)
         return self.expected_embedding(guess_NV)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         forced_BT = self.replay.steps(tokens_BT, self.budget_share) if self.replay else None
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
-        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, self.guess, forced_BT)
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, self.guess, forced_BT, prompts=prompts)
         return loop_output
 
     def cache_widths(self) -> list[int]:
@@ -207,7 +219,7 @@ class AdaponderModel(LanguageModel):
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         forced = self.replay.decode(tokens_B, state, self.budget_share) if self.replay else None
-        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position), self.guess, forced)
+        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.positions), self.guess, forced)
 
     def extra_flops(self, counts: PassCounts) -> tuple[float, float]:
         """Gates after every pass but the last; a guess, through head and embedding, before every pass but the first."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from haltscale.model.config import ModelConfig, in_range, require
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, LatentState, LoopOutput
 from haltscale.model.latent_loop import HaltingRule, LatentLoop, LoopRules, RouterInput, RouterKind
@@ -248,7 +248,7 @@ class AdaptiveModel(LanguageModel):
         """The depth that has been grown at this share of the budget."""
         return self.options.most_steps(self.budget_share, self.options.l_max)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         options = self.options
         at_least_BT = None
         if self.training and options.explore and not self.replay:
@@ -261,6 +261,7 @@ class AdaptiveModel(LanguageModel):
             at_least_BT=at_least_BT,
             open_gates=self.warming_up,
             most_steps=self._most_steps,
+            prompts=prompts,
         )
         return loop_output
 
@@ -283,6 +284,17 @@ class AdaptiveModel(LanguageModel):
         B, T = loop_output.trace.valid_BT.shape
         loop_output.trace.counts.head_rows += sum(len(state.row_N) for state in loop_output.states)
         return self.mix_probabilities(loop_output.states, B * T).view(B, T, -1)
+
+    def logits_at(self, loop_output: LoopOutput, row_B: Tensor) -> Tensor:
+        if not self.options.mixture.heads_every_state:
+            return super().logits_at(loop_output, row_B)
+        chosen = []
+        for state in loop_output.states:
+            at_N = torch.isin(state.row_N, row_B)
+            place_N = torch.searchsorted(row_B, state.row_N[at_N])
+            chosen.append(state._replace(row_N=place_N, z_Nd=state.z_Nd[at_N], exit_N=state.exit_N[at_N]))
+        loop_output.trace.counts.head_rows += sum(len(state.row_N) for state in chosen)
+        return self.mix_probabilities(chosen, len(row_B))
 
     def penalty(self, loop_output: LoopOutput, targets_BT: Tensor, nll_BT: Tensor) -> Tensor:
         """The correctness-aware penalty [R: the exponent, and the expected number of latent steps as its object]."""
@@ -391,7 +403,7 @@ class AdaptiveModel(LanguageModel):
         return self.latent_loop.cache_widths()
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        rope = self.rope_at(state.position)
+        rope = self.rope_at(state.positions)
         forced = self.replay.decode(tokens_B, state, self.budget_share) if self.replay else None
         hidden_Bd, steps_B, state.extra = self.latent_loop.decode(self.embed(tokens_B), rope, state, forced)
         return hidden_Bd, steps_B

@@ -69,6 +69,12 @@ def rope_table(length: int, shape: Shape, theta: float, like: Tensor) -> Rope:
     return cos_TE[:length, None], sin_TE[:length, None]
 
 
+def rope_of(rope: Rope, row_N: Tensor) -> Rope:
+    """The angles of some rows; as they are where one row of angles serves all."""
+    cos_N1E, sin_N1E = rope
+    return (cos_N1E, sin_N1E) if len(cos_N1E) == 1 else (cos_N1E[row_N], sin_N1E[row_N])
+
+
 def rotate(x_NHE: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding (Su et al., 2021), in the half-split layout that Llama's Hugging Face weights use."""
     cos_N1E, sin_N1E = rope

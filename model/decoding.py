@@ -1,5 +1,8 @@
 """Incremental decoding: keys and values kept from token to token, and attention of one new row per sequence.
 
+Prompts are read whole: the passes that training makes leave their keys and values in `PromptStates`, and the cache
+takes them over as if the tokens had been read one by one.
+
 A cache has *regions*. A query reads exactly one region, which lies in one piece, so that decoding needs no gathering
 and, while all sequences hold equally much, no mask. A method with one state per token has one region. Where a query of
 step k may see the states of steps 0..k and no others (adaptive latent chain-of-thought), region k holds just those: a
@@ -7,9 +10,11 @@ state of step i is written to all regions from i on. That spends memory, (l_max+
 l_max+1 would hold the states, to read each of them in one stride.
 """
 
+# ruff: noqa: N815 (fields of a tuple carry shape suffixes too)
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +24,44 @@ from haltscale.model.ledger import PassCounts
 
 FIRST_CAPACITY = 64
 """Tokens that a new cache has room for; it doubles whenever it is full."""
+
+
+class PromptPass(NamedTuple):
+    """What one pass over whole prompts left."""
+
+    regions: range
+    """The regions of the cache that its states go to."""
+    blocks: slice
+    """The layers that were run."""
+    states: list[tuple[Tensor, Tensor]]
+    """Keys and values [N, row] of each of them."""
+    row_N: Tensor | None
+    """The rows of the pass as indices into [B*T], ascending; None: all of them."""
+
+
+class PromptStates:
+    """Keys and values of the passes over whole prompts, in the order of the passes, on their way into a cache.
+
+    Several states of one position stand in the order of their passes; a pass that has several rows for each position
+    (pause, PonderLM-2) is the only one of its region.
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[PromptPass] = []
+        self.rows_per_position = 1
+
+    def add(
+        self,
+        memories: Sequence[Memory],
+        regions: range,
+        *,
+        row_N: Tensor | None = None,
+        blocks: slice = slice(None),
+        rows_per_position: int = 1,
+    ) -> None:
+        """Keep the newest part of what a pass left in the memory of each layer."""
+        self.rows_per_position = rows_per_position
+        self.passes.append(PromptPass(regions, blocks, [memory[-1] for memory in memories], row_N))
 
 
 class KeyValueCache:
@@ -69,6 +112,33 @@ class KeyValueCache:
 
             self.memories = [((moved(keys), moved(values)),) for ((keys, values),) in self.memories]
             self.capacity = new
+
+    def fill(self, rows: list[int], valid_BT: Tensor, prompts: PromptStates) -> None:
+        """Give the sequences `rows`, which hold nothing yet, the states of their prompts. valid_BT: real positions."""
+        valid_BS = valid_BT.repeat_interleave(prompts.rows_per_position, dim=1)
+        (B, S), device = valid_BS.shape, valid_BS.device
+        valid_N, every_N = valid_BS.flatten(), torch.arange(B * S, device=device)
+        base_B = torch.tensor(rows, device=device) * self.capacity * sum(self.widths)
+        for region in range(len(self.widths)):
+            own = [one for one in prompts.passes if region in one.regions]
+            states_N = torch.zeros(B * S, dtype=torch.long, device=device)
+            places = []  # of each pass: its rows that are real, their slots, and their place among a slot's states
+            for one in own:
+                row_N = every_N if one.row_N is None else one.row_N
+                real_N = valid_N[row_N].nonzero().squeeze(1)
+                row_N = row_N[real_N]
+                places.append((real_N, row_N, states_N[row_N]))
+                states_N.index_add_(0, row_N, torch.ones_like(row_N))
+            states_BS = states_N.view(B, S)
+            first_N = (states_BS.cumsum(1) - states_BS + base_B[:, None] + self._start(region, self.capacity)).flatten()
+            for one, (real_N, row_N, place_N) in zip(own, places, strict=True):
+                slot_N = first_N[row_N] + place_N
+                for ((keys, values),), fresh in zip(self.memories[one.blocks], one.states, strict=True):
+                    for store, new_Nr in zip((keys, values), fresh, strict=True):
+                        new_Nr = new_Nr if len(real_N) == len(new_Nr) else new_Nr.index_select(0, real_N)
+                        store.flatten(0, 1).index_copy_(0, slot_N, new_Nr)
+            for b, held in zip(rows, states_BS.sum(1).tolist(), strict=True):
+                self.held[region][b] = held
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these sequences alone, in this order."""
@@ -162,14 +232,17 @@ class DecodingState:
     """Sequences that are decoded together."""
     cache: KeyValueCache
     """Their keys and values."""
-    position: int = 0
-    """Tokens read so far, the same for all sequences."""
+    positions: list[int] = field(default_factory=list)
+    """Tokens read so far, of each sequence."""
     counts: PassCounts = field(default_factory=PassCounts)
     """What decoding has cost so far."""
     text: Tensor | None = None
     """[batch, 1] hash of the text read so far, for methods whose number of steps is replayed (step_source.py)."""
     extra: Any = None
     """Whatever else the method carries."""
+
+    def __post_init__(self) -> None:
+        self.positions = self.positions or [0] * self.batch
 
     @property
     def everyone(self) -> list[int]:
@@ -179,6 +252,8 @@ class DecodingState:
     def keep(self, rows: list[int]) -> None:
         """Go on with these sequences alone, in this order; see :meth:`LanguageModel.keep_sequences`."""
         self.cache.keep(rows)
+        self.positions = [self.positions[b] for b in rows]
+        self.text = self.text if self.text is None else self.text[rows]
         self.batch = len(rows)
 
     def count(self, k: int, rows: int, plan: DecodingPlan) -> None:

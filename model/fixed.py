@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from haltscale.model.config import ModelConfig, in_range
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.latent_loop import LatentLoop, LoopRules, RouterKind
 from haltscale.model.loop_options import LoopOptions, loop_options
@@ -62,11 +62,13 @@ class FixedModel(LanguageModel):
         )
         self.latent_loop = LatentLoop(config, rules)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         steps_T = torch.tensor([dealt_steps(self.steps, t) for t in range(T)], device=tokens_BT.device)
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
-        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, steps_T.expand(B, T), most_steps=self._most_steps)
+        loop_output: LoopOutput = self.latent_loop(
+            x_Nd, valid_BT, steps_T.expand(B, T), most_steps=self._most_steps, prompts=prompts
+        )
         return loop_output
 
     @property
@@ -78,7 +80,7 @@ class FixedModel(LanguageModel):
         return self.latent_loop.cache_widths()
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        forced = [min(dealt_steps(self.steps, state.position), self._most_steps)] * state.batch
-        rope = self.rope_at(state.position)
+        forced = [min(dealt_steps(self.steps, position), self._most_steps) for position in state.positions]
+        rope = self.rope_at(state.positions)
         hidden_Bd, steps_B, _ = self.latent_loop.decode(self.embed(tokens_B), rope, state, forced)
         return hidden_Bd, steps_B

@@ -1,7 +1,7 @@
-"""Generation: several prompts continued together, token by token, each as if it were alone.
+"""Generation: several prompts continued together, each as if it were alone.
 
-Sequences are aligned at their first token. One whose prompt is shorter writes while the others still read theirs, so
-that nothing is padded and no position is shifted. Each sequence draws from a random stream of its own.
+Prompts are read in parallel passes, as in training, and each sequence goes on from the end of its own: nothing is
+padded and no position is shifted. Each sequence draws from a random stream of its own.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -159,29 +159,31 @@ def _run(
     model.eval()
     device = model.embedding.weight.device
     state = model.start_decoding(len(prompts), capacity=longest + new_tokens)
-    texts = [list(prompt) for prompt in prompts]
     left = dict.fromkeys(range(len(prompts)), new_tokens)  # sequences that are not finished: tokens left to write
     streams = [torch.Generator().manual_seed((sampling.seed << 20) + index) for index in range(len(prompts))]
     going = list(left)  # the sequence of each row
-    while going:
-        place = state.position
-        due = torch.tensor([texts[index][place] for index in going], device=device)
-        logits_BV, steps_B = model.decode_step(due, state)
+    logits_BV, steps_B = model.read_prompts(prompts, state)
+    while True:
         cost.tokens, cost.flops_realised = state.counts.tokens, model.flops(state.counts).realised
-        writing = [row for row, index in enumerate(going) if place == len(texts[index]) - 1]
-        log_p_NV = at_least_float32(logits_BV[writing]).log_softmax(1).cpu() if writing else logits_BV[:0]
-        for row, log_p_V in zip(writing, log_p_NV, strict=True):
-            index = going[row]
-            token = choose(log_p_V, sampling, streams[index])
-            texts[index].append(token)
+        newest = dict[int, int]()
+        for index, log_p_V, steps in zip(going, _log_p(logits_BV), steps_B.tolist(), strict=True):
+            token = newest[index] = choose(log_p_V, sampling, streams[index])
             left[index] -= 1
             if token in stop_tokens or not left[index]:
                 del left[index]
-            yield Emitted(index, token, int(steps_B[row]), -float(log_p_V[token]))
+            yield Emitted(index, token, steps, -float(log_p_V[token]))
         rows = [row for row, index in enumerate(going) if index in left and index not in unwanted]
-        if 0 < len(rows) < len(going):
+        if not rows:
+            return
+        if len(rows) < len(going):
             model.keep_sequences(state, rows)
         going = [going[row] for row in rows]
+        due = torch.tensor([newest[index] for index in going], device=device)
+        logits_BV, steps_B = model.decode_step(due, state)
+
+
+def _log_p(logits_BV: Tensor) -> Tensor:
+    return at_least_float32(logits_BV).log_softmax(1).cpu()
 
 
 def choose(log_p_V: Tensor, sampling: Sampling, stream: torch.Generator) -> int:

@@ -8,8 +8,8 @@ the head read at each position (`think`)? The rest is here.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -19,14 +19,19 @@ from torch import Tensor, nn
 from haltscale.model import ledger
 from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, documents_apart, rope_table
 from haltscale.model.config import EmbeddingScale, ModelConfig, Shape
-from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCache
+from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCache, PromptStates
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import CrossEntropyFunction
 from haltscale.model.ledger import Flops, PassCounts
 from haltscale.model.loop_options import loop_options
+from haltscale.model.step_source import Replay
 
 IGNORE_INDEX = -100
 """Target of a position that is not scored."""
+PROMPT_TOKENS = 8192
+"""Tokens of prompts, padding included, that one parallel pass reads; a longer prompt has a pass of its own."""
+PROMPT_PADDING = 0.25
+"""Of the tokens of such a pass, the most that may be padding: prompts whose lengths differ more are read apart."""
 
 
 @dataclass
@@ -81,6 +86,9 @@ class LatentState(NamedTuple):
 class LanguageModel(nn.Module):
     """A causal language model; `forward` is the same for all methods."""
 
+    replay: Replay | None = None
+    """What decides the latent steps instead of the method's own router (step_source.py)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -117,9 +125,25 @@ class LanguageModel(nn.Module):
         """What the method cannot do with this shape, beside the shape's own errors."""
         return []
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
-        """The hidden state that predicts the next token, at every position."""
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
+        """The hidden state that predicts the next token, at every position. prompts: filled in with what the passes
+        leave for decoding."""
         raise NotImplementedError
+
+    def read_hidden_states(
+        self, tokens_BT: Tensor, valid_BT: Tensor, state: DecodingState, rows: list[int]
+    ) -> LoopOutput:
+        """`hidden_states` of whole prompts, the beginnings of the sequences `rows` of a state, whose cache is filled
+        with what was computed."""
+        prompts = PromptStates()
+        loop_output = self.hidden_states(tokens_BT, valid_BT, prompts=prompts)
+        state.cache.fill(rows, valid_BT, prompts)
+        return loop_output
+
+    def logits_at(self, loop_output: LoopOutput, row_B: Tensor) -> Tensor:
+        """Logits [B, V] at some positions, given as indices into [B*T], ascending; counts the rows of the head."""
+        loop_output.trace.counts.head_rows += len(row_B)
+        return self.lm_head(loop_output.hidden_BTd.flatten(0, 1)[row_B])
 
     def logits(self, loop_output: LoopOutput) -> Tensor:
         """Logits [B, T, V] of the next token; counts the rows that go through the head."""
@@ -290,15 +314,77 @@ class LanguageModel(nn.Module):
         """
         if len(tokens_B) != state.batch:
             raise ValueError(f"{len(tokens_B)} tokens: the decoding state was started for {state.batch} sequences")
-        if state.position >= self.config.context:
+        longest = max(state.positions)
+        if longest >= self.config.context:
             raise ValueError(f"the model's context of {self.config.context} tokens is full")
         self._check_vocabulary(tokens_B)
-        state.cache.make_room(state.position + 1)
+        state.cache.make_room(longest + 1)
         state.counts.tokens += state.batch
         hidden_Bd, steps_B = self.decode_hidden_states(tokens_B, state)
         logits_BV = self.decode_logits(hidden_Bd, state)
-        state.position += 1
+        state.positions = [position + 1 for position in state.positions]
         return logits_BV, steps_B
+
+    @torch.no_grad()
+    def read_prompts(
+        self, prompts: Sequence[Sequence[int]], state: DecodingState, *, every_position: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Read the prompts of all sequences of an empty state, each at least one token long, in parallel passes as in
+        training: (logits_BV of the token after each, steps_B latent steps of its last token).
+
+        To rounding, and in all that is counted as realised, this equals reading them with `decode_step`; prompts of
+        unequal length are read together and are not padded afterwards. every_position: the logits of all positions
+        instead, [B, T, V], T the longest prompt; those after a prompt's end have no meaning.
+
+        Raises:
+            ValueError: as many prompts as sequences are needed, none empty, none longer than the context, all of known
+                tokens; the state is to be new.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if len(prompts) != state.batch or min(lengths, default=0) < 1:
+            raise ValueError(f"{len(prompts)} prompts of {lengths} tokens: the decoding state was started for"
+                             f" {state.batch} sequences, and every prompt needs a token")  # fmt: skip
+        if any(state.positions):
+            raise ValueError("the decoding state has read tokens already: read prompts into a new one")
+        if max(lengths) > self.config.context:
+            raise ValueError(f"sequence of {max(lengths)} tokens: the model's context is {self.config.context}")
+        state.cache.make_room(max(lengths))
+
+        groups = list(_alike(lengths))
+        training = self.training
+        self.train(False)  # some methods look ahead while they are trained
+        try:
+            found = [self._read_group([prompts[b] for b in rows], rows, state, every_position) for rows in groups]
+        finally:
+            self.train(training)
+        state.positions = lengths
+        state.counts.tokens += sum(lengths)
+        order = torch.tensor([b for rows in groups for b in rows], device=found[0][0].device).argsort()
+        longest = max(lengths)
+        logits = [F.pad(one, (0, 0, 0, longest - one.shape[1])) if every_position else one for one, _ in found]
+        return torch.cat(logits)[order], torch.cat([steps_B for _, steps_B in found])[order]
+
+    def _read_group(
+        self, prompts: Sequence[Sequence[int]], rows: list[int], state: DecodingState, every_position: bool
+    ) -> tuple[Tensor, Tensor]:
+        device = self.embedding.weight.device
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts])
+        tokens_BT = torch.zeros(len(rows), int(lengths_B.max()), dtype=torch.long)
+        for row_T, prompt in zip(tokens_BT, prompts, strict=True):
+            row_T[: len(prompt)] = torch.as_tensor(prompt)
+        self._check_vocabulary(tokens_BT)
+        tokens_BT, lengths_B = tokens_BT.to(device), lengths_B.to(device)
+        T = tokens_BT.shape[1]
+        loop_output = self.read_hidden_states(
+            tokens_BT, torch.arange(T, device=device) < lengths_B[:, None], state, rows
+        )
+        if self.replay is not None:
+            self.replay.read(tokens_BT, lengths_B, state, rows)
+        last_B = torch.arange(len(rows), device=device) * T + lengths_B - 1
+        logits = self.logits(loop_output) if every_position else self.logits_at(loop_output, last_B)
+        counts = replace(loop_output.trace.counts, tokens=0, gradless=None)
+        state.counts += counts + (loop_output.trace.counts.gradless or PassCounts())
+        return logits, loop_output.trace.steps_BT.flatten()[last_B].long()
 
     def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
         """Go on decoding some of a state's sequences alone: the others are finished, and cost nothing any more."""
@@ -311,12 +397,15 @@ class LanguageModel(nn.Module):
         if tokens.device.type == "cpu" and tokens.numel() and int(tokens.max()) >= size:
             raise ValueError(f"token {int(tokens.max())}: the model's vocab_size is {size}, less than the tokenizer's")
 
-    def rope_at(self, position: int) -> Rope:
-        """Rotary angles of one position, for rows that all stand there."""
-        config = self.config
-        length = min(config.context, 1 << position.bit_length())
+    def rope_at(self, positions: Sequence[int]) -> Rope:
+        """Rotary angles of one row at each position; of one row for all where they are the same."""
+        config, longest = self.config, max(positions)
+        length = min(config.context, 1 << longest.bit_length())
         cos_T1E, sin_T1E = rope_table(length, config.shape, config.rope_theta, self.embedding.weight)
-        return cos_T1E[position : position + 1], sin_T1E[position : position + 1]
+        if min(positions) == longest:
+            return cos_T1E[longest : longest + 1], sin_T1E[longest : longest + 1]
+        position_N = torch.tensor(positions, device=cos_T1E.device)
+        return cos_T1E[position_N], sin_T1E[position_N]
 
     def activation_checkpointing_(self, on: bool = True) -> "LanguageModel":
         """Recompute each block in the backward pass instead of keeping its inside. Changes memory, not results."""
@@ -397,6 +486,20 @@ class LanguageModel(nn.Module):
     def embedded_rows(self, counts: PassCounts) -> int:
         """Rows that were embedded, padding included: those of the first pass, for most methods."""
         return sum(counts.executed_rows[:1])
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The indices of prompts in groups to be read together, the longest first."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        longest = lengths[group[0]] if group else 0
+        padded = longest * (len(group) + 1)
+        real = sum(lengths[b] for b in group) + lengths[index]
+        if group and (padded > PROMPT_TOKENS or padded - real > PROMPT_PADDING * padded):
+            yield group
+            group = []
+        group.append(index)
+    yield group
 
 
 def _true_numel(parameter: nn.Parameter) -> int:

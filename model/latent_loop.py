@@ -28,10 +28,11 @@ from haltscale.model.backbone import (
     Rope,
     Stack,
     compute_dtype,
+    rope_of,
     rope_table,
 )
 from haltscale.model.config import ModelConfig
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import HaltingTrace, halting_step
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LatentState, LoopOutput
@@ -239,12 +240,14 @@ class LatentLoop(nn.Module):
         open_gates: bool = False,
         most_steps: int | None = None,
         goes_on: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+        prompts: PromptStates | None = None,
     ) -> LoopOutput:
         """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order.
         at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
         that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
         the depth still grows. goes_on: instead of the router's rule, asked after state k with the states of the active
-        rows and those before them, embedded tokens first (posthoc.py)."""
+        rows and those before them, embedded tokens first (posthoc.py). prompts: filled in with what the passes
+        leave."""
         rules, config = self.rules, self.config
         B, T = valid_BT.shape
         K = rules.l_max + 1
@@ -279,6 +282,8 @@ class LatentLoop(nn.Module):
         reach_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
         exit_NK = torch.zeros(B * T, K, dtype=mass_dtype, device=device)
         states: list[LatentState] = []
+        if prompts is not None:
+            prompts.add(memories, range(K))
 
         for k in range(K):
             gate_N = self.gate(z_Nd, before_Nd, k, ahead_NL) if k < deepest else None
@@ -316,6 +321,8 @@ class LatentLoop(nn.Module):
                 x_Nd = self.border(before_Nd, token_Nd)
                 z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), this_pass, memories)
             plan.record(counts)
+            if prompts is not None:
+                prompts.add(memories, range(k + 1, K), row_N=row_N)
         counts.forward_only = counts.first(gradless)
 
         trace = HaltingTrace(
@@ -375,7 +382,7 @@ class LatentLoop(nn.Module):
                 rows = [rows[i] for i in going]
                 on_N = torch.tensor(going, device=x_Bd.device)
                 row_N, before_Nd, reach_N = row_N[on_N], before_Nd[on_N], reach_N[on_N]
-                token_Nd = token_Nd[on_N]
+                token_Nd, rope = token_Nd[on_N], rope_of(rope, on_N)
                 ahead_NL = None if ahead_NL is None else ahead_NL[on_N]
                 forced_N = None if forced_N is None else forced_N[on_N]
             steps_B[row_N] += 1

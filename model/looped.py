@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from haltscale.model.config import ModelConfig, in_range
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
@@ -44,7 +44,7 @@ class LoopedModel(LanguageModel):
         self.steps = config.options.steps
         self.latent_loop = RepeatedPasses(config, options=config.options, steps=self.steps)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
@@ -57,7 +57,8 @@ class LoopedModel(LanguageModel):
             for k in range(steps + 1):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and k >= gradless):
                     h_Nd = loop.border(h_Nd, token_Nd) if k else h_Nd
-                    h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=k == steps)
+                    last = k == steps
+                    h_Nd = loop.run(h_Nd, rope, valid_BT, counts, final_norm=last, prompts=prompts, region=k)
             return h_Nd + loop.border.touch(h_Nd) if steps < self.steps else h_Nd
 
         h_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
@@ -70,7 +71,7 @@ class LoopedModel(LanguageModel):
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         steps = self.options.most_steps(self.budget_share, self.steps)
-        token_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
+        token_Bd, rope = self.embed(tokens_B), self.rope_at(state.positions)
         h_Bd = token_Bd
         for k in range(steps + 1):
             h_Bd = self.latent_loop.border(h_Bd, token_Bd) if k else h_Bd

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haltscale.model.backbone import CausalPlan, LatentPlan, Stack, compute_dtype, rope_table
+from haltscale.model.backbone import CausalPlan, LatentPlan, Stack, compute_dtype, rope_of, rope_table
 from haltscale.model.config import ModelConfig, Shape, in_range, is_int, require
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingPlan, DecodingState, PromptStates
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LanguageModel, LoopOutput
@@ -160,21 +160,29 @@ class RecursionLoop(nn.Module):
         p_NR = torch.softmax(self.routers[0](first_Nd), dim=1)
         return p_NR.argmax(1) if forced_N is None else forced_N, p_NR
 
-    def forward(self, x_Nd: Tensor, valid_BT: Tensor, forced_BT: Tensor | None = None) -> LoopOutput:
-        """x_Nd: the embedded tokens, [B*T, d]. forced_BT: further recursions by order."""
+    def forward(
+        self,
+        x_Nd: Tensor,
+        valid_BT: Tensor,
+        forced_BT: Tensor | None = None,
+        *,
+        prompts: PromptStates | None = None,
+    ) -> LoopOutput:
+        """x_Nd: the embedded tokens, [B*T, d]. forced_BT: further recursions by order. prompts: filled in with what
+        the passes leave."""
         config, R = self.config, self.options.recursions
         B, T = valid_BT.shape
         device = x_Nd.device
         cos_T, sin_T = rope_table(T, config.shape, config.rope_theta, x_Nd)
         row_N = torch.arange(B * T, device=device)
         everywhere = (cos_T[row_N % T], sin_T[row_N % T])
-        causal = CausalPlan(B, T)
+        causal = CausalPlan(B, T, keep=prompts is not None)
         counts = PassCounts(tokens=int(valid_BT.sum()))
         causal.record(counts, valid_BT)  # first block, first recursion and last block: together one whole pass
 
-        first_Nd, _ = self.stack(x_Nd, everywhere, causal, blocks=slice(0, 1), final_norm=False)
+        first_Nd, first_left = self.stack(x_Nd, everywhere, causal, blocks=slice(0, 1), final_norm=False)
         depth_N, p_NR = self.choose_depth(first_Nd, None if forced_BT is None else forced_BT.flatten())
-        out_Nd, _ = self.stack(first_Nd, everywhere, causal, blocks=slice(1, -1), final_norm=False)
+        out_Nd, middle_left = self.stack(first_Nd, everywhere, causal, blocks=slice(1, -1), final_norm=False)
         h_Nd = self.combine(first_Nd, out_Nd, first_Nd, 0, depth_N, p_NR)
         inside_BT = valid_BT
         passes_BT = valid_BT.long()
@@ -206,14 +214,18 @@ class RecursionLoop(nn.Module):
             passes_BT = passes_BT + picked_BT
             rope = (cos_T[row_N % T], sin_T[row_N % T])
             in_Nd = h_Nd[row_N]
-            out_Nd, _ = self.stack(in_Nd, rope, plan, blocks=slice(1, -1), final_norm=False)
+            out_Nd, left = self.stack(in_Nd, rope, plan, blocks=slice(1, -1), final_norm=False)
+            if prompts is not None:
+                prompts.add(left, range(i, i + 1), row_N=row_N, blocks=slice(1, -1))
             now_Nd = self.combine(in_Nd, out_Nd, first_Nd[row_N], i, depth_N[row_N], p_NR[row_N])
             h_Nd = h_Nd.index_copy(0, row_N, now_Nd)
         if not self.expert:
             auxiliary_BT = auxiliary_BT + self.options.balance_weight * self._imbalance(
                 depth_N.view(B, T), p_NR.view(B, T, R), valid_BT
             )
-        z_Nd, _ = self.stack(h_Nd, everywhere, causal, blocks=slice(-1, None))
+        z_Nd, last_left = self.stack(h_Nd, everywhere, causal, blocks=slice(-1, None))
+        if prompts is not None:
+            prompts.add([*first_left, *middle_left, *last_left], range(1))
         weights = [*self.routers.parameters(), *self.auxiliary_routers.parameters()]
         touch = sum((weight.sum() * 0.0 for weight in weights), start=z_Nd.new_zeros(()))
         trace = self._trace(passes_BT, valid_BT, counts)
@@ -250,9 +262,9 @@ class RecursionLoop(nn.Module):
         """One token of each sequence; recursion i keeps its states in cache region i."""
         cache = state.cache
 
-        def blocks(h_Nd: Tensor, plan: object, part: slice, *, final_norm: bool = False) -> Tensor:
-            memories = cache.memories[part]
-            out_Nd: Tensor = self.stack(h_Nd, rope, plan, memories, blocks=part, final_norm=final_norm)[0]
+        def blocks(h_Nd: Tensor, plan: DecodingPlan, part: slice, *, final_norm: bool = False) -> Tensor:
+            memories, angles = cache.memories[part], rope if plan.rows is None else rope_of(rope, plan.rows)
+            out_Nd: Tensor = self.stack(h_Nd, angles, plan, memories, blocks=part, final_norm=final_norm)[0]
             return out_Nd
 
         whole = cache.plan(state.everyone, read=0, write=[0])
@@ -294,9 +306,10 @@ class MorModel(LanguageModel):
     def shape_problems(cls, shape: Shape) -> list[str]:
         return require(shape.layers >= 3, "shape.layers", shape.layers, "at least 3 for mor (first, shared, last)")
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         forced_BT = self.replay.steps(tokens_BT, self.budget_share) if self.replay else None
-        loop_output: LoopOutput = self.latent_loop(self.embed(tokens_BT).flatten(0, 1), valid_BT, forced_BT)
+        x_Nd = self.embed(tokens_BT).flatten(0, 1)
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, forced_BT, prompts=prompts)
         return loop_output
 
     def cache_widths(self) -> list[int]:
@@ -304,7 +317,7 @@ class MorModel(LanguageModel):
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         forced = self.replay.decode(tokens_B, state, self.budget_share) if self.replay else None
-        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.position), forced)
+        return self.latent_loop.decode(self.embed(tokens_B), state, self.rope_at(state.positions), forced)
 
     def layers_per_pass(self, passes: int) -> list[int]:
         layers = self.config.shape.layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from haltscale.model.config import EmbeddingScale, ModelConfig, in_range
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import single_state_trace
 from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
@@ -49,7 +49,7 @@ class PauseModel(LanguageModel):
         pauses_NKd = self.pause.to(x_Nd.dtype).expand(len(x_Nd), self.steps, -1)
         return torch.cat((x_Nd[:, None], pauses_NKd), dim=1).flatten(0, 1)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         width = self.steps + 1
         loop = self.latent_loop
@@ -57,7 +57,8 @@ class PauseModel(LanguageModel):
 
         def one_pass(x_Nd: Tensor) -> Tensor:
             rope = loop.rope(B, T, x_Nd, repeat=width)
-            return loop.run(x_Nd, rope, valid_BT.repeat_interleave(width, dim=1), counts)
+            valid_BU = valid_BT.repeat_interleave(width, dim=1)
+            return loop.run(x_Nd, rope, valid_BU, counts, prompts=prompts, rows_per_position=width)
 
         z_Nd: Tensor = loop(self._with_pauses(self.embed(tokens_BT).flatten(0, 1)), one_pass)
         return LoopOutput(z_Nd.view(B, T, width, -1)[:, :, -1], single_state_trace(valid_BT, counts, steps=self.steps))
@@ -71,5 +72,6 @@ class PauseModel(LanguageModel):
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         width = self.steps + 1
         x_Nd = self._with_pauses(self.embed(tokens_B))
-        z_Nd = self.latent_loop.decode(x_Nd, self.rope_at(state.position), state, k=0, region=0, new=width)
+        rope = self.rope_at([position for position in state.positions for _ in range(width)])
+        z_Nd = self.latent_loop.decode(x_Nd, rope, state, k=0, region=0, new=width)
         return z_Nd.unflatten(0, (-1, width))[:, -1], torch.full_like(tokens_B, self.steps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from haltscale.model.config import ModelConfig, in_range, require
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.halting import single_state_trace
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LanguageModel, LoopOutput
@@ -59,16 +59,17 @@ class PonderModel(LanguageModel):
         guess_NV = torch.softmax(logits_NV, dim=1).to(z_Nd.dtype)
         return (e_Nd if self.options.accumulate else token_Nd) + self.expected_embedding(guess_NV)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
         counts = PassCounts(tokens=int(valid_BT.sum()))
 
         def passes(token_Nd: Tensor) -> Tensor:
             e_Nd, rope = token_Nd, loop.rope(B, T, token_Nd)
-            for _ in range(self.steps):
-                e_Nd = self._next_input(token_Nd, e_Nd, loop.run(e_Nd, rope, valid_BT, counts))
-            return loop.run(e_Nd, rope, valid_BT, counts)
+            for k in range(self.steps):
+                z_Nd = loop.run(e_Nd, rope, valid_BT, counts, prompts=prompts, region=k)
+                e_Nd = self._next_input(token_Nd, e_Nd, z_Nd)
+            return loop.run(e_Nd, rope, valid_BT, counts, prompts=prompts, region=self.steps)
 
         z_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
         return LoopOutput(z_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
@@ -78,7 +79,7 @@ class PonderModel(LanguageModel):
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         token_Bd = e_Bd = self.embed(tokens_B)
-        rope = self.rope_at(state.position)
+        rope = self.rope_at(state.positions)
         for k in range(self.steps):
             z_Bd = self.latent_loop.decode(e_Bd, rope, state, k=k, region=k)
             e_Bd = self._next_input(token_Bd, e_Bd, z_Bd)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from haltscale.model.backbone import CausalPlan, Rope, Stack, rope_table
 from haltscale.model.config import ModelConfig
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.ledger import PassCounts
 from haltscale.model.loop_options import LoopBorder, LoopOptions
 
@@ -38,11 +38,25 @@ class RepeatedPasses(nn.Module):
         cos, sin = (x.repeat_interleave(repeat, 0).repeat(B, 1, 1) for x in (cos_T1E, sin_T1E))
         return cos, sin
 
-    def run(self, x_Nd: Tensor, rope: Rope, valid_BT: Tensor, counts: PassCounts, *, final_norm: bool = True) -> Tensor:
-        """One causal pass over x_Nd = [B, T] rows, counted."""
-        plan = CausalPlan(*valid_BT.shape)
+    def run(
+        self,
+        x_Nd: Tensor,
+        rope: Rope,
+        valid_BT: Tensor,
+        counts: PassCounts,
+        *,
+        final_norm: bool = True,
+        prompts: PromptStates | None = None,
+        region: int = 0,
+        rows_per_position: int = 1,
+    ) -> Tensor:
+        """One causal pass over x_Nd = [B, T] rows, counted. prompts: gets what the pass leaves, for a cache region."""
+        B, T = valid_BT.shape
+        plan = CausalPlan(B, T, keep=prompts is not None)
         plan.record(counts, valid_BT)
-        z_Nd, _ = self.stack(x_Nd, rope, plan, final_norm=final_norm)
+        z_Nd, memories = self.stack(x_Nd, rope, plan, final_norm=final_norm)
+        if prompts is not None:
+            prompts.add(memories, range(region, region + 1), rows_per_position=rows_per_position)
         return z_Nd
 
     def decode(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.config import ModelConfig, in_range, require
-from haltscale.model.decoding import DecodingState
+from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, PromptStates
 from haltscale.model.language_model import LoopOutput
 from haltscale.model.ledger import PassCounts
 from haltscale.model.step_source import StepsFrom
@@ -59,13 +59,24 @@ class ShuffledModel(AdaptiveModel):
         self.shift = config.options.shift
         super().__init__(config)
 
-    def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
+    def hidden_states(
+        self,
+        tokens_BT: Tensor,
+        valid_BT: Tensor,
+        *,
+        prompts: PromptStates | None = None,
+        scouts: PromptStates | None = None,
+        meant: list[list[int]] | None = None,
+    ) -> LoopOutput:
+        """scouts, meant: filled in with what the scout's passes leave, and its steps."""
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
         with torch.no_grad():
-            scout: LoopOutput = self.latent_loop(x_Nd.detach(), valid_BT)
+            scout: LoopOutput = self.latent_loop(x_Nd.detach(), valid_BT, prompts=scouts)
         meant_BT = scout.trace.steps_BT.long()
         dealt_BT = torch.cat((meant_BT[:, : self.shift], meant_BT[:, : -self.shift]), dim=1)[:, : meant_BT.shape[1]]
-        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, dealt_BT)
+        if meant is not None:
+            meant += meant_BT.tolist()
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, dealt_BT, prompts=prompts)
         loop_output.trace.counts.gradless = scout.trace.counts.executed_only()
         return loop_output
 
@@ -74,15 +85,33 @@ class ShuffledModel(AdaptiveModel):
 
     # Decoding: one cache for the scout and one for the run that speaks -----------------------------------------------
 
-    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        if state.extra is None:
-            state.extra = (super().start_decoding(state.batch, capacity=state.cache.capacity), [])
+    def start_decoding(self, batch_size: int, *, capacity: int = FIRST_CAPACITY) -> DecodingState:
+        state, scout = (super(ShuffledModel, self).start_decoding(batch_size, capacity=capacity) for _ in range(2))
+        state.extra = (scout, [[] for _ in range(batch_size)])  # the scout's, and its steps of each sequence
+        return state
+
+    def read_hidden_states(
+        self, tokens_BT: Tensor, valid_BT: Tensor, state: DecodingState, rows: list[int]
+    ) -> LoopOutput:
         scout, meant = state.extra
-        x_Bd, rope = self.embed(tokens_B), self.rope_at(state.position)
-        scout.cache.make_room(state.position + 1)
+        prompts, scouts, found = PromptStates(), PromptStates(), list[list[int]]()
+        loop_output = self.hidden_states(tokens_BT, valid_BT, prompts=prompts, scouts=scouts, meant=found)
+        scout.cache.make_room(tokens_BT.shape[1])
+        for one, states in ((state, prompts), (scout, scouts)):
+            one.cache.fill(rows, valid_BT, states)
+        for b, steps, length in zip(rows, found, valid_BT.sum(1).tolist(), strict=True):
+            meant[b] += steps[:length]
+        return loop_output
+
+    def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+        scout, meant = state.extra
+        x_Bd, rope = self.embed(tokens_B), self.rope_at(state.positions)
+        scout.cache.make_room(max(state.positions) + 1)
         _, steps_B, _ = self.latent_loop.decode(x_Bd, rope, scout)
-        meant.append(steps_B.tolist())
-        forced = meant[state.position - self.shift if state.position >= self.shift else state.position]
+        forced = []
+        for own, steps in zip(meant, steps_B.tolist(), strict=True):
+            own.append(steps)
+            forced.append(own[-1 - self.shift] if len(own) > self.shift else steps)
         before = scout.counts
         scout.counts = PassCounts()
         hidden_Bd, dealt_B, _ = self.latent_loop.decode(x_Bd, rope, state, forced)
@@ -91,7 +120,6 @@ class ShuffledModel(AdaptiveModel):
 
     def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
         super().keep_sequences(state, rows)
-        if state.extra is not None:
-            scout, meant = state.extra
-            scout.keep(rows)
-            state.extra = (scout, [[steps[b] for b in rows] for steps in meant])
+        scout, meant = state.extra
+        scout.keep(rows)
+        state.extra = (scout, [meant[b] for b in rows])

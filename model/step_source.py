@@ -140,10 +140,20 @@ class Replay:
 
     def decode(self, tokens_B: Tensor, state: DecodingState, share: float) -> list[int]:
         """Latent steps of the next token of each sequence; remembers the text in the state."""
-        draws_B1, state.text = draws(tokens_B[:, None], self.seed, position=state.position, text_B1=state.text)
-        edges_K = torch.tensor(self._at(self._row(share), state.position), dtype=torch.float64, device=tokens_B.device)
-        steps: list[int] = (draws_B1 >= edges_K).sum(1).tolist()
+        device, row = tokens_B.device, self._row(share)
+        position_B1 = torch.tensor(state.positions, device=device)[:, None]
+        draws_B1, text_B1 = draws(tokens_B[:, None], self.seed, position=position_B1, text_B1=state.text)
+        state.text = text_B1
+        edges_BK = torch.tensor([self._at(row, t) for t in state.positions], dtype=torch.float64, device=device)
+        steps: list[int] = (draws_B1 >= edges_BK).sum(1).tolist()
         return steps
+
+    def read(self, tokens_BT: Tensor, lengths_B: Tensor, state: DecodingState, rows: list[int]) -> None:
+        """Remember the texts of whole prompts, the beginnings of the sequences `rows`, in the state."""
+        if state.text is None:
+            state.text = torch.zeros(state.batch, 1, dtype=torch.long, device=tokens_BT.device)
+        text_BT = hashed(tokens_BT, self.seed)
+        state.text[rows] = text_BT.gather(1, lengths_B[:, None] - 1)
 
     def _at(self, row: int, position: int) -> list[float]:
         """Upper edges of 0, 1, ..., l_max - 1 steps in the unit interval, at a position."""
@@ -178,20 +188,28 @@ def _before_settled(probabilities: list[float]) -> list[float]:
 
 
 def draws(
-    tokens_BT: Tensor, seed: int, *, position: int = 0, text_B1: Tensor | None = None, salt: int = 0
+    tokens_BT: Tensor, seed: int, *, position: int | Tensor = 0, text_B1: Tensor | None = None, salt: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(numbers in [0, 1) [B, T] in float64, hash of the text so far [B, 1]).
 
-    position: of the first of these tokens. text_B1: the hash of the text before them.
+    position: of the first of these tokens, or [B, 1]. text_B1: the hash of the text before them.
     """
-    T = tokens_BT.shape[1]
-    position_T = torch.arange(position, position + T, device=tokens_BT.device)
-    key_T = _mixed(_mixed(position_T * _GOLDEN + seed) + salt)
-    text_BT = _mixed(key_T + tokens_BT * _GOLDEN).cumsum(1)  # a sum, so that decoding can carry it on
+    key_BT = _keys(tokens_BT, seed, position, salt)
+    text_BT = hashed(tokens_BT, seed, position=position, salt=salt)
     if text_B1 is not None:
         text_BT = text_BT + text_B1
-    bits_BT = _mixed(text_BT + key_T)
+    bits_BT = _mixed(text_BT + key_BT)
     return _shifted(bits_BT, 11).double() * 2.0**-53, text_BT[:, -1:]
+
+
+def hashed(tokens_BT: Tensor, seed: int, *, position: int | Tensor = 0, salt: int = 0) -> Tensor:
+    """Hash of the text from the first to each of these tokens [B, T]: a sum, so that decoding can carry it on."""
+    return _mixed(_keys(tokens_BT, seed, position, salt) + tokens_BT * _GOLDEN).cumsum(1)
+
+
+def _keys(tokens_BT: Tensor, seed: int, position: int | Tensor, salt: int) -> Tensor:
+    position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) + position
+    return _mixed(_mixed(position_BT * _GOLDEN + seed) + salt)
 
 
 def _signed(x: int) -> int:

@@ -194,7 +194,7 @@ def write_tokenizer(tokenizer: Tokenizer, end: int, context: int, folder: Path) 
         "tokenizer_class": "PreTrainedTokenizerFast",
         **end_of_text_config(name),
         "pad_token": name,
-        "padding_side": "right",
+        "padding_side": "left",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
@@ -246,8 +246,8 @@ def model_card(model: LanguageModel, record: Mapping[str, Any]) -> str:
         "A plain Llama: one pass per token."
         if plain
         else "The model may think several latent steps before each token. `generate` keeps keys and values from token"
-        " to token in the model's own cache (beam search goes without one) and continues texts of one length; a forward"
-        " pass takes padding on the right. `model(ids, labels=ids).loss` is the cross-entropy alone: fine-tuning with"
+        " to token in the model's own cache (beam search goes without one). Texts of unequal length go together, padded"
+        " on either side. `model(ids, labels=ids).loss` is the cross-entropy alone: fine-tuning with"
         " it puts no price on latent steps."
     )
     return f"""---

@@ -1,11 +1,12 @@
 """The class that `transformers` loads an exported model with. `haltscale export` copies this file, with the files of
 haltscale.model that it needs, beside the weights; it runs there without haltscale.
 
-A plain forward pass reads whole texts, padded on the right where they are of unequal length. `generate` keeps keys and
-values from token to token, in the model's own cache and not in one of `transformers`, since their number differs from
-token to token; it continues texts of one length.
+Texts of unequal length may be padded on either side. `generate` reads them in parallel passes and keeps keys and values
+from token to token, in the model's own cache and not in one of `transformers`, since their number differs from token to
+token.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ class HaltscaleConfig(PretrainedConfig):
         super().__init__(**more)
 
 
+@dataclass
+class Read:
+    """What stands for `past_key_values`."""
+
+    state: DecodingState
+    """The texts that have been read."""
+    columns: int
+    """Columns of `input_ids` that they took, padding included."""
+
+
 class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
     """A haltscale model behind the interface of `transformers`."""
 
@@ -59,50 +70,78 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: DecodingState | None = None,
+        past_key_values: "Read | None" = None,
         use_cache: bool = False,
+        logits_to_keep: int = 0,
         **more: Any,
     ) -> Any:
         """Logits [B, T, V]; with labels, which are shifted as `transformers` does, the mean cross-entropy too, in one
-        pass and differentiable: what vanilla's export answers. Padding is never scored. What the method adds in
-        training (a price on latent steps, losses of a router) is not part of it.
+        pass and differentiable: what vanilla's export answers. What the method adds in training (a price on latent
+        steps, losses of a router) is not part of it.
 
-        With use_cache and without labels, the tokens go on what `past_key_values` holds, read one after another.
+        A text is what attention_mask marks: padding may stand anywhere, shifts no position and is never scored, and
+        its logits are those of the token before it. Nothing predicts the first token of a text.
+
+        With use_cache and without labels, texts are read into a cache in parallel passes; what is added to them later,
+        token by token. logits_to_keep: the logits of so many last columns alone; 0: of all.
         """
-        if use_cache and labels is None:
-            state = past_key_values or self.inner.start_decoding(len(input_ids))
-            logits = [self.inner.decode_step(tokens_B, state)[0] for tokens_B in input_ids.unbind(1)]
-            return CausalLMOutputWithPast(logits=torch.stack(logits, dim=1), past_key_values=state)  # type: ignore[arg-type]
-        lengths_B = None
+        valid_BT = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
-            lengths_B = attention_mask.long().sum(1)
-            places_T = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-            if not torch.equal(attention_mask.bool(), places_T < lengths_B[:, None]):
-                raise ValueError("this model takes padding on the right only: set tokenizer.padding_side = 'right'")
-        output = self.inner(input_ids, lengths_B=lengths_B)
+            valid_BT = attention_mask[:, -input_ids.shape[1] :].bool()
+        place_BT = (valid_BT.cumsum(1) - 1).clamp(min=0)  # of each column, its token's position in the text
+        if use_cache and labels is None:
+            logits_BTV, past_key_values = self._continued(
+                input_ids, valid_BT, place_BT, past_key_values, logits_to_keep
+            )
+            return CausalLMOutputWithPast(logits=logits_BTV, past_key_values=past_key_values)  # type: ignore[arg-type]
+        order_BT = (~valid_BT).long().argsort(dim=1, stable=True)  # the text first, padding after it
+        output = self.inner(input_ids.gather(1, order_BT), lengths_B=valid_BT.sum(1))
+        logits_BTV = _taken(output.logits_BTV, place_BT)
         loss = None
         if labels is not None:
-            if attention_mask is not None:
-                labels = labels.masked_fill(~attention_mask.bool(), IGNORE_INDEX)
+            first_BT = valid_BT & (valid_BT.cumsum(1) == 1)
+            labels = labels.masked_fill(~valid_BT | first_BT, IGNORE_INDEX)
             counted = {name: more[name] for name in ("num_items_in_batch", "shift_labels") if name in more}
-            loss = self.loss_function(output.logits_BTV, labels, vocab_size=self.inner.config.vocab_size, **counted)
-        return CausalLMOutputWithPast(loss=loss, logits=output.logits_BTV)
+            loss = self.loss_function(logits_BTV, labels, vocab_size=self.inner.config.vocab_size, **counted)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV[:, -logits_to_keep:])
+
+    @torch.no_grad()
+    def _continued(
+        self, input_ids: Tensor, valid_BT: Tensor, place_BT: Tensor, read: "Read | None", logits_to_keep: int
+    ) -> tuple[Tensor, "Read"]:
+        """(logits of the last columns, what has been read)."""
+        columns = input_ids.shape[1]
+        if read is not None:
+            if not valid_BT.all():
+                raise ValueError("what is added to texts that have been read holds padding: read them anew, whole")
+            logits = [self.inner.decode_step(tokens_B, read.state)[0] for tokens_B in input_ids.unbind(1)]
+            return torch.stack(logits, dim=1)[:, -logits_to_keep:], Read(read.state, read.columns + columns)
+        state = self.inner.start_decoding(len(input_ids))
+        texts = [row_T[valid_T].tolist() for row_T, valid_T in zip(input_ids, valid_BT, strict=True)]
+        if logits_to_keep == 1:
+            return self.inner.read_prompts(texts, state)[0][:, None], Read(state, columns)
+        logits_BTV, _ = self.inner.read_prompts(texts, state, every_position=True)
+        return _taken(logits_BTV, place_BT)[:, -logits_to_keep:], Read(state, columns)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: DecodingState | None = None,
+        past_key_values: "Read | None" = None,
         use_cache: bool | None = None,
         **ignored: Any,
     ) -> dict[str, Any]:
         """What has not been read yet; without a cache the whole text, at every step."""
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError("generate() continues texts of one length: call it once for each length, without padding")
         if not use_cache:
-            return {"input_ids": input_ids}
-        read = past_key_values.position if past_key_values is not None else 0
-        return {"input_ids": input_ids[:, read:], "past_key_values": past_key_values, "use_cache": True}
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        read = past_key_values.columns if past_key_values is not None else 0
+        return {
+            "input_ids": input_ids[:, read:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
 
     def generate(self, *arguments: Any, **settings: Any) -> Any:
         """As `transformers` does. Beam search goes without a cache: its sequences change places."""
@@ -114,6 +153,11 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+
+def _taken(logits_BTV: Tensor, place_BT: Tensor) -> Tensor:
+    """The logits of each column, from those of the texts' positions."""
+    return logits_BTV.gather(1, place_BT[..., None].expand(-1, -1, logits_BTV.shape[2]))
 
 
 __all__ = ["HaltscaleConfig", "HaltscaleForCausalLM"]

@@ -16,6 +16,7 @@ from haltscale.model.adaptive import AdaptiveOptions, GateTarget, Mixture, Penal
 from haltscale.model.fixed import FixedOptions
 from haltscale.model.language_model import canonical_name
 from haltscale.model.latent_loop import RouterInput, RouterKind
+from haltscale.model.ledger import PassCounts
 from haltscale.model.loop_options import Injection
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.mor import Auxiliary, MorOptions, Routing
@@ -299,6 +300,72 @@ def test_decoding_equals_reading(tiny: Callable, batch: Callable, case: str, mon
         assert [n for n in state.counts.rows if n] == [n for n in whole.trace.counts.rows if n]
         assert [n for n in state.counts.keys if n] == [n for n in whole.trace.counts.keys if n]
         assert model.flops(state.counts).realised == pytest.approx(model.flops(whole.trace.counts).realised)
+
+
+@every_case
+def test_prompts_read_in_parallel_equal_those_read_token_by_token(
+    tiny: Callable, batch: Callable, case: str, monkeypatch: Any
+) -> None:
+    """Prompts of unequal length, in passes of their own or together: the same logits and steps after each and of what
+    is written then, the same count of what was needed; and what was executed equals torch's counter."""
+    model = build(tiny, case)
+    tokens, _ = batch(4, 17, seed=5)
+    lengths = [9, 1, 12, 8]  # the second is read alone
+    alone: list[Any] = []
+    for row_T, length in zip(tokens, lengths, strict=True):
+        state = model.start_decoding(1)
+        steps = [model.decode_step(row_T[t : t + 1], state) for t in range(length + 4)]
+        alone.append((steps[length - 1 :], state.counts))
+    counts = sum((one for _, one in alone), start=PassCounts())
+
+    monkeypatch.setattr("haltscale.model.decoding.FIRST_CAPACITY", 4)
+    model.train()  # as little as it is in decoding: mor would look ahead
+    state = model.start_decoding(4, capacity=4)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        found = [model.read_prompts([row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)], state)]
+        assert state.positions == lengths
+        for t in range(4):
+            found.append(model.decode_step(tokens[range(4), [n + t for n in lengths]], state))
+    assert model.training
+    for t, (logits_BV, steps_B) in enumerate(found):
+        for b, (steps, _) in enumerate(alone):
+            torch.testing.assert_close(logits_BV[b : b + 1], steps[t][0], atol=1e-10, rtol=0)
+            assert steps_B[b] == steps[t][1]
+    assert state.counts.tokens == counts.tokens
+    assert [n for n in state.counts.rows if n] == [n for n in counts.rows if n]
+    assert [n for n in state.counts.keys if n] == [n for n in counts.keys if n]
+    flops = model.flops(state.counts)
+    assert flops.realised == pytest.approx(model.flops(counts).realised)
+    assert flops.executed == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@every_case
+def test_logits_of_every_position_of_prompts(tiny: Callable, batch: Callable, case: str) -> None:
+    model = build(tiny, case)
+    tokens, _ = batch(2, 9, seed=6)
+    prompts = [tokens[0].tolist(), tokens[1, :5].tolist()]
+    logits_BTV, _ = model.read_prompts(prompts, model.start_decoding(2), every_position=True)
+    assert logits_BTV.shape == (2, 9, 31)
+    for own_TV, prompt in zip(logits_BTV, prompts, strict=True):
+        state = model.start_decoding(1)
+        for own_V, token in zip(own_TV, prompt, strict=False):
+            torch.testing.assert_close(own_V, model.decode_step(torch.tensor([token]), state)[0][0], atol=1e-10, rtol=0)
+
+
+@every_case
+def test_some_of_several_prompts_go_on(tiny: Callable, batch: Callable, case: str) -> None:
+    model = build(tiny, case)
+    tokens, _ = batch(3, 12, seed=7)
+    prompts = [tokens[0, :6].tolist(), tokens[1, :8].tolist(), tokens[2, :7].tolist()]
+    whole, part = model.start_decoding(3), model.start_decoding(3)
+    for state in (whole, part):
+        model.read_prompts(prompts, state)
+    model.keep_sequences(part, [2, 0])
+    for t in range(8, 12):
+        every_BV, every_B = model.decode_step(tokens[:, t], whole)
+        some_BV, some_B = model.decode_step(tokens[[2, 0], t], part)
+        torch.testing.assert_close(some_BV, every_BV[[2, 0]], atol=1e-10, rtol=0)
+        assert some_B.tolist() == every_B[[2, 0]].tolist()
 
 
 @every_case_and_layout

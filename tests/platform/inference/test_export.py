@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from haltscale.model import Method
+from haltscale.platform.evaluation.scoring import Pair, log_likelihoods
 from haltscale.platform.inference.export import ExportError, export, llama_weights, write_tokenizer
 from haltscale.platform.inference.models import load_model
 from haltscale.platform.inference.text_generation import write
@@ -160,22 +161,83 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_transformers(finished,
     assert (ours - theirs).square().mean().sqrt() < 2 * other
 
 
-def test_padding_stands_on_the_right(finished, tmp_path):
-    folder = export(load_model(finished()), tmp_path / "padded")
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    both = tokenizer(["abc", "a longer text"], return_tensors="pt", padding=True)
+@pytest.fixture
+def exported(finished, tmp_path):
+    """(what was exported, the model and the tokenizer that transformers loads) of a method."""
+
+    def load(method: Method = Method.ADAPTIVE):
+        loaded = load_model(finished(method))
+        folder = export(loaded, tmp_path / f"exported-{method}")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        return loaded, model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+    return load
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(exported, side):
+    _, model, tokenizer = exported()
+    assert tokenizer.padding_side == "left", "as pipelines need it"
+    both = tokenizer(["abc", "a longer text"], return_tensors="pt", padding=True, padding_side=side)
+    assert not both["attention_mask"].all()
+    short = both["attention_mask"][0].bool()
     with torch.no_grad():
-        logits = model(**both).logits[0, :4]
         alone = model(**tokenizer("abc", return_tensors="pt")).logits[0]
-    torch.testing.assert_close(logits, alone)
+        torch.testing.assert_close(model(**both).logits[0, short], alone)
+        cached = model(**both, use_cache=True).logits
+        torch.testing.assert_close(cached[0, short], alone)
+        for kept in (1, 3):
+            last = model(**both, use_cache=True, logits_to_keep=kept).logits
+            torch.testing.assert_close(last, cached[:, -kept:])
+            torch.testing.assert_close(model(**both, logits_to_keep=kept).logits, cached[:, -kept:])
+        losses = [model(**one, labels=one["input_ids"]).loss for one in
+                  (tokenizer(text, return_tensors="pt") for text in ("abc", "a longer text"))]  # fmt: skip
     labels = both["input_ids"].masked_fill(both["attention_mask"] == 0, -100)
-    expected = torch.nn.functional.cross_entropy(
-        model(**both).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
+    scored = both["attention_mask"].sum(1) - 1  # nothing predicts a first token
+    expected = (torch.stack(losses) * scored).sum() / scored.sum()
     torch.testing.assert_close(model(**both, labels=labels).loss, expected)
-    with pytest.raises(ValueError, match="padding on the right"):
-        model(both["input_ids"], attention_mask=both["attention_mask"].flip(1))
+    torch.testing.assert_close(model(**both, labels=both["input_ids"]).loss, expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("method", [Method.ADAPTIVE, Method.SHUFFLED, Method.MOR, Method.PONDER2])
+def test_a_pipeline_continues_a_batch_of_unequal_texts(exported, method, use_cache):
+    """Each as if alone, and as the original does."""
+    loaded, model, tokenizer = exported(method)
+    texts = ["In the beginning", "It", "a longer text than the others"]
+    written = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_tensors": True, "use_cache": use_cache}
+    together = written(texts, batch_size=3, **settings)
+    for text, [one] in zip(texts, together, strict=True):
+        [alone] = written(text, **settings)
+        ids = [token for token in one["generated_token_ids"] if token != tokenizer.pad_token_id]
+        assert ids == [token for token in alone["generated_token_ids"] if token != tokenizer.pad_token_id]
+        if use_cache:
+            own = [token.token_id for token in write(loaded, [text], new_tokens=8)]
+            prompt = loaded.tokenizer.encode(text).ids
+            assert ids == [*prompt, *(token for token in own if token != tokenizer.pad_token_id)]
+
+
+def test_lm_evaluation_harness_reads_and_continues_batches(exported, tmp_path):
+    """Its own `hf` model: likelihoods and continuations of unequal texts in a batch, as the original's."""
+    pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    loaded, model, tokenizer = exported()
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=loaded.model.config.context)
+    texts = ["In the beginning", "It", "a longer text than the others"]
+    pairs = [(text, " was") for text in texts]
+    asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    found = [nats for nats, _ in harness.loglikelihood(asked, disable_tqdm=True)]
+    own, _ = log_likelihoods(loaded, [Pair(*([0, *ids] if n == 0 else ids for n, ids in enumerate(loaded.encode(pair))))
+                                      for pair in pairs])  # fmt: skip
+    assert found == pytest.approx([one.log_likelihood for one in own], abs=1e-4)
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    asked = [Instance("generate_until", {}, (text, settings), n) for n, text in enumerate(texts)]
+    for text, continued in zip(texts, harness.generate_until(asked, disable_tqdm=True), strict=True):
+        ids = [token.token_id for token in write(loaded, [text], new_tokens=8)]
+        assert continued == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.VANILLA])
@@ -190,13 +252,16 @@ def test_generate_reads_every_token_once(finished, tmp_path, method, monkeypatch
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(both)}
     whole = there.generate(both, **settings, use_cache=False)
     read: list[int] = []
-    step = there.inner.decode_step
+    step, prompts = there.inner.decode_step, there.inner.read_prompts
     monkeypatch.setattr(
         there.inner, "decode_step", lambda tokens, state: read.append(len(tokens)) or step(tokens, state)
     )
+    monkeypatch.setattr(
+        there.inner, "read_prompts", lambda texts, state: read.append(sum(map(len, texts))) or prompts(texts, state)
+    )
     monkeypatch.setattr(there.inner, "forward", lambda *_, **__: pytest.fail("a text was read again"))
     cached = there.generate(both, **settings)
-    assert read == [2] * (both.shape[1] + 11)
+    assert read == [both.numel(), *[2] * 11]
     if method not in (Method.PONDER, Method.PONDER2, Method.MOR, Method.ADAPONDER):
         assert cached.tolist() == whole.tolist()
     own = [list(write(loaded, [text], new_tokens=12)) for text in ("In the beginning", "It is no use at ")]
@@ -216,8 +281,9 @@ def test_drawing_and_beams_with_the_cache(finished, tmp_path):
     assert drawn(1) == drawn(1, use_cache=False) != drawn(2)
     beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, **beams, use_cache=False))
-    with pytest.raises(ValueError, match="texts of one length"):
-        model.generate(prompt, attention_mask=torch.tensor([[1, 1, 1, 0]]), max_new_tokens=2)
+    read = model(prompt, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds padding"):
+        model(prompt, attention_mask=torch.tensor([[1] * 7 + [0]]), past_key_values=read, use_cache=True)
 
 
 def test_a_tied_vanilla_model_becomes_an_untied_llama(finished, tmp_path):
