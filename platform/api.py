@@ -10,7 +10,7 @@ from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
 from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, OptimizerKernel, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
-from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw, Transfer
+from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw, Timescale, Transfer, UntunedWarmup
 from haltscale.platform.sweeps.spec import Halving
 from haltscale.platform.sweeps.study import Study
 from haltscale.platform.sweeps.sweep import (
@@ -66,8 +66,10 @@ __all__ = [
     "StepLaw",
     "Study",
     "Sweep",
+    "Timescale",
     "Transfer",
     "TuningStudy",
+    "UntunedWarmup",
     "choice",
     "controls",
     "grid",

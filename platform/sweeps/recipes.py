@@ -216,7 +216,7 @@ def recipe_of(
     assert found.best is not None
     how, best = tuned.how, dict(zip(tuned.how.names, found.best, strict=True))
     rule, trial = how.rule, tuned.trial
-    values = rule.carried(best, trial, tuned.run, vocab_size) if rule else best
+    values = rule.carried(best, with_values(trial, best), tuned.run, vocab_size) if rule else best
     source = RecipeSource.TUNED
     if rule is not None and not best:
         values = _absolute(tuned.run, how, vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from haltscale.model import Parametrisation, ledger
@@ -17,7 +17,8 @@ class Rule:
     A rule is used in two ways. Alone (``tuned(sweep, rule=StepLaw())``) it sets what it gives. With settings that were
     tuned at another size or budget, it *carries* them: what was tuned is multiplied by the rule's ratio between the two
     places, so that of a published law only the exponents count and not the constant, which hangs on the data and on the
-    optimiser.
+    optimiser. ``one & other`` is both, one after the other: ``StepLaw() & Timescale(0.2) & UntunedWarmup()`` gives the
+    rate and the batch first, and the decay and the warm-up from them.
     """
 
     name: ClassVar[str] = ""
@@ -46,13 +47,65 @@ class Rule:
         moved = {name: value * here[name] / there[name] if name in here else value for name, value in values.items()}
         return rounded(moved, wanted)
 
+    def __and__(self, other: Rule) -> Rule:
+        return Together((*_parts(self), *_parts(other)))
+
 
 def rounded(values: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
-    """Values as a run can have them: 4 significant digits, and a batch of whole sequences."""
+    """Values as a run can have them: 4 significant digits, a batch of whole sequences, whole tokens."""
     found = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
     if "batch_tokens" in found:
         found["batch_tokens"] = max(1, round(found["batch_tokens"] / run.context)) * run.context
+    if "warmup_tokens" in found:
+        found["warmup_tokens"] = round(found["warmup_tokens"])
     return found
+
+
+def _parts(rule: Rule) -> tuple[Rule, ...]:
+    return rule.rules if isinstance(rule, Together) else (rule,)
+
+
+@dataclass(frozen=True)
+class Together(Rule):
+    """Several rules, each applied to what those before it have set; ``one & other``."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return " & ".join(rule.name for rule in self.rules)
+
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        return "; ".join(rule.source for rule in self.rules)
+
+    @property
+    def gives(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(dict.fromkeys(name for rule in self.rules for name in rule.gives))
+
+    def recipe(self, run: RunConfig, vocab_size: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for rule in self.rules:
+            made = rule.recipe(run, vocab_size) if rule.gives else {}
+            found |= made
+            run = replace(run, **rounded(made, run))
+        return found
+
+    def problems(self, run: RunConfig) -> list[str]:
+        return list(dict.fromkeys(problem for rule in self.rules for problem in rule.problems(run)))
+
+    def carried(
+        self, values: Mapping[str, Any], tuned: RunConfig, wanted: RunConfig, vocab_size: int
+    ) -> dict[str, Any]:
+        found = dict(values)
+        for rule in self.rules:
+            found = rule.carried(found, tuned, _with(wanted, found), vocab_size)
+        return found
+
+
+def _with(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The run with those values that are its fields."""
+    return replace(run, **{name: value for name, value in values.items() if hasattr(run, name)})
 
 
 @dataclass(frozen=True)
@@ -107,6 +160,40 @@ class StepLaw(Rule):
     def recipe(self, run: RunConfig, vocab_size: int) -> dict[str, float]:
         rate = 1.79 * float(non_embedding(run)) ** -0.713 * float(run.tokens) ** 0.307
         return {"learning_rate": rate, "batch_tokens": 0.58 * float(run.tokens) ** 0.571}
+
+
+@dataclass(frozen=True)
+class Timescale(Rule):
+    """The weight decay at which AdamW remembers the same share of training everywhere: B / (rate x decay x D), of batch
+    B and D tokens, is constant. So the decay falls with the number of steps and with the rate. A later study (Power
+    Lines, arXiv 2505.13738) confirms it over batches, and finds the best share to fall with D over parameters."""
+
+    share: float
+    """What the weights are an average over, in parts of the training. Cancels where a decay is carried."""
+
+    name: ClassVar[str] = "timescale"
+    source: ClassVar[str] = "Wang and Aitchison, arXiv 2405.13698"
+    gives: ClassVar[tuple[str, ...]] = ("weight_decay",)
+
+    def recipe(self, run: RunConfig, vocab_size: int) -> dict[str, float]:
+        return {"weight_decay": run.batch_tokens / (run.learning_rate * run.tokens * self.share)}
+
+    def problems(self, run: RunConfig) -> list[str]:
+        found = super().problems(run)
+        return found if self.share > 0 else [*found, f"rule timescale: share must be above 0 (got {self.share})"]
+
+
+@dataclass(frozen=True)
+class UntunedWarmup(Rule):
+    """Warm-up over 2 / (1 - beta2) steps, for as long as Adam's second moment is young, and half of the budget at
+    most."""
+
+    name: ClassVar[str] = "untuned-warmup"
+    source: ClassVar[str] = "Ma and Yarats, arXiv 1910.04209"
+    gives: ClassVar[tuple[str, ...]] = ("warmup_tokens",)
+
+    def recipe(self, run: RunConfig, vocab_size: int) -> dict[str, float]:
+        return {"warmup_tokens": min(2 / (1 - run.adam_beta2) * run.batch_tokens, run.tokens / 2)}
 
 
 def non_embedding(run: RunConfig) -> int:

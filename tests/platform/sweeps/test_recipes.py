@@ -10,8 +10,9 @@ import pytest
 
 from haltscale.model import Method
 from haltscale.platform import analysis, run_table
+from haltscale.platform.config import ConfigError
 from haltscale.platform.sweeps import report
-from haltscale.platform.sweeps.rules import Constant, StepLaw
+from haltscale.platform.sweeps.rules import Constant, StepLaw, Timescale, UntunedWarmup
 from haltscale.platform.sweeps.sweep import controls, grid, tuned
 
 ARMS = grid(method="vanilla") + grid(method="adaptive", lam=0.5, l_max=2)
@@ -249,6 +250,36 @@ def test_a_rule_alone(study, train):
     assert entry.recipe["source"] == "rule"
     assert entry.run.learning_rate == pytest.approx(1.79 * (2 * 49_152) ** -0.713 * 1024**0.307, rel=0.05)
     assert entry.run.batch_tokens % entry.run.context == 0
+
+
+def test_rules_one_after_the_other(study, train):
+    """The decay is that of the rate, batch and tokens which the law gives, and the warm-up that of its batch."""
+    ruled = study(sweep=tuned(grid(method="vanilla"), rule=StepLaw() & Timescale(0.2) & UntunedWarmup()))
+    (entry,) = of_role(train(ruled), "comparison")
+    run = entry.run
+    assert run.learning_rate == pytest.approx(1.79 * (2 * 49_152) ** -0.713 * 1024**0.307, rel=0.05)
+    assert run.batch_tokens / (run.learning_rate * run.weight_decay * 1024) == pytest.approx(0.2, rel=1e-3)
+    assert run.warmup_tokens == min(2 / (1 - 0.95) * run.batch_tokens, 512)
+    assert entry.recipe["rule"]["name"] == "step-law & timescale & untuned-warmup"
+
+
+def test_a_decay_is_carried_with_the_rate_that_is_carried(study, train):
+    """At four times the tokens and a higher rate, AdamW's timescale is the same at a lower decay."""
+    arm = tuned(
+        grid(method="vanilla"),
+        over={"learning_rate": [1e-3, 2e-3, 4e-3], "weight_decay": [0.05, 0.1, 0.2]},
+        at={"tokens": 256},
+        rule=StepLaw() & Timescale(0.2),
+    )
+    (entry,) = of_role(train(study(sweep=arm)), "comparison")
+    found, values = entry.recipe["found"], entry.recipe["values"]
+    assert values["learning_rate"] == pytest.approx(found["learning_rate"] * 4**0.307, rel=1e-3)
+    assert values["weight_decay"] == pytest.approx(found["weight_decay"] / 4 / 4**0.307, rel=1e-3)
+
+
+def test_a_timescale_needs_a_share(study):
+    with pytest.raises(ConfigError, match="share must be above 0"):
+        study(sweep=tuned(grid(method="vanilla"), rule=StepLaw() & Timescale(0.0))).plan()
 
 
 # ---- refusing -------------------------------------------------------------------------------------------------------
