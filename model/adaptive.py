@@ -28,7 +28,7 @@ from haltscale.model.language_model import IGNORE_INDEX, LanguageModel, LatentSt
 from haltscale.model.latent_loop import HaltingRule, LatentLoop, LoopRules, RouterInput, RouterKind
 from haltscale.model.ledger import PassCounts
 from haltscale.model.loop_options import LoopOptions, loop_options
-from haltscale.model.step_source import EXPLORE, Replay, SourceOptions, draws
+from haltscale.model.step_source import EXPLORE, Replay, SourceOptions, StepsFrom, draws
 
 
 class Mixture(StrEnum):
@@ -185,6 +185,12 @@ class AdaptiveOptions(SourceOptions, LoopOptions):
         if self.router is RouterKind.MLP and self.router_input is RouterInput.CHANGE:
             found += require(False, "router_input", str(self.router_input), "state for the mlp router")
         return found
+
+    @property
+    def follows_budget(self) -> bool:
+        """Whether what a training step computes depends on the share of the budget that is spent."""
+        ramps = self.gate_warmup > 0 or self.lam_ramp > 0 or self.depth_growth > 0
+        return ramps or self.steps_from is not StepsFrom.ROUTER
 
     def canonical(self) -> "AdaptiveOptions":
         """These options with those that have no say at their defaults."""

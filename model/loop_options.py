@@ -95,6 +95,11 @@ class LoopOptions:
             idle["gradient_passes"] = 0
         return idle
 
+    @property
+    def follows_budget(self) -> bool:
+        """Whether what a training step computes depends on the share of the budget that is spent."""
+        return self.depth_growth > 0
+
     def most_steps(self, share: float, l_max: int) -> int:
         """The latent steps allowed at a share of the training budget, of l_max in the end."""
         if share >= self.depth_growth:

@@ -61,6 +61,11 @@ class SourceOptions:
             rows = tuple(tuple(row) if isinstance(row, list) else row for row in self.steps_schedule)
             object.__setattr__(self, "steps_schedule", rows)
 
+    @property
+    def follows_budget(self) -> bool:
+        """Whether what a training step computes depends on the share of the budget that is spent."""
+        return self.steps_from is not StepsFrom.ROUTER
+
     def source_problems(self, l_max: object) -> list[str]:
         """All errors of these options, for a method with so many latent steps at most."""
         found = require(

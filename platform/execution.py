@@ -11,7 +11,7 @@ from typing import Any
 
 from haltscale.model.config import build_options, in_range, is_int, is_number, require, set_normalised
 from haltscale.platform.config import Precision, RunConfig
-from haltscale.platform.schedule import stable_steps
+from haltscale.platform.schedule import can_branch
 
 
 class Offload(StrEnum):
@@ -128,9 +128,10 @@ class ExecutionConfig:
             found.append(
                 "precision fp16 needs gpus_per_worker: DeepSpeed has it on GPUs only; use bf16 or fp32 on CPUs"
             )
-        if self.branch and runs and all(stable_steps(run) is None for run in runs):
+        if self.branch and runs and not any(map(can_branch, runs)):
             found.append(
-                "branch needs runs with schedule wsd, warmup_tokens and a budget in tokens: none is such a run"
+                "branch needs runs with schedule wsd and warmup_tokens, whose method does the same at every share of"
+                " the budget (no gate_warmup, lam_ramp, depth_growth or replayed steps): none is such a run"
             )
         for batch in sorted({run.batch_sequences for run in runs}):
             if batch % self.workers:

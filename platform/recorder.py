@@ -49,24 +49,27 @@ class RunRecorder:
     def _path(self, name: str) -> str:
         return self.store.path(self.study, self.key, name)
 
-    def begin(self, step: int, share: float, *, nodes: Sequence[str] = (), parent: str = "") -> None:
+    def begin(
+        self, step: int, share: float, *, nodes: Sequence[str] = (), parent: Mapping[str, Any] | None = None
+    ) -> None:
         """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped.
 
         Args:
             share: of the budget that is spent.
             nodes: where each rank runs.
-            parent: key of the run in which this one begins; its metrics up to there are this run's too.
+            parent: the run in which this one begins: its ``key``, and ``tokens`` and ``flops`` (realised) up to there,
+                which were trained once for both. Its metrics up to there are this run's too.
         """
         if not self.enabled:
             return
         self.store.truncate_lines(self._path("metrics.jsonl"), after_step=0 if parent else step)
         if parent:
-            rows = self.store.read_lines(self.store.path(self.study, parent, "metrics.jsonl"))
+            rows = self.store.read_lines(self.store.path(self.study, parent["key"], "metrics.jsonl"))
             self.store.append_lines(self._path("metrics.jsonl"), [row for row in rows if row["step"] <= step])
         # The evaluation of this very step may have been cut off: the loop makes it again.
         self.store.truncate_lines(self._path("evaluations.jsonl"), after_step=step - 1)
         self._began = (time.time(), share)
-        attempt = {"step": step, "nodes": [*nodes], "time": time.time()} | ({"parent": parent} if parent else {})
+        attempt = {"step": step, "nodes": [*nodes], "time": time.time()} | ({"parent": dict(parent)} if parent else {})
         self.store.append_lines(self._path("attempts.jsonl"), [attempt])
         self._status(RunState.RUNNING, step=step, share=share)
 

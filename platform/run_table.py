@@ -65,7 +65,8 @@ def row(view: RunView) -> dict[str, Any]:
         ``parameters_once`` (parameters that are used per pass, and per token), :data:`RESULTS`, ``easy_steps`` and
         ``hard_steps``; ``recipe`` (where its settings are from: a
         ``RecipeSource``, or empty where nothing was tuned) and ``recipe_at_end`` (what was best at an end of what was
-        tried); of text whose need is known ``needy_accuracy``, ``needy_steps`` and ``need_rank_correlation``;
+        tried); ``branched_from`` (key of the run in which it began) and ``shared_flops`` (its realised FLOPs that were
+        trained there); of text whose need is known ``needy_accuracy``, ``needy_steps`` and ``need_rank_correlation``;
         and ``error``. Missing figures are None.
     """
     record = mapping(view.record)
@@ -90,6 +91,7 @@ def row(view: RunView) -> dict[str, Any]:
         "easy_steps": figure(halting.get("well_predicted_mean_steps")),
         "hard_steps": figure(halting.get("badly_predicted_mean_steps")),
         **need_figures(mapping(record.get("need"))),
+        **branch_figures(record),
         "error": words(mapping(view.status).get("error")) or view.problem,
         "budget": figure(identity.get("flops")),
         "planned_tokens": figure(identity.get("tokens")) or None,
@@ -107,6 +109,16 @@ def need_figures(found: Mapping[str, Any]) -> dict[str, Any]:
         "needy_steps": figure(needy.get("mean_steps")),
         "need_rank_correlation": figure(found.get("rank_correlation")),
     }
+
+
+def branch_figures(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``branched_from`` and ``shared_flops`` of a record; empty and None where the run began at its own start."""
+    attempts = record.get("attempts")
+    first = mapping(attempts[0]) if isinstance(attempts, list) and attempts else {}
+    parent = first.get("parent")
+    if isinstance(parent, str):  # as it was written before the FLOPs were
+        return {"branched_from": parent, "shared_flops": None}
+    return {"branched_from": words(mapping(parent).get("key")), "shared_flops": figure(mapping(parent).get("flops"))}
 
 
 def recipe_figures(document: Mapping[str, Any]) -> dict[str, str]:

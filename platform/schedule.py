@@ -93,16 +93,13 @@ def _warmup_share(run: RunConfig) -> float:
     return 0.0 if run.steps is None else min(1.0, run.warmup_tokens / (run.steps * run.batch_tokens))
 
 
-def stable_steps(run: RunConfig) -> int | None:
-    """How many steps a WSD run takes before its decay; None where the first steps depend on the budget."""
-    if run.schedule != Schedule.WSD or run.warmup_tokens is None or run.steps is None:
-        return None
-    steps = run.steps
+def can_branch(run: RunConfig) -> bool:
+    """Whether the run has first steps that do not depend on its budget: WSD, a warm-up in tokens, and a method that
+    does the same at every share of the budget (``follows_budget`` of its options)."""
+    follows = getattr(run.options, "follows_budget", False)
+    return run.schedule == Schedule.WSD and run.warmup_tokens is not None and not follows
 
-    def is_stable(step: int) -> bool:
-        return run.decay_fraction == 0 or (1 - step / steps) / run.decay_fraction >= 1
 
-    stable = min(steps, int(steps * (1 - run.decay_fraction)) + 2)
-    while stable and not is_stable(stable - 1):
-        stable -= 1
-    return stable
+def is_stable(run: RunConfig, before: Spent) -> bool:
+    """Whether the step after ``before`` is that of any larger budget: the run's decay has not begun."""
+    return can_branch(run) and (run.decay_fraction == 0 or (1 - share(run, before)) / run.decay_fraction >= 1)

@@ -1,8 +1,9 @@
 """Several budgets from one WSD run: a run may begin in the stable phase of another one.
 
-Where the warm-up is in tokens, WSD runs that differ in their budget alone take the same steps, to the last bit, until
-the first of them decays. So nothing of a branch is in a run's key: it is only a shorter way to the same result (by as
-many workers at the same ZeRO stage; otherwise the same but for rounding, as after any resumption).
+Where the warm-up is in tokens, WSD runs that differ in their budget alone (tokens, or realised FLOPs) take the same
+steps, to the last bit, until the first of them decays. So nothing of a branch is in a run's key: it is only a shorter
+way to the same result (by as many workers at the same ZeRO stage; otherwise the same but for rounding, as after any
+resumption). A method whose steps depend on the share of the budget that is spent has no branches.
 """
 
 from __future__ import annotations
@@ -15,32 +16,35 @@ import torch.distributed as dist
 from haltscale.platform.checkpoints import CheckpointError, Checkpoints, Saved
 from haltscale.platform.config import RunConfig
 from haltscale.platform.identity import canonical_json
-from haltscale.platform.schedule import stable_steps
+from haltscale.platform.schedule import can_branch, is_stable
 from haltscale.platform.store import RunStore
+from haltscale.platform.training.progress import Progress
 
 Key = TypeVar("Key")
+BUDGETS = ("tokens", "flops")
 
 
 def family(identity: Mapping[str, Any]) -> str:
-    """What runs have in common that differ in their budget alone."""
-    return canonical_json({name: value for name, value in identity.items() if name != "tokens"})
+    """What runs have in common that differ in their budget alone; budgets in tokens and in FLOPs are two families."""
+    own = {name: value for name, value in identity.items() if name not in BUDGETS}
+    return canonical_json({**own, "budget": "tokens" if identity.get("flops") is None else "flops"})
 
 
 def shortest_of_families(runs: Iterable[tuple[Key, RunConfig, Mapping[str, Any]]]) -> set[Key]:
-    """The runs that need not wait: of each family, the one with the least tokens; the others begin in it.
+    """The runs that need not wait: of each family, the one with the smallest budget; the others begin in it.
 
     Args:
         runs: keys, runs and their identities.
     """
-    first: dict[str, tuple[int, Key]] = {}
+    first: dict[str, tuple[float, Key]] = {}
     free = set()
     for key, run, identity in runs:
-        if stable_steps(run) is None:
+        if not can_branch(run):
             free.add(key)
             continue
-        kin = family(identity)
-        if kin not in first or run.tokens < first[kin][0]:
-            first[kin] = (run.tokens, key)
+        kin, budget = family(identity), run.tokens if run.flops is None else run.flops
+        if kin not in first or budget < first[kin][0]:
+            first[kin] = (budget, key)
     return free | {key for _, key in first.values()}
 
 
@@ -65,19 +69,20 @@ def branch_point(
 def _latest(store: RunStore, study: str, key: str) -> tuple[str, int] | None:
     views = store.views(study, store.present(study))
     mine = views[key].spec["identity"]
-    own = stable_steps(RunConfig.from_identity(mine))
+    own = RunConfig.from_identity(mine)
     candidates = []
     for other, view in views.items():
         identity = view.spec.get("identity")
-        if own is None or other == key or not identity or family(identity) != family(mine):
+        if not can_branch(own) or other == key or not identity or family(identity) != family(mine):
             continue
-        common = min(own, stable_steps(RunConfig.from_identity(identity)) or 0)
         saved = Checkpoints(store, study, other)
-        candidates += [(step, other, saved) for step in saved.complete() if step <= common]
-    for step, other, saved in sorted(candidates, key=lambda each: each[:2], reverse=True):
+        candidates += [(step, other, saved, RunConfig.from_identity(identity)) for step in saved.complete()]
+    for step, other, saved, run in sorted(candidates, key=lambda each: each[:2], reverse=True):
         try:
-            saved.open(step)
+            before = Progress(**saved.open(step, verify=False).progress).before_last
+            if is_stable(own, before) and is_stable(run, before):
+                saved.open(step)
+                return other, step
         except CheckpointError:
             continue
-        return other, step
     return None

@@ -225,7 +225,8 @@ def _train(
     parent, saved = branch or ("", None)
     engine, progress = start(model, run, execution, checkpoints, saved)
     try:
-        recorder.begin(progress.step, share(run, progress.spent), nodes=around.nodes(), parent=parent)
+        inherited = {"key": parent, "tokens": progress.tokens, "flops": progress.flops_realised} if parent else None
+        recorder.begin(progress.step, share(run, progress.spent), nodes=around.nodes(), parent=inherited)
         is_preempted = False
 
         def prune(progress: Progress) -> None:

@@ -193,11 +193,24 @@ def show_results(frame: pd.DataFrame, *, title: str, note: str = "", as_json: bo
     if every > len(frame):
         console.print(f"{every - len(frame)} tuning runs are not shown", style="dim")
     finished = frame[frame["state"] == RunState.FINISHED] if "state" in frame else frame
+    if shared := shared_work(finished):
+        console.print(shared, style="dim", markup=False)
     if warning := recipe_warning(finished):
         console.print(f"recipes: {warning}", style="dim", markup=False)
     if note:
         console.print(note, markup=False)
     console.print("See it: make dashboard (or: haltscale dashboard)", markup=False)
+
+
+def shared_work(frame: pd.DataFrame) -> str:
+    """What branches did not train again, in a sentence; empty where no run is one."""
+    if "shared_flops" not in frame or "flops_realised" not in frame:
+        return ""
+    branches = frame[frame["shared_flops"].notna()]
+    if branches.empty:
+        return ""
+    once, every = branches["shared_flops"].sum(), frame["flops_realised"].sum()
+    return f"{len(branches)} runs began in another: {once:.3g} of {every:.3g} realised FLOPs were not trained again"
 
 
 def show(frame: pd.DataFrame, *, title: str) -> None:

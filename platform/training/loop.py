@@ -20,7 +20,7 @@ from haltscale.model import LanguageModel, PassCounts
 from haltscale.model.language_model import IGNORE_INDEX
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
-from haltscale.platform.schedule import evenly, is_over, learning_rate, reached, share, stable_steps
+from haltscale.platform.schedule import evenly, is_over, is_stable, learning_rate, reached, share
 from haltscale.platform.training.metrics import MetricsWindow, StepTotals, sum_over_ranks
 from haltscale.platform.training.mfu import peak_flops
 from haltscale.platform.training.monitors import RunCappedError, Watch
@@ -89,7 +89,6 @@ def train(
     _, micro_batches = execution.accumulation(run.batch_sequences)
     window, watch = MetricsWindow(progress, peak and peak * world), Watch(engine.module, execution)
     noticed = False
-    branches_at = stable_steps(run) if execution.branch else None
 
     def is_due(shares: Iterable[float]) -> bool:
         return reached(run, progress.before_last, progress.spent, shares)
@@ -134,7 +133,9 @@ def train(
         window.add(step)
         over = is_over(run, progress.spent)
         evaluate = is_due(evenly(execution.evaluations)) and not over
-        is_milestone = is_due(execution.milestones) or progress.step == branches_at
+        is_milestone = is_due(execution.milestones)
+        if execution.branch and is_stable(run, progress.before_last) and not is_stable(run, progress.spent):
+            is_milestone = True  # the last step of larger budgets too
         if is_milestone:
             progress.pinned.append(progress.step)
         save = over or is_milestone or is_due(evenly(execution.checkpoints))

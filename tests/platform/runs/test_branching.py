@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haltscale.model import build_model
+from haltscale.model import METHODS, AdaptiveOptions, Method, build_model
+from haltscale.model.looped import LoopedOptions
 from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import RunConfig, Schedule
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.runs.branching import branch_point, shortest_of_families
-from haltscale.platform.schedule import Spent, learning_rate, stable_steps
+from haltscale.platform.schedule import Spent, can_branch, is_stable, learning_rate
 from haltscale.platform.store import RunStore
 from haltscale.platform.training.engine import full_weights, snapshot, start
 
@@ -31,30 +32,47 @@ def wsd(steps: int, **changes: Any) -> RunConfig:
     return replace(run, **(settings | changes))
 
 
+def spent(run: RunConfig, step: int) -> Spent:
+    return Spent(step=step, tokens=step * run.batch_tokens, flops=0.0)
+
+
 def rate(run: RunConfig, step: int) -> float:
-    before, after = (Spent(step=n, tokens=n * run.batch_tokens, flops=0.0) for n in (step, step + 1))
-    return learning_rate(run, before, after)
+    return learning_rate(run, spent(run, step), spent(run, step + 1))
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.floats(0, 1), st.integers(0, 60), st.floats(0, 1))
 def test_stable_steps_have_the_rate_of_any_other_budget(steps, more, decay, warmup, final):
     changes = {"decay_fraction": decay, "warmup_tokens": warmup, "final_learning_rate_fraction": final}
     run, longer = wsd(steps, **changes), wsd(steps + more, **changes)
-    stable = stable_steps(run)
-    assert stable is not None
-    assert stable <= (stable_steps(longer) or 0)
-    assert [rate(run, step) for step in range(stable)] == [rate(longer, step) for step in range(stable)]
-    if stable < steps:
-        assert (1 - stable / steps) / decay < 1, "the next step decays"
+    stable = [is_stable(run, spent(run, step)) for step in range(steps)]
+    assert stable == sorted(stable, reverse=True), "once the rate falls, it falls"
+    for step in range(sum(stable)):
+        assert is_stable(longer, spent(longer, step))
+        assert rate(run, step) == rate(longer, step)
+    if decay == 0:
+        assert all(stable)
 
 
 def test_a_schedule_is_known_by_its_name_too():
-    assert stable_steps(wsd(8, schedule="wsd")) == stable_steps(wsd(8)) == 5
+    assert can_branch(wsd(8, schedule="wsd"))
+    assert [is_stable(wsd(8), spent(wsd(8), step)) for step in range(8)] == [True] * 5 + [False] * 3
 
 
-@pytest.mark.parametrize("changes", [{"warmup_tokens": None}, {"schedule": Schedule.COSINE}, {"flops": 1e12}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warmup_tokens": None},
+        {"schedule": Schedule.COSINE},
+        {"options": AdaptiveOptions(l_max=2, gate_warmup=0.5)},
+        {"options": AdaptiveOptions(l_max=2, lam_ramp=0.5)},
+        {"options": AdaptiveOptions(l_max=2, depth_growth=0.5)},
+        {"options": AdaptiveOptions(l_max=2, steps_from="shuffled", steps_schedule=((0.0, 0.5, 0.5, 0.0),))},
+        {"method": Method.LOOPED, "options": LoopedOptions(depth_growth=0.5)},
+    ],
+)
 def test_what_depends_on_the_budget_has_no_branches(changes):
-    assert stable_steps(wsd(8, **changes)) is None
+    assert not can_branch(wsd(8, **changes))
+    assert not is_stable(wsd(8, **changes), spent(wsd(8), 1))
 
 
 class Author:
@@ -76,7 +94,8 @@ class Author:
         model = build_model(run.model_config(LARGE), seed=run.seed)
         engine, progress = start(model, run, execution, checkpoints, saved)
         recorder = RunRecorder(self.store, "study", key, steps=run.steps)
-        recorder.begin(progress.step, 0.0, parent=parent)
+        inherited = {"key": parent, "tokens": progress.tokens, "flops": progress.flops_realised} if parent else None
+        recorder.begin(progress.step, 0.0, parent=inherited)
         listener = Listener()
         listener.at_checkpoint = lambda progress: checkpoints.write(snapshot(engine), progress.to_dict())
         done, _ = go(engine, run, batches(run, progress.step), progress, listener=listener, **self.changes)
@@ -87,7 +106,7 @@ class Author:
 
     def attempts(self, key: str) -> list[tuple[int, str | None]]:
         rows = self.store.read_lines(self.store.path("study", key, "attempts.jsonl"))
-        return [(row["step"], row.get("parent")) for row in rows]
+        return [(row["step"], (row.get("parent") or {}).get("key")) for row in rows]
 
 
 @pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 3])
@@ -104,6 +123,33 @@ def test_a_chain_of_branches_is_each_run_left_alone(zero_stage, tmp_path: Path):
         for (name, mine), whole in zip(full_weights(engine).items(), full_weights(other).values(), strict=True):
             assert torch.equal(mine, whole), name
     assert [branched.attempts(key) for key in budgets] == [[(0, None)], [(5, "short")], [(7, "middle")]]
+
+
+@pytest.mark.parametrize("method", [method for method in Method if method is not Method.SHUFFLED])
+@pytest.mark.parametrize("in_flops", [False, True])
+def test_a_branch_of_every_method_is_the_run_left_alone(method: Method, in_flops: bool, tmp_path: Path):
+    """Budgets in tokens, and in FLOPs that are spent in the middle of a step."""
+    options = METHODS[method].options()
+    shape = {"size": "3x64"} if method is Method.MOR else {}
+    short = wsd(6, method=method, options=options, **shape)
+    branched, alone = Author(RunStore(tmp_path / "branched")), Author(RunStore(tmp_path / "alone"), branch=False)
+    if in_flops:
+        _, progress, _ = alone.train("measured", short)
+        short = replace(short, flops=0.9 * progress.flops_realised)
+    long = replace(short, tokens=2 * short.tokens, flops=None if short.flops is None else 2 * short.flops)
+    branched.train("short", short)
+    engine, mine, rows = branched.train("long", long)
+    other, theirs, their_rows = alone.train("long", long)
+    ((step, parent),) = branched.attempts("long")
+    assert parent == "short"
+    assert 0 < step < mine.step
+    assert timeless(rows) == timeless(their_rows)
+    assert (mine.step, mine.tokens, mine.flops_realised) == (theirs.step, theirs.tokens, theirs.flops_realised)
+    for (name, weight), whole in zip(full_weights(engine).items(), full_weights(other).values(), strict=True):
+        assert torch.equal(weight, whole), name
+    shared = branched.store.read_lines(branched.store.path("study", "long", "attempts.jsonl"))[0]["parent"]
+    assert 0 < shared["flops"] < mine.flops_realised
+    assert shared["tokens"] == step * short.batch_tokens
 
 
 def test_a_branch_that_was_killed_goes_on_from_its_own_checkpoint(tmp_path: Path):

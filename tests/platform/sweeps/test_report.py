@@ -3,12 +3,14 @@
 import math
 import re
 import sys
+from typing import Any
 
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from haltscale.platform import run_table
 from haltscale.platform.sweeps import report
 
 RECORD = {
@@ -192,3 +194,15 @@ def test_a_control_is_an_arm_of_its_own(author, store):
 
 def test_a_study_without_controls_has_no_differences(store):
     assert report.control_differences(store, "nothing").empty
+
+
+def test_what_branches_share_is_said() -> None:
+    parents: list[Any] = [None, {"key": "a", "tokens": 10, "flops": 3e9}, "a"]  # the last of a former version
+    rows = [
+        {**run_table.branch_figures({"attempts": [{"step": 0, "parent": parent}]}), "flops_realised": 5e9}
+        for parent in parents
+    ]
+    assert [row["branched_from"] for row in rows] == ["", "a", "a"]
+    found = report.shared_work(pd.DataFrame(rows))
+    assert found == "1 runs began in another: 3e+09 of 1.5e+10 realised FLOPs were not trained again"
+    assert report.shared_work(pd.DataFrame(rows[:1])) == ""
