@@ -1,7 +1,7 @@
 """Recipes: which switches make loops train better, at equal realised training FLOPs?
 
-**Compared.** Every switch of loop_options.py and of the vocabulary (docs/methods.md), one at a time, and a few of them
-together, on `adaptive` and on `looped`: 0.6m, three latent steps, the State of the Union addresses. Every run spends
+**Compared.** Every switch of loop_options.py and of the vocabulary (docs/methods.md), Muon and the document mask, one at a
+time, and a few of them together, on `adaptive` and on `looped`: 0.6m, three latent steps, the State of the Union addresses. Every run spends
 3e11 realised training FLOPs; what a switch saves on its passes buys tokens. Three seeds, shared by all variants: the
 same initial weights where shapes agree, and the same order of texts.
 
@@ -9,7 +9,7 @@ same initial weights where shapes agree, and the same order of texts.
 paired within held-out document and seed, over 24 held-out addresses, with the 95 % bootstrap interval of
 `analysis.paired` over documents and seeds. The reference is the same method with everything off; gradients through the
 last passes need an injection, so theirs is the injection alone. A switch helps (hurts) where the interval lies below
-(above) 0; everything else is published as *not decided*. There are 28 intervals, and one in twenty of them misses by
+(above) 0; everything else is published as *not decided*. There are 32 intervals, and one in twenty of them misses by
 chance: a helpful switch is worth adopting only if it helps both methods, or is confirmed at another size.
 
 **What it cannot say.** All variants have the rate that was tuned for their method without switches
@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from haltscale.platform.analysis import Refusal
+from haltscale.platform.analysis import Refusal, document_frame
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.api import ExecutionConfig, Method, RunConfig, RunStore, Study, Sweep, grid, sotu
 from haltscale.studies import reference
@@ -47,6 +47,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "late loops": {"depth_growth": 0.7, "depth_curve": "late"},
     "tied embeddings": {"tie_embeddings": True},
     "factorised embeddings": {"embedding_rank": 32},
+    "Muon": {"optimizer": "muon"},
+    "document mask": {"document_mask": True},
     "injection, normed; gradient of 2 passes": {**NORM, "gradient_passes": 2},
     "injection, normed; zero outputs": {**NORM, "zero_outputs": True},
     "injection, normed; zero outputs; 1 - sqrt": {
@@ -114,7 +116,7 @@ def differences(store: RunStore) -> pd.DataFrame:
         if variant == OFF:
             rows.append(row | {"verdict": "the reference"})
             continue
-        found = paired_difference([_documents(own[s]) for s in seeds], [_documents(other[s]) for s in seeds])
+        found = paired_difference([document_frame(own[s]) for s in seeds], [document_frame(other[s]) for s in seeds])
         if isinstance(found, Refusal):
             rows.append(row | {"verdict": found.reason})
             continue
@@ -129,15 +131,11 @@ def variant_of(identity: Mapping[str, Any]) -> str | None:
     values = {**identity, **identity["options"]}
     for variant, changes in VARIANTS.items():
         usual = {"tie_embeddings": False, "embedding_rank": 0, "injection": "none", "depth_curve": "linear"}
+        usual |= {"optimizer": "adamw", "document_mask": False}
         wanted = {name: changes.get(name, usual.get(name, 0)) for name in switches}
         if all(values.get(name, usual.get(name, 0)) == value for name, value in wanted.items()):
             return variant
     return None
-
-
-def _documents(record: Mapping[str, Any]) -> pd.DataFrame:
-    found = record.get("held_out_by_document") or {}
-    return pd.DataFrame({name: found.get(name) or [] for name in ("tokens", "nats")}, dtype=float)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ RUNS = {
     "known_need": 3 * (2 + 3 + 2),
     "known_need_twin": 3 * (2 + 2),
     "quickstart": 2 + 3,
-    "recipes": 15 * 2 * 3,
+    "recipes": 3 * 2 * 17,
     # 15 points with seeds; each method at all of them (Mixture-of-Recursions from the second size on), the shuffled and
     # the fixed control of each adaptive run, and the 26 other settings at one point.
     "reference": 15 * len({*reference.rates()} - {"fixed"}) + 15 * 2 - 6 * ("mor" in reference.rates()) + 26,
@@ -39,6 +39,7 @@ RUNS = {
     "seed_noise": 3 * 2 * 8,
     "state_of_the_union": 6,
     "tau_sweep": 1 + 3,
+    "transfer": 3 * 5 * 2,
 }
 """Runs and controls of each study."""
 
