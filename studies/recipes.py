@@ -1,9 +1,9 @@
 """Recipes: which switches make loops train better, at equal realised training FLOPs?
 
-**Compared.** Every switch of loop_options.py and of the vocabulary (docs/methods.md), Muon and the document mask, one at a
-time, and a few of them together, on `adaptive` and on `looped`: 0.6m, three latent steps, the State of the Union addresses. Every run spends
-3e11 realised training FLOPs; what a switch saves on its passes buys tokens. Three seeds, shared by all variants: the
-same initial weights where shapes agree, and the same order of texts.
+**Compared.** Every switch of loop_options.py and of the vocabulary (docs/methods.md), Muon and the document mask, one
+at a time, and a few of them together, on `adaptive` and on `looped`: 0.6m, three latent steps, the State of the Union
+addresses. Every run spends 3e11 realised training FLOPs; what a switch saves on its passes buys tokens. Three seeds,
+shared by all variants: the same initial weights where shapes agree, and the same order of texts.
 
 **Analysis, decided before any result.** For each method and variant, `differences`: nats per token above the reference,
 paired within held-out document and seed, over 24 held-out addresses, with the 95 % bootstrap interval of

@@ -2,8 +2,9 @@
 
 The plain model at three sizes and five rates, under the standard parametrisation and under CompleteP
 (`model/parametrisation.py`); the same tokens in the same order everywhere. The claim: under CompleteP the best rate at
-0.6m is within one step of the grid (a factor of two) of the best at 8m. Decided before any result: `best` is the rate of
-the lowest held-out loss; one seed, so that a rate next to the best may be as good (`above_best` says how much worse).
+0.6m is within one step of the grid (a factor of two) of the best at 8m. Decided before any result: `best` is the rate
+of the lowest held-out loss; one seed, so that a rate next to the best may be as good (`above_best` says how much worse
+it is).
 """
 
 from __future__ import annotations
