@@ -21,7 +21,7 @@ from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.analysis.runs import budgets_of, column, ordered, texts, usable
 from haltscale.platform.analysis.sweeps import SeedNoise
 
-SAME = 1.1
+SAME = 1.02
 """Compute, or tokens, of two runs that differ by a larger factor are not equal."""
 LEAST_POINTS = 3
 """Points below which a mean over several cells has no interval."""
