@@ -118,8 +118,9 @@ class GatedLoop(nn.Module):
         row_N = torch.arange(B * T, device=x_Nd.device)  # rows of the last pass, as indices into [B*T]
         first = CausalPlan(B, T, keep=True)
         z_Nd, memories = self.stack(x_Nd, (cos_T[row_N % T], sin_T[row_N % T]), first)
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
         first.record(counts, valid_BT)
+        counts.tokens = counts.rows[0]
         newest_Nd = z_Nd  # each position's last executed state
         passes_BT = valid_BT.long()
         inside_BT = valid_BT  # positions that ran the last pass
@@ -131,14 +132,14 @@ class GatedLoop(nn.Module):
             low_N = self._lowest(gate_N.detach(), row_N, inside_BT)
             pressed_N = pressed_N.index_add(0, row_N, gate_N * low_N)
             is_open_N = gate_N > options.tau if forced_BT is None else forced_BT.flatten()[row_N] > k
-            on_N = (is_open_N & inside_BT.flatten()[row_N]).nonzero().squeeze(1)
-            row_N, gate_N = row_N[on_N], gate_N.index_select(0, on_N)
-            x_Nd = self.fed_back(x_Nd.index_select(0, on_N), gate_N, guess(z_Nd.index_select(0, on_N)))
-            inside_BT = torch.zeros_like(inside_BT).flatten().index_fill(0, row_N, True).view(B, T)
+            goes_on_N = is_open_N & inside_BT.flatten()[row_N]
+            inside_BT = torch.zeros_like(inside_BT).flatten().index_copy(0, row_N, goes_on_N).view(B, T)
             passes_BT = passes_BT + inside_BT
-            z_Nd = x_Nd
+            plan = ReusePlan(valid_BT, inside_BT, compute_dtype(x_Nd))
+            on_N = torch.nonzero_static(goes_on_N, size=len(plan.row_N)).squeeze(1)
+            row_N, gate_N = plan.row_N, gate_N.index_select(0, on_N)
+            z_Nd = x_Nd = self.fed_back(x_Nd.index_select(0, on_N), gate_N, guess(z_Nd.index_select(0, on_N)))
             if len(row_N):
-                plan = ReusePlan(valid_BT, row_N, compute_dtype(x_Nd))
                 plan.record(counts)
                 z_Nd, memories = self.stack(x_Nd, (cos_T[row_N % T], sin_T[row_N % T]), plan, memories)
             newest_Nd = newest_Nd.index_copy(0, row_N, z_Nd)

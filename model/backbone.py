@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import pairwise
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ from haltscale.model.kernels import (
     at_least_float32,
     fused_cpu_attention,
 )
+from haltscale.model.key_ranges import BLOCK, KeyRanges, in_blocks
 from haltscale.model.ledger import PassCounts
 
 Rope = tuple[Tensor, Tensor]  # cos_N1E, sin_N1E with E halved
@@ -95,8 +97,26 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return mixed
 
 
+class AttentionKernel(StrEnum):
+    """How attention is told who sees whom, where a plain causal mask does not say it. Changes rounding only."""
+
+    AUTO = "auto"
+    """By indices on CUDA devices, where head and precision allow it; by dense masks elsewhere."""
+    DENSE = "dense"
+    """Additive masks, queries by chunks over prefixes of the keys."""
+    INDICES = "indices"
+    """FlexAttention with a mask from two integers per query (key_ranges.py); rows, query slots and keys are padded to
+    whole blocks, so that a compiled pass meets few shapes."""
+
+
 class AttentionPlan(Protocol):
     """Who sees whom in one pass, shared by all layers of it."""
+
+    @property
+    def padding(self) -> int:
+        """Rows of nothing that are added behind the real ones on their way through the layers; they see nobody, and
+        nobody sees them."""
+        ...
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """Attention output [N, H*E] of this pass's rows, and the layer's memory with this pass's states added."""
@@ -131,6 +151,17 @@ def attention_in_chunks(q_BMHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, chunks: 
 
 
 _first_seen: ContextVar[Tensor | None] = ContextVar("first_seen", default=None)
+_by_indices: ContextVar[bool] = ContextVar("by_indices", default=False)
+
+
+@contextmanager
+def attention_by_indices(on: bool) -> Iterator[None]:
+    """Have every plan that is made meanwhile say by indices who sees whom (AttentionKernel.INDICES), or by masks."""
+    token = _by_indices.set(on)
+    try:
+        yield
+    finally:
+        _by_indices.reset(token)
 
 
 @contextmanager
@@ -166,6 +197,17 @@ class CausalPlan:
     """Whether a later pass will look at these states."""
     first: Tensor | None = field(default_factory=_first_seen.get, compare=False)
     """[B, positions], as in `documents_apart`; each position may have several rows here, one after the other."""
+    by_indices: bool = field(default_factory=_by_indices.get, compare=False)
+    """As in `attention_by_indices`."""
+    padding: ClassVar[int] = 0
+
+    @functools.cached_property
+    def _ranges(self) -> KeyRanges | None:
+        """The keys that rows see, if that is said by indices."""
+        if self._first_row is None or not self.by_indices:
+            return None
+        end_T = torch.arange(1, self.length + 1, device=self._first_row.device)
+        return KeyRanges(end_T.expand_as(self._first_row), self._first_row)
 
     @functools.cached_property
     def _first_row(self) -> Tensor | None:
@@ -204,7 +246,10 @@ class CausalPlan:
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, T = self.batch, self.length
         q_BTHE, k_BTGE, v_BTGE = (x.unflatten(0, (B, T)) for x in (q_NHE, k_NGE, v_NGE))
-        out_BTHE = attention_in_chunks(q_BTHE, k_BTGE, v_BTGE, self._chunks_for(q_NHE))
+        if self._ranges is not None:
+            out_BTHE = self._ranges.attend(q_BTHE, k_BTGE, v_BTGE)
+        else:
+            out_BTHE = attention_in_chunks(q_BTHE, k_BTGE, v_BTGE, self._chunks_for(q_NHE))
         kept = ((k_NGE.flatten(1), v_NGE.flatten(1)),) if self.keep else ()
         return out_BTHE.reshape(B * T, -1), kept
 
@@ -214,8 +259,13 @@ class CausalPlan:
         pairs = self.batch * self.length * self.length
         if self._first_row is not None:
             keys_BT = keys_BT - self._first_row
-            pairs = sum(self.batch * (b - a) * b for a, b, _ in self._borders)
-        rows, keys = torch.stack((valid_BT.sum(), (keys_BT * valid_BT).sum())).tolist()  # one trip
+            if self._ranges is None:
+                pairs = sum(self.batch * (b - a) * b for a, b, _ in self._borders)
+        numbers = [valid_BT.sum(), (keys_BT * valid_BT).sum()]
+        if self._ranges is not None:
+            numbers.append(self._ranges.pairs().sum())
+        rows, keys, *computed = torch.stack(numbers).tolist()  # one trip
+        pairs = computed[0] if computed else pairs
         counts.record(rows=rows, keys=keys, executed_rows=self.batch * self.length, executed_keys=pairs)
 
 
@@ -224,12 +274,14 @@ class LatentPlan:
 
     That is the paper's rule, (t, k) attends to (j, i) iff j <= t and i <= k, because when pass k runs every state that
     exists has i <= k. The states of a sequence are kept position-major: (0,0) (0,1) .. (1,0) (1,1) .. So what a query
-    at position t may see is a *prefix* of the keys, and the whole mask follows from one count per query. Queries are
-    cut into a few chunks, each handed only the prefix that its last query needs, which removes most masked work.
+    at position t may see is a *prefix* of the keys, and the whole mask follows from one count per query. By dense
+    masks, queries are cut into a few chunks, each handed only the prefix that its last query needs, which removes most
+    masked work; by indices the count itself is the mask.
 
     Within `documents_apart`, what a query sees begins with its document.
 
-    Building a plan reads a few integers back from the device (sizes of this pass), in one trip per pass, not per layer.
+    Building a plan reads a few integers back from the device (how many rows are active, and the sizes that follow), in
+    one trip per pass, not per layer. Without active rows there is nothing to attend with; `row_N` is empty then.
     """
 
     QUERIES_PER_CHUNK = QUERIES_PER_CHUNK
@@ -238,78 +290,121 @@ class LatentPlan:
     def __init__(
         self,
         states_BT: Tensor,
-        rows: Sequence[Tensor],
+        active_BT: Tensor,
+        earlier: Sequence[Tensor],
         dtype: torch.dtype,
         *,
         queries_per_chunk: int | None = None,
     ):
         """
         states_BT: visible states at each position, those of this pass included (0 at padding).
-        rows: for each pass whose states are visible, this one last, its rows as indices into [B*T], ascending.
+        active_BT: positions that have a row in this pass.
+        earlier: for each earlier pass whose states are visible, its rows as indices into [B*T], ascending.
         dtype: of the queries, for the additive mask.
         queries_per_chunk: instead of the class's own.
         """
         B, T = states_BT.shape
         device = states_BT.device
-        row_N = rows[-1]
         self.batch = B
+        self.by_indices = _by_indices.get()
         end_BT = states_BT.cumsum(1)  # keys visible at t = slot one past its newest state
-        sequence_N = row_N // T
-        visible_N = end_BT.flatten()[row_N]
-        before_N: Tensor | None = None  # of these, the keys of earlier documents
+        before_BT: Tensor | None = None  # of these, the keys of earlier documents
         if (first_BT := _first_seen.get()) is not None:
-            before_N = (end_BT - states_BT).gather(1, first_BT).flatten()[row_N]
-        active_B = torch.zeros(B, dtype=torch.long, device=device).index_add_(0, sequence_N, torch.ones_like(row_N))
-        offset_B = active_B.cumsum(0) - active_B
-        place_N = torch.arange(len(row_N), device=device) - offset_B[sequence_N]  # among its sequence's rows
-        per_chunk, most = queries_per_chunk or self.QUERIES_PER_CHUNK, self.MAX_CHUNKS
-        chunks_0 = (active_B.max() // per_chunk).clamp(min=1, max=most)
-        edge_C = active_B.max() * torch.arange(1, most + 1, device=device) // chunks_0
-        chunk_N = torch.searchsorted(edge_C, place_N, right=True)
-        # A query slot that holds no row sees one key, which keeps its softmax finite; nobody reads what it gives.
-        widest_C = torch.ones(most, dtype=torch.long, device=device).scatter_reduce(0, chunk_N, visible_N, "amax")
-        needed_N = visible_N if before_N is None else visible_N - before_N
-        sizes = torch.stack((end_BT[:, -1].max(), end_BT[:, -1].sum(), needed_N.sum(), active_B.max(), chunks_0))
-        slots, states, self.keys_needed, M, chunks, *widest = torch.cat((sizes, widest_C)).tolist()  # the one trip
+            before_BT = (end_BT - states_BT).gather(1, first_BT)
+        needed_BT = end_BT if before_BT is None else end_BT - before_BT
+        place_BT = active_BT.cumsum(1) - 1  # of an active row among its sequence's
+        active_B = active_BT.sum(1)
+        queries = active_B.max()
+        sizes = [end_BT[:, -1].max(), end_BT[:, -1].sum(), (needed_BT * active_BT).sum(), queries, active_B.sum()]
+
+        ranges: KeyRanges | None = None
+        if self.by_indices:
+            ranges = self._ranges(active_BT, place_BT, end_BT, before_BT)
+            asked_Q = torch.arange(in_blocks(T) // BLOCK, device=device) * BLOCK < queries
+            numbers = [(ranges.pairs() * asked_Q).sum()[None]]
+        else:
+            per_chunk, most = queries_per_chunk or self.QUERIES_PER_CHUNK, self.MAX_CHUNKS
+            chunks_0 = (queries // per_chunk).clamp(min=1, max=most)
+            edge_C = queries * torch.arange(1, most + 1, device=device) // chunks_0
+            chunk_N = torch.searchsorted(edge_C, place_BT.flatten(), right=True)
+            # A query slot that holds no row sees one key, which keeps its softmax finite; nobody reads what it gives.
+            visible_N = torch.where(active_BT, end_BT, 1).flatten()
+            widest_C = torch.ones(most, dtype=torch.long, device=device).scatter_reduce(0, chunk_N, visible_N, "amax")
+            numbers = [chunks_0[None], widest_C]
+        read = torch.cat((torch.stack(sizes), *numbers)).tolist()  # the one trip
+        slots, states, self.keys_needed, M, rows, *read = read
+        if self.by_indices:
+            slots, M = in_blocks(slots), in_blocks(M)
         self.slots = slots
         self.full = states == B * slots
+        self.queries = M
+        self.padding = -rows % BLOCK if self.by_indices else 0
+        self.row_N = row_N = torch.nonzero_static(active_BT.flatten(), size=rows).squeeze(1)
+        self.chunks: list[Chunk] = []
+        self.ranges: KeyRanges | None = None
+        if rows == 0:
+            return
 
         # Where the states go: state i of a position stands i places after the position's first. Padding, which has
         # rows in the first pass but no states, goes to one spare slot that nobody reads.
         first_N = (end_BT - states_BT + slots * torch.arange(B, device=device)[:, None]).flatten()
         exists_N = states_BT.flatten() > 0
-        self.slots_of = [torch.where(exists_N[own_N], first_N[own_N] + i, B * slots) for i, own_N in enumerate(rows)]
-
-        self.queries = M
-        self.dense = len(row_N) == B * M
-        self.query_slot_N = sequence_N * M + place_N
-        visible_BM = torch.ones(B * M, dtype=torch.long, device=device).index_copy(0, self.query_slot_N, visible_N)
-        visible_BM = visible_BM.view(B, M)
+        self.slots_of = [
+            torch.where(exists_N[own_N], first_N[own_N] + i, B * slots) for i, own_N in enumerate((*earlier, row_N))
+        ]
+        self.dense = rows == B * M
+        self.query_slot_N = row_N // T * M + place_BT.flatten()[row_N]
+        if ranges is not None:
+            self.executed_keys = read[0]
+            self.ranges = KeyRanges(ranges.end_BM[:, :M], ranges.first_BM[:, :M])
+            return
+        chunks, *widest = read
+        visible_BM = torch.ones(B * M, dtype=torch.long, device=device)
+        visible_BM = visible_BM.index_copy(0, self.query_slot_N, end_BT.flatten()[row_N]).view(B, M)
         before_BM: Tensor | None = None
-        if before_N is not None:
-            before_BM = torch.zeros_like(visible_BM).flatten().index_copy(0, self.query_slot_N, before_N).view(B, M)
+        if before_BT is not None:
+            before_BM = torch.zeros_like(visible_BM).flatten()
+            before_BM = before_BM.index_copy(0, self.query_slot_N, before_BT.flatten()[row_N]).view(B, M)
         edges = [M * c // chunks for c in range(chunks + 1)]
         slot_S = torch.arange(slots, device=device)
-        self.chunks: list[Chunk] = []
         for (a, b), width in zip(pairwise(edges), widest, strict=False):
             unseen_BMS = slot_S[:width] >= visible_BM[:, a:b, None]
             if before_BM is not None:
                 unseen_BMS |= slot_S[:width] < before_BM[:, a:b, None]
             mask_BMS = torch.zeros(unseen_BMS.shape, dtype=dtype, device=device).masked_fill_(unseen_BMS, -torch.inf)
             self.chunks.append((a, b, width, mask_BMS[:, None]))
+        self.executed_keys = sum(B * (b - a) * width for a, b, width, _ in self.chunks)
+
+    @staticmethod
+    def _ranges(active_BT: Tensor, place_BT: Tensor, end_BT: Tensor, before_BT: Tensor | None) -> KeyRanges:
+        """The keys of each query slot, for as many slots as there might be, in whole blocks; a slot that holds no row
+        sees one key."""
+        B, T = active_BT.shape
+        M = in_blocks(T)
+        slot_BT = torch.where(active_BT, place_BT, M)  # the last one is spare
+        blank_BM = torch.zeros(B, M + 1, dtype=torch.long, device=active_BT.device)
+        end_BM = (blank_BM + 1).scatter(1, slot_BT, end_BT)[:, :M]
+        first_BM = blank_BM if before_BT is None else blank_BM.scatter(1, slot_BT, before_BT)
+        return KeyRanges(end_BM, first_BM[:, :M])
 
     def record(self, counts: PassCounts) -> None:
-        """Add this pass to the counts; attention is handed whole chunks, masked pairs included."""
-        rows = len(self.query_slot_N)
-        pairs = sum(self.batch * (b - a) * width for a, b, width, _ in self.chunks)
-        counts.record(rows=rows, keys=self.keys_needed, executed_rows=rows, executed_keys=pairs)
+        """Add this pass to the counts; attention is handed whole chunks or blocks, masked pairs included."""
+        rows = len(self.row_N)
+        counts.record(
+            rows=rows, keys=self.keys_needed, executed_rows=rows + self.padding, executed_keys=self.executed_keys
+        )
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         B, S = self.batch, self.slots
         G, E = k_NGE.shape[1:]
+        q_NHE, k_NGE, v_NGE = (self._real(x) for x in (q_NHE, k_NGE, v_NGE))
         memory = (*(memory or ()), (k_NGE.flatten(1), v_NGE.flatten(1)))
         keys, values = (self._merge(parts) for parts in zip(*memory, strict=True))
         return self._look(q_NHE, keys[:-1].view(B, S, G, E), values[:-1].view(B, S, G, E)), memory
+
+    def _real(self, x_N: Tensor) -> Tensor:
+        """The rows without the padding behind them."""
+        return x_N[: len(self.row_N)] if self.padding else x_N
 
     def _look(self, q_NHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor) -> Tensor:
         """Attention of this pass's rows over all states."""
@@ -319,9 +414,13 @@ class LatentPlan:
         if not self.dense:
             q_flat = MergeFunction.apply(B * M + 1, False, [self.query_slot_N], q_flat)[:-1]
         q_BMHE = q_flat.view(B, M, -1, E)
-        out_flat = attention_in_chunks(q_BMHE, k_BSGE, v_BSGE, self.chunks).reshape(B * M, -1)
+        if self.ranges is not None:
+            out_BMHE = self.ranges.attend(q_BMHE, k_BSGE, v_BSGE)
+        else:
+            out_BMHE = attention_in_chunks(q_BMHE, k_BSGE, v_BSGE, self.chunks)
+        out_flat = out_BMHE.reshape(B * M, -1)
         looked: Tensor = out_flat if self.dense else TakeFunction.apply(out_flat, self.query_slot_N)
-        return looked
+        return F.pad(looked, (0, 0, 0, self.padding)) if self.padding else looked
 
     def _merge(self, parts: tuple[Tensor, ...]) -> Tensor:
         """The states of all passes in position-major order, [B*S + 1, G*E].
@@ -336,19 +435,24 @@ class ReusePlan(LatentPlan):
     """A later pass in which a position shows one state, its newest: the active rows see every position up to their own,
     and a position that has stopped goes on showing the keys and values of its last pass (AdaPonderLM)."""
 
-    def __init__(self, valid_BT: Tensor, row_N: Tensor, dtype: torch.dtype):
-        """row_N: the active rows as indices into [B*T], ascending."""
-        super().__init__(valid_BT.long(), [row_N], dtype)
-        self.row_N = row_N
+    def __init__(self, valid_BT: Tensor, active_BT: Tensor, dtype: torch.dtype):
+        """active_BT: positions that have a row in this pass."""
+        super().__init__(valid_BT.long(), active_BT, [], dtype)
 
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """memory: keys and values of all B*T rows, as a CausalPlan with `keep` or a ReusePlan left them."""
         assert memory is not None
         G, E = k_NGE.shape[1:]
+        q_NHE, k_NGE, v_NGE = (self._real(x) for x in (q_NHE, k_NGE, v_NGE))
         keys, values = (
             old.index_copy(0, self.row_N, new.flatten(1)) for old, new in zip(memory[0], (k_NGE, v_NGE), strict=True)
         )
-        k_BSGE, v_BSGE = (x.view(self.batch, -1, G, E)[:, : self.slots] for x in (keys, values))
+        k_BTGE, v_BTGE = (x.view(self.batch, -1, G, E) for x in (keys, values))
+        # By indices, slots are whole blocks, which may be more than there are positions: nobody sees the rest.
+        k_BSGE, v_BSGE = (
+            F.pad(x, (0, 0, 0, 0, 0, self.slots - x.shape[1])) if x.shape[1] < self.slots else x[:, : self.slots]
+            for x in (k_BTGE, v_BTGE)
+        )
         return self._look(q_NHE, k_BSGE, v_BSGE), ((keys, values),)
 
 
@@ -364,9 +468,14 @@ class FadingPlan:
     log_weight: Tensor
     """[N], of the rows of this pass."""
 
+    @property
+    def padding(self) -> int:
+        return self.inner.padding
+
     def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         H, E = q_NHE.shape[1:]
-        fade_NG1 = self.log_weight.to(k_NGE.dtype)[:, None, None].expand(-1, k_NGE.shape[1], 1)
+        log_weight_N = F.pad(self.log_weight, (0, self.padding)) if self.padding else self.log_weight
+        fade_NG1 = log_weight_N.to(k_NGE.dtype)[:, None, None].expand(-1, k_NGE.shape[1], 1)
         constant_NH1 = q_NHE.new_full((len(q_NHE), H, 1), math.sqrt(E + 1))
         out_N, memory = self.inner.attend(
             torch.cat((q_NHE * math.sqrt((E + 1) / E), constant_NH1), dim=2),
@@ -464,6 +573,10 @@ class Stack(nn.Module):
         """
         part = self.blocks[blocks]
         left: list[Memory] = []
+        rows = len(x_Nd)
+        if plan.padding:
+            x_Nd = F.pad(x_Nd, (0, 0, 0, plan.padding))
+            rope = tuple(F.pad(angle_N1E, (0, 0, 0, 0, 0, plan.padding)) for angle_N1E in rope)  # type: ignore[assignment]
         for block, memory in zip(part, memories or [None] * len(part), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_Nd, memory = checkpoint(
@@ -472,4 +585,6 @@ class Stack(nn.Module):
             else:
                 x_Nd, memory = block(x_Nd, rope, plan, memory)
             left.append(memory)
+        if plan.padding:
+            x_Nd = x_Nd[:rows]
         return self.final_norm(x_Nd) if final_norm else x_Nd, left

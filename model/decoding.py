@@ -14,7 +14,7 @@ l_max+1 would hold the states, to read each of them in one stride.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -202,6 +202,7 @@ class DecodingPlan:
     rows: Tensor | None
     mask: Tensor | None
     keys_needed: int
+    padding: ClassVar[int] = 0
 
     @property
     def executed_keys(self) -> int:

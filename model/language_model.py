@@ -17,11 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haltscale.model import ledger
-from haltscale.model.backbone import Block, Rope, Stack, compute_dtype, documents_apart, rope_table
+from haltscale.model.backbone import (
+    AttentionKernel,
+    Block,
+    Rope,
+    Stack,
+    attention_by_indices,
+    compute_dtype,
+    documents_apart,
+    rope_table,
+)
 from haltscale.model.config import EmbeddingScale, ModelConfig, Shape
 from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCache, PromptStates
 from haltscale.model.halting import HaltingTrace
 from haltscale.model.kernels import CrossEntropyFunction
+from haltscale.model.key_ranges import fits_flex
 from haltscale.model.ledger import Flops, PassCounts
 from haltscale.model.loop_options import loop_options
 from haltscale.model.step_source import Replay
@@ -88,6 +98,8 @@ class LanguageModel(nn.Module):
 
     replay: Replay | None = None
     """What decides the latent steps instead of the method's own router (step_source.py)."""
+    attention_kernel: AttentionKernel = AttentionKernel.AUTO
+    """How attention is told who sees whom."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -211,6 +223,13 @@ class LanguageModel(nn.Module):
         return (t_T * (tokens_BT == self.config.document_start)).cummax(1).values
 
     @property
+    def attends_by_indices(self) -> bool:
+        """Whether attention is told by indices who sees whom (AttentionKernel)."""
+        if self.attention_kernel is not AttentionKernel.AUTO:
+            return self.attention_kernel is AttentionKernel.INDICES
+        return fits_flex(self.embedding.weight, self.config.shape.head_dim)
+
+    @property
     def embedding_factor(self) -> float:
         """What embeddings are multiplied by on the way in."""
         return self.config.embedding_scale.factor(self.config.shape.d)
@@ -260,7 +279,7 @@ class LanguageModel(nn.Module):
         position_T = torch.arange(T, device=tokens_BT.device)
         valid_BT = (position_T < lengths_B[:, None]) if lengths_B is not None else position_T.expand(B, T) >= 0
         self._check_vocabulary(tokens_BT)
-        with documents_apart(self.document_starts(tokens_BT)):
+        with documents_apart(self.document_starts(tokens_BT)), attention_by_indices(self.attends_by_indices):
             loop_output = (hidden_states or self.hidden_states)(tokens_BT, valid_BT)
         logits_BTV = self.logits(loop_output)
         if observe is not None:

@@ -267,8 +267,9 @@ class LatentLoop(nn.Module):
         with torch.set_grad_enabled(learns and not gradless):
             z_Nd, memories = self.stack(x_Nd, (cos_T[position_N], sin_T[position_N]), first_pass)
         ahead_NL = self.upfront_gates(z_Nd)
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
         first_plan.record(counts, valid_BT)
+        counts.tokens = counts.rows[0]
 
         states_BT = valid_BT.long()  # executed states per position
         rows = [row_N]  # of every pass so far
@@ -298,13 +299,18 @@ class LatentLoop(nn.Module):
                 states.append(LatentState(row_N, z_Nd, reach_N, exit_N, gate_N))
             share_Nd = read_N[:, None] * z_Nd
             mixture_Nd = share_Nd + mixture_Nd if len(row_N) == B * T else mixture_Nd.index_add(0, row_N, share_Nd)
-            on_N = goes_on_N.nonzero().squeeze(1)
-            if len(on_N) == 0:
+            if gate_N is None:
                 break
 
             # Pass k + 1: pack the rows that go on. Their input is their own last output, past the border.
-            if len(on_N) < len(row_N):
-                row_N, position_N = row_N[on_N], position_N[on_N]
+            active_BT = torch.zeros_like(valid_BT).flatten().index_copy(0, row_N, goes_on_N).view(B, T)
+            states_BT = states_BT + active_BT
+            plan = LatentPlan(states_BT, active_BT, rows, compute_dtype(z_Nd))
+            if len(plan.row_N) == 0:
+                break
+            if len(plan.row_N) < len(row_N):
+                on_N = torch.nonzero_static(goes_on_N, size=len(plan.row_N)).squeeze(1)
+                row_N, position_N = plan.row_N, position_N[on_N]
                 z_Nd, onward_N = z_Nd.index_select(0, on_N), onward_N.index_select(0, on_N)
                 token_Nd = token_Nd.index_select(0, on_N)
                 forced_N = None if forced_N is None else forced_N[on_N]
@@ -313,8 +319,6 @@ class LatentLoop(nn.Module):
             reach_N = onward_N
             may_go_on_N = exists_N = True
             rows.append(row_N)
-            states_BT = states_BT.flatten().index_add(0, row_N, torch.ones_like(row_N)).view(B, T)
-            plan = LatentPlan(states_BT, rows, compute_dtype(z_Nd))
             before_Nd = z_Nd.detach() if rules.truncate_gradient else z_Nd
             this_pass = self._faded(plan, reach_N)
             with torch.set_grad_enabled(learns and k + 1 >= gradless):

@@ -47,7 +47,7 @@ class LoopedModel(LanguageModel):
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
 
         steps = self.options.most_steps(self.budget_share, self.steps)
         gradless = self.options.passes_without_gradient(steps)
@@ -62,6 +62,7 @@ class LoopedModel(LanguageModel):
             return h_Nd + loop.border.touch(h_Nd) if steps < self.steps else h_Nd
 
         h_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
+        counts.tokens = counts.rows[0]
         counts.forward_only = counts.first(gradless)
         trace = single_state_trace(valid_BT, counts, steps=steps, most_steps=self.steps)
         return LoopOutput(h_Nd.view(B, T, -1), trace)

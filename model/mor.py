@@ -177,8 +177,9 @@ class RecursionLoop(nn.Module):
         row_N = torch.arange(B * T, device=device)
         everywhere = (cos_T[row_N % T], sin_T[row_N % T])
         causal = CausalPlan(B, T, keep=prompts is not None)
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
         causal.record(counts, valid_BT)  # first block, first recursion and last block: together one whole pass
+        counts.tokens = counts.rows[0]
 
         first_Nd, first_left = self.stack(x_Nd, everywhere, causal, blocks=slice(0, 1), final_norm=False)
         depth_N, p_NR = self.choose_depth(first_Nd, None if forced_BT is None else forced_BT.flatten())
@@ -206,10 +207,10 @@ class RecursionLoop(nn.Module):
             else:
                 picked_BT = inside_BT & (depth_N.view(B, T) >= i)
             inside_BT = picked_BT
-            row_N = picked_BT.flatten().nonzero().squeeze(1)
+            plan = LatentPlan(picked_BT.long(), picked_BT, [], compute_dtype(h_Nd))
+            row_N = plan.row_N
             if len(row_N) == 0:
                 break
-            plan = LatentPlan(picked_BT.long(), [row_N], compute_dtype(h_Nd))
             plan.record(counts)
             passes_BT = passes_BT + picked_BT
             rope = (cos_T[row_N % T], sin_T[row_N % T])

@@ -53,7 +53,7 @@ class PauseModel(LanguageModel):
         B, T = tokens_BT.shape
         width = self.steps + 1
         loop = self.latent_loop
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
 
         def one_pass(x_Nd: Tensor) -> Tensor:
             rope = loop.rope(B, T, x_Nd, repeat=width)
@@ -61,6 +61,7 @@ class PauseModel(LanguageModel):
             return loop.run(x_Nd, rope, valid_BU, counts, prompts=prompts, rows_per_position=width)
 
         z_Nd: Tensor = loop(self._with_pauses(self.embed(tokens_BT).flatten(0, 1)), one_pass)
+        counts.tokens = counts.rows[0] // width
         return LoopOutput(z_Nd.view(B, T, width, -1)[:, :, -1], single_state_trace(valid_BT, counts, steps=self.steps))
 
     def embedded_rows(self, counts: PassCounts) -> int:

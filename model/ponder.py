@@ -62,7 +62,7 @@ class PonderModel(LanguageModel):
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         loop = self.latent_loop
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
 
         def passes(token_Nd: Tensor) -> Tensor:
             e_Nd, rope = token_Nd, loop.rope(B, T, token_Nd)
@@ -72,6 +72,7 @@ class PonderModel(LanguageModel):
             return loop.run(e_Nd, rope, valid_BT, counts, prompts=prompts, region=self.steps)
 
         z_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
+        counts.tokens = counts.rows[0]
         return LoopOutput(z_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=self.steps))
 
     def cache_widths(self) -> list[int]:

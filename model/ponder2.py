@@ -66,7 +66,7 @@ class Ponder2Model(LanguageModel):
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
         loop, K = self.latent_loop, self.options.thoughts
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
 
         def passes(x_Nd: Tensor) -> Tensor:
             z_NKd = loop.run(x_Nd, loop.rope(B, T, x_Nd), valid_BT, counts)[:, None].expand(-1, K, -1)
@@ -84,6 +84,7 @@ class Ponder2Model(LanguageModel):
             return interleaved(prompts=prompts, rows_per_position=K + 1)[:, -1]
 
         out_Nd: Tensor = loop(self.embed(tokens_BT).flatten(0, 1), passes)
+        counts.tokens = counts.rows[0]
         if prompts is not None:
             counts = _sequential_passes(valid_BT, K + 1) + counts.executed_only()
         return LoopOutput(out_Nd.view(B, T, -1), single_state_trace(valid_BT, counts, steps=K))

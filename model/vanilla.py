@@ -38,8 +38,9 @@ class VanillaModel(LanguageModel):
         z_Nd, memories = self.stack(x_Nd, (cos.repeat(B, 1, 1), sin.repeat(B, 1, 1)), plan)
         if prompts is not None:
             prompts.add(memories, range(1))
-        counts = PassCounts(tokens=int(valid_BT.sum()))
+        counts = PassCounts()
         plan.record(counts, valid_BT)
+        counts.tokens = counts.rows[0]
         trace = single_state_trace(valid_BT, counts)
         return LoopOutput(z_Nd.view(B, T, -1), trace)
 

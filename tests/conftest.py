@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hypothesis import settings
 
 # Before anything imports Ray, which reads these then. Jobs are started as `python ...`: this environment's.
@@ -27,6 +28,16 @@ settings.register_profile("haltscale", deadline=None)  # how long a test takes s
 settings.load_profile("haltscale")
 os.environ.update(cluster.LOOPBACK_ONLY)
 cluster.use_token_authentication()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test runs: here always, and with ``-m gpu`` on a CUDA device."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device: `make gpu` runs this test where there is one")
+    if request.param == "cuda" and os.environ["DS_ACCELERATOR"] != "cuda":
+        pytest.skip("DeepSpeed was told to use the CPU: set DS_ACCELERATOR=cuda, as `make gpu` does")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
