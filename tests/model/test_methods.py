@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from haltscale.model import METHODS, Method
+from haltscale.model import METHODS, Method, Shape
 from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveOptions
 from haltscale.model.fixed import FixedOptions
