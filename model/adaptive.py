@@ -284,6 +284,10 @@ class AdaptiveModel(LanguageModel):
         # Padding carries no mass; the floor keeps its logarithm finite.
         return mixed_NV.clamp(min=torch.finfo(mixed_NV.dtype).tiny).log()
 
+    @property
+    def heads_one_state(self) -> bool:
+        return not self.options.mixture.heads_every_state
+
     def logits(self, loop_output: LoopOutput) -> Tensor:
         if not self.options.mixture.heads_every_state:
             return super().logits(loop_output)
@@ -348,6 +352,8 @@ class AdaptiveModel(LanguageModel):
 
     def _nll_of_states(self, z_Nd: Tensor, target_N: Tensor) -> Tensor:
         """Nats of the targets as the head reads single states; 0 where there is none."""
+        if self.reads_parts:
+            return self.nll(z_Nd, target_N)
         logits_NV = at_least_float32(self.lm_head(z_Nd))
         return F.cross_entropy(logits_NV, target_N, reduction="none", ignore_index=IGNORE_INDEX)
 
@@ -398,8 +404,7 @@ class AdaptiveModel(LanguageModel):
         for k, (state, following) in enumerate(zip(loop_output.states, loop_output.states[1:], strict=False)):
             gradless.head_rows += len(following.row_N)
             place_N = torch.searchsorted(state.row_N, following.row_N)  # rows are ascending in every pass
-            logits_NV = at_least_float32(self.lm_head(state.z_Nd[place_N]))
-            nll_N = F.cross_entropy(logits_NV, target_N[following.row_N], reduction="none")
+            nll_N = self._nll_of_states(state.z_Nd[place_N], target_N[following.row_N])
             probability_NK[following.row_N, k] = torch.exp(-nll_N).to(probability_NK.dtype)
         return probability_NK.view(B, T, -1)
 

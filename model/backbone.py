@@ -16,13 +16,13 @@ d hidden size, V vocabulary, K states per position (l_max + 1), L layers.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -540,11 +540,11 @@ class Block(nn.Module):
     def _scaled(self, added_Nd: Tensor) -> Tensor:
         return added_Nd if self.residual_scale == 1 else added_Nd * self.residual_scale
 
-    def compile_(self) -> None:
+    def compile_(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile what is before and after attention, for any number of rows: raggedness leaves it no fixed shape, and
-        attention has fused kernels of its own."""
-        self.before_attention = torch.compile(self.before_attention, dynamic=True)  # type: ignore[method-assign]
-        self.after_attention = torch.compile(self.after_attention, dynamic=True)  # type: ignore[method-assign]
+        attention has fused kernels of its own. The same two graphs serve all blocks and passes."""
+        for name in ("before_attention", "after_attention"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True, backend=backend))
 
 
 class Stack(nn.Module):

@@ -107,6 +107,49 @@ class CrossEntropyFunction(torch.autograd.Function):
         return grad_NV, None, None
 
 
+class HeadLossFunction(torch.autograd.Function):
+    """-log softmax(hidden weight^T)[target] of each row in at least float32; 0 where the target is `ignored`.
+
+    The same as the head and CrossEntropyFunction, by parts of the rows: the logits of all rows are never there at once,
+    and are computed again on the way back. PyTorch's own, `linear_cross_entropy`, rounds losses to half precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_Nd: Tensor, weight_Vd: Tensor, target_N: Tensor, ignored: int) -> Tensor:
+        scored_N = target_N != ignored
+        target_N1 = target_N.masked_fill(~scored_N, 0)[:, None]
+        ctx.save_for_backward(hidden_Nd, weight_Vd, target_N1, scored_N)
+        step = rows_in_a_part(weight_Vd)
+        parts = zip(hidden_Nd.split(step), target_N1.split(step), strict=True)
+        chosen = [
+            at_least_float32(part_Md @ weight_Vd.T).log_softmax(1).gather(1, target_M1) for part_Md, target_M1 in parts
+        ]
+        return torch.cat(chosen).squeeze(1).neg_().masked_fill_(~scored_N, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_Nd, weight_Vd, target_N1, scored_N = ctx.saved_tensors
+        grad_N1 = (grad_N * scored_N)[:, None]
+        grad_hidden_Nd = torch.empty_like(hidden_Nd)
+        grad_weight_Vd = torch.zeros_like(at_least_float32(weight_Vd))
+        step = rows_in_a_part(weight_Vd)
+        every = (hidden_Nd, target_N1, grad_N1, grad_hidden_Nd)
+        for part_Md, target_M1, grad_M1, grad_Md in zip(*(x.split(step) for x in every), strict=True):
+            excess_MV = at_least_float32(part_Md @ weight_Vd.T).softmax(1)
+            excess_MV.scatter_add_(1, target_M1, excess_MV.new_full((), -1.0).expand(target_M1.shape))
+            excess_MV = excess_MV.mul_(grad_M1).to(hidden_Nd.dtype)
+            torch.mm(excess_MV, weight_Vd, out=grad_Md)
+            grad_weight_Vd += excess_MV.T @ part_Md
+        return grad_hidden_Nd, grad_weight_Vd, None, None
+
+
+def rows_in_a_part(weight_Vd: Tensor) -> int:
+    """Rows whose logits are made at once: 64 MiB of them in float32 on a CPU, 256 MiB elsewhere."""
+    numbers = 1 << (24 if weight_Vd.device.type == "cpu" else 26)
+    return max(1, numbers // len(weight_Vd))
+
+
 def cache_sized_rows(logits_NV: Tensor) -> int:
     """Rows to treat at once: 1 MiB of float32 on a CPU, whose cache it should fit; 256 MiB elsewhere."""
     numbers = 1 << (18 if logits_NV.device.type == "cpu" else 26)

@@ -10,7 +10,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from enum import StrEnum
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from haltscale.model.backbone import (
 from haltscale.model.config import EmbeddingScale, ModelConfig, Shape
 from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, KeyValueCache, PromptStates
 from haltscale.model.halting import HaltingTrace
-from haltscale.model.kernels import CrossEntropyFunction
+from haltscale.model.kernels import CrossEntropyFunction, HeadLossFunction
 from haltscale.model.key_ranges import fits_flex
 from haltscale.model.ledger import Flops, PassCounts
 from haltscale.model.loop_options import loop_options
@@ -38,10 +39,41 @@ from haltscale.model.step_source import Replay
 
 IGNORE_INDEX = -100
 """Target of a position that is not scored."""
+LARGE_VOCABULARY = 8192
+"""Tokens from which on the loss goes by parts on GPUs."""
 PROMPT_TOKENS = 8192
 """Tokens of prompts, padding included, that one parallel pass reads; a longer prompt has a pass of its own."""
 PROMPT_PADDING = 0.25
 """Of the tokens of such a pass, the most that may be padding: prompts whose lengths differ more are read apart."""
+
+
+class HeadLoss(StrEnum):
+    """How losses come from hidden states where nobody asks for logits. Changes rounding and memory only."""
+
+    AUTO = "auto"
+    """By parts on CUDA devices with a large vocabulary, whole elsewhere."""
+    WHOLE = "whole"
+    """From the logits of all positions."""
+    PARTS = "parts"
+    """By parts of the positions, so that the logits of all are never there at once; they are computed twice."""
+
+
+class Head(nn.Linear):
+    """The LM head; or, with targets, the losses of what it says. One module, whose weight ZeRO-3 gathers for it."""
+
+    def forward(self, hidden: Tensor, target_N: Tensor | None = None) -> Tensor:
+        """Logits [.., V] of hidden states; with target_N, nats of the targets [N] of [N, d], by parts."""
+        if target_N is None:
+            return super().forward(hidden)
+        return loss_in_parts(hidden, self.weight, target_N)
+
+
+def loss_in_parts(hidden_Nd: Tensor, weight_Vd: Tensor, target_N: Tensor) -> Tensor:
+    """Nats of the targets under softmax(hidden weight^T), 0 where there is none; see HeadLossFunction."""
+    dtype = compute_dtype(hidden_Nd)
+    with torch.autocast(hidden_Nd.device.type, enabled=False):
+        hidden_Nd, weight_Vd = hidden_Nd.to(dtype), weight_Vd.to(dtype)
+        return cast(Tensor, HeadLossFunction.apply(hidden_Nd, weight_Vd, target_N, IGNORE_INDEX))
 
 
 @dataclass
@@ -100,6 +132,8 @@ class LanguageModel(nn.Module):
     """What decides the latent steps instead of the method's own router (step_source.py)."""
     attention_kernel: AttentionKernel = AttentionKernel.AUTO
     """How attention is told who sees whom."""
+    head_loss: HeadLoss = HeadLoss.AUTO
+    """How losses come from hidden states."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -111,7 +145,7 @@ class LanguageModel(nn.Module):
         self.head: nn.Module | None = None
         if not config.tie_embeddings:
             down = [nn.Linear(d, rank, bias=False)] if rank else []
-            up = nn.Linear(rank or d, config.vocab_size, bias=False)
+            up = Head(rank or d, config.vocab_size, bias=False)
             self.head = nn.Sequential(*down, up) if rank else up
         self.budget_share = 1.0
 
@@ -242,6 +276,31 @@ class LanguageModel(nn.Module):
             hidden = F.linear(hidden, self.embedding_up.weight.T)
         return F.linear(hidden, self.embedding.weight)
 
+    @property
+    def reads_parts(self) -> bool:
+        """Whether losses go by parts of the positions (HeadLoss)."""
+        if self.head_loss is not HeadLoss.AUTO:
+            return self.head_loss is HeadLoss.PARTS
+        return self.embedding.weight.device.type == "cuda" and self.config.vocab_size >= LARGE_VOCABULARY
+
+    @property
+    def heads_one_state(self) -> bool:
+        """Whether the head reads one hidden state of each position, and what it says are the logits."""
+        return True
+
+    def nll(self, hidden_Nd: Tensor, target_N: Tensor) -> Tensor:
+        """Nats of the targets [N] as the head reads these states, 0 where there is none."""
+        if not self.reads_parts:
+            return cast(Tensor, CrossEntropyFunction.apply(self.lm_head(hidden_Nd), target_N, IGNORE_INDEX))
+        if isinstance(self.head, nn.Sequential):
+            down, up = self.head
+            return cast(Tensor, up(down(hidden_Nd), target_N))
+        if self.head is not None:
+            return cast(Tensor, self.head(hidden_Nd, target_N))
+        if self.embedding_up is not None:
+            hidden_Nd = F.linear(hidden_Nd, self.embedding_up.weight.T)
+        return loss_in_parts(hidden_Nd, self.embedding.weight, target_N)
+
     def vocabulary_matrices(self) -> tuple[Tensor, Tensor]:
         """Embedding and head as whole matrices, [V, d] each; the embedding without its scale."""
         embedding = self.embedding.weight
@@ -281,8 +340,9 @@ class LanguageModel(nn.Module):
         self._check_vocabulary(tokens_BT)
         with documents_apart(self.document_starts(tokens_BT)), attention_by_indices(self.attends_by_indices):
             loop_output = (hidden_states or self.hidden_states)(tokens_BT, valid_BT)
-        logits_BTV = self.logits(loop_output)
-        if observe is not None:
+        in_parts = self.reads_parts and self.heads_one_state and targets_BT is not None and observe is None
+        logits_BTV = None if in_parts and not return_logits else self.logits(loop_output)
+        if observe is not None and logits_BTV is not None:
             observe(loop_output, logits_BTV)
         if targets_BT is None:
             unknown = torch.full((), math.nan, device=tokens_BT.device)
@@ -294,9 +354,12 @@ class LanguageModel(nn.Module):
         self._check_vocabulary(targets_BT)
         scored_BT = targets_BT != IGNORE_INDEX
         scored = scored_BT.sum().clamp(min=1)
-        nll_BT = cast(
-            Tensor, CrossEntropyFunction.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), IGNORE_INDEX)
-        ).view(B, T)
+        if logits_BTV is None:
+            loop_output.trace.counts.head_rows += B * T
+            nll_N = self.nll(loop_output.hidden_BTd.flatten(0, 1), targets_BT.flatten())
+        else:
+            nll_N = CrossEntropyFunction.apply(logits_BTV.flatten(0, 1), targets_BT.flatten(), IGNORE_INDEX)
+        nll_BT = nll_N.view(B, T)
         objective = self.objective(loop_output, targets_BT, nll_BT)
         penalty = self.penalty(loop_output, targets_BT, nll_BT.detach())
         return Output(
@@ -433,11 +496,14 @@ class LanguageModel(nn.Module):
                 module.activation_checkpointing = on
         return self
 
-    def compile_blocks_(self) -> "LanguageModel":
-        """Have torch.compile compile every block, but for its attention, when it is first run. Changes rounding."""
+    def compile_blocks_(self, backend: str | Callable[..., Any] = "inductor") -> "LanguageModel":
+        """Have torch.compile compile every block, but for its attention, when it is first run. Changes rounding.
+
+        backend: of torch.compile.
+        """
         for module in self.modules():
             if isinstance(module, Block):
-                module.compile_()
+                module.compile_(backend)
         return self
 
     # Accounting ------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class Replay:
         if state.text is None:
             state.text = torch.zeros(state.batch, 1, dtype=torch.long, device=tokens_BT.device)
         text_BT = hashed(tokens_BT, self.seed)
-        state.text[rows] = text_BT.gather(1, lengths_B[:, None] - 1)
+        state.text[torch.tensor(rows, device=state.text.device)] = text_BT.gather(1, lengths_B[:, None] - 1)
 
     def _at(self, row: int, position: int) -> list[float]:
         """Upper edges of 0, 1, ..., l_max - 1 steps in the unit interval, at a position."""

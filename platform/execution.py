@@ -9,7 +9,9 @@ from enum import StrEnum
 from importlib.util import find_spec
 from typing import Any
 
+from haltscale.model.backbone import AttentionKernel
 from haltscale.model.config import build_options, in_range, is_int, is_number, require, set_normalised
+from haltscale.model.language_model import HeadLoss
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.schedule import can_branch
 
@@ -76,6 +78,10 @@ class ExecutionConfig:
     compile: bool = False
     """Compile each block's work outside attention with torch.compile: minutes at the start of a run for a faster GPU.
     ZeRO stages 0 to 2."""
+    attention: AttentionKernel = AttentionKernel.AUTO
+    """How attention is told who sees whom: dense masks, or indices (FlexAttention), which CUDA devices take."""
+    head_loss: HeadLoss = HeadLoss.AUTO
+    """Whether losses come from the logits of all positions, or by parts of them: less memory, the logits twice."""
     deterministic: bool = False
     """Refuse kernels whose result differs from call to call, at some cost of speed. CPUs need it not."""
     evaluations: int = 5
@@ -205,6 +211,8 @@ EXECUTION_CHOICES: dict[str, type[StrEnum]] = {
     "offload_optimizer": Offload,
     "offload_parameters": Offload,
     "optimizer_kernel": OptimizerKernel,
+    "attention": AttentionKernel,
+    "head_loss": HeadLoss,
     "on_divergence": OnTrouble,
     "on_collapse": OnTrouble,
 }

@@ -45,7 +45,7 @@ def open_process_group() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -68,6 +68,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     model.activation_checkpointing_(execution.activation_checkpointing)
+    model.attention_kernel, model.head_loss = execution.attention, execution.head_loss
     if execution.compile:
         model.compile_blocks_()
     if execution.zero_stage == 3 and isinstance(loop := getattr(model, "latent_loop", None), nn.Module):

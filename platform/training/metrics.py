@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,13 @@ def sum_over_ranks(count: int, world: int) -> int:
     total = torch.tensor([count], device=_collective_device())
     torch.distributed.all_reduce(total)
     return int(total)
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken so far in this process."""
+    compiler = sys.modules.get("torch._dynamo.utils")
+    spent = compiler.cumulative_time_spent_ns if compiler else {}
+    return sum(spent.get(name, 0.0) for name in ("entire_frame_compile", "entire_backward_compile")) / 1e9
 
 
 def _collective_device() -> str:
@@ -130,6 +138,7 @@ class MetricsWindow:
     def _clear(self, progress: Progress) -> None:
         self._from_tokens, self._from_seconds = progress.tokens, progress.seconds
         self._from_executed, self._from_realised = progress.flops_executed, progress.flops_realised
+        self._from_compiling = compile_seconds()
         self._steps: list[StepTotals] = []
         self._began = time.perf_counter()
 
@@ -146,7 +155,8 @@ class MetricsWindow:
         loss, cross_entropy, penalty, expected = np.mean([step.means for step in self._steps], axis=0).tolist()
         histogram = np.sum([step.histogram for step in self._steps], axis=0)
         histogram = histogram / histogram.sum()
-        seconds = max(progress.seconds - self._from_seconds, 1e-9)
+        compiling = compile_seconds() - self._from_compiling  # once, at the start: no part of the rates
+        seconds = max(progress.seconds - self._from_seconds - compiling, 1e-9)
         realised = (progress.flops_realised - self._from_realised) / seconds
         row = {
             "step": progress.step,
@@ -167,6 +177,7 @@ class MetricsWindow:
             **({"mfu": realised / self._peak} if self._peak else {}),
             "tokens_per_second": (progress.tokens - self._from_tokens) / seconds,
             "seconds": progress.seconds,
+            **({"compile_seconds": compiling} if compiling else {}),
             "time": time.time(),
         }
         self._clear(progress)

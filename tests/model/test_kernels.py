@@ -16,6 +16,7 @@ from haltscale.model.backbone import CausalPlan, LatentPlan, attention_by_indice
 from haltscale.model.kernels import (
     ChunkedAttentionFunction,
     CrossEntropyFunction,
+    HeadLossFunction,
     MergeFunction,
     RMSNormFunction,
     RotateFunction,
@@ -88,6 +89,41 @@ def test_cross_entropy_in_bfloat16_computes_in_float32() -> None:
     assert b.grad is not None
     assert a.grad.dtype == torch.bfloat16
     torch.testing.assert_close(a.grad.float(), b.grad, rtol=2**-7, atol=1e-9)
+
+
+def plain_head_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return plain_cross_entropy(hidden @ weight.T, target)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_head_loss_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.tensor([3, -100, 0, 7, 7])
+    monkeypatch.setattr(kernels, "rows_in_a_part", lambda _: rows)
+    agree(
+        lambda hidden, weight: HeadLossFunction.apply(hidden, weight, target, -100),
+        lambda hidden, weight: plain_head_loss(hidden, weight, target),
+        torch.randn(5, 4) * 3,
+        torch.randn(8, 4),
+    )
+
+
+def test_head_loss_in_bfloat16_adds_up_in_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the weight is a sum over all rows: by parts of bfloat16, small ones would be lost on large."""
+    monkeypatch.setattr(kernels, "rows_in_a_part", lambda _: 8)
+    stream = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=stream).to(device, torch.bfloat16) / 2 for n in (2048, 512))
+    target = torch.randint(512, (2048,), generator=stream).to(device)
+    a, b = weight.clone().requires_grad_(), weight.double().requires_grad_()
+    a.grad_dtype = torch.float32
+    loss, exact = HeadLossFunction.apply(hidden, a, target, -100), plain_head_loss(hidden.double(), b, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=3e-2)  # logits are rounded to bfloat16
+    loss.mean().backward()
+    exact.mean().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert a.grad.dtype == torch.float32
+    assert (a.grad - b.grad).norm() < 5e-3 * b.grad.norm()
 
 
 def test_swiglu() -> None:

@@ -15,7 +15,7 @@ from haltscale.model import METHODS, Method, Shape
 from haltscale.model.adaponder import AdaponderOptions
 from haltscale.model.adaptive import AdaptiveOptions
 from haltscale.model.fixed import FixedOptions
-from haltscale.model.language_model import canonical_name
+from haltscale.model.language_model import HeadLoss, canonical_name
 from haltscale.model.ledger import PassCounts
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.mor import MorOptions, Routing
@@ -315,6 +315,29 @@ def test_bfloat16_computes_the_same_to_its_precision(tiny: Callable, device: tor
         for out, model in ((found, rough), (right, exact))
     )
     assert (mine - theirs).norm() < 0.12 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [*[(c, "grouped queries, untied") for c in CASES], *[("adaptive", layout) for layout in LAYOUTS]],
+)
+def test_losses_by_parts_are_those_of_whole_logits(
+    tiny: Callable, batch: Callable, device: torch.device, case: str, layout: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("haltscale.model.kernels.rows_in_a_part", lambda _: 5)
+    model = build(tiny, case, **LAYOUTS[layout]).to(device)
+    tokens, targets = (x.to(device) for x in batch(2, 9))
+    found = []
+    for model.head_loss in (HeadLoss.WHOLE, HeadLoss.PARTS):
+        out = model(tokens, targets)
+        found.append((out.nll_BT, out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))))
+        assert out.logits_BTV is None
+        counts = out.trace.counts
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0)
+    assert model(tokens, targets, return_logits=True).logits_BTV is not None
+    model.head_loss = HeadLoss.WHOLE
+    assert model(tokens, targets).trace.counts == counts
 
 
 @every_case

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from haltscale.model import METHODS, AdaptiveOptions, Method, Mixture, ModelConfig, Shape, build_model, probing
+from haltscale.model.language_model import HeadLoss
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.training.engine import build_engine
@@ -14,6 +15,7 @@ VOCABULARY = 2000
 
 @pytest.mark.parametrize("method", list(Method))
 def test_sharded_parameters_give_the_same_losses(method: Method) -> None:
+    """Whole logits at stage 0, losses by parts at stage 3."""
     config = ModelConfig(
         method=method,
         shape=Shape(layers=3, d=128, heads=2, kv_heads=2, ffn=344),
@@ -24,8 +26,8 @@ def test_sharded_parameters_give_the_same_losses(method: Method) -> None:
     run = RunConfig(method=method, options=config.options, precision=Precision.FP32, context=16, batch_tokens=64)
     tokens = torch.randint(VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(0))
     losses = []
-    for stage in (0, 3):
-        execution = ExecutionConfig(zero_stage=stage, micro_batch_sequences=4)
+    for stage, head_loss in ((0, HeadLoss.WHOLE), (3, HeadLoss.PARTS)):
+        execution = ExecutionConfig(zero_stage=stage, micro_batch_sequences=4, head_loss=head_loss)
         engine = build_engine(build_model(config, seed=0), run, execution)
         for group in engine.optimizer.param_groups:
             group["lr"] = run.learning_rate  # the training loop's task

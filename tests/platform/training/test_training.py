@@ -16,7 +16,7 @@ from haltscale.model import AdaptiveOptions, Method, PassCounts, VanillaOptions,
 from haltscale.platform.config import Precision
 from haltscale.platform.execution import Offload, OptimizerKernel
 from haltscale.platform.schedule import Spent, learning_rate
-from haltscale.platform.training import loop
+from haltscale.platform.training import loop, metrics
 from haltscale.platform.training.engine import full_weights
 from haltscale.platform.training.mfu import peak_flops
 from haltscale.platform.training.monitors import RunCappedError, TrainingDivergedError
@@ -176,6 +176,24 @@ def test_utilisation_is_what_was_needed_over_the_peak(monkeypatch):
         rate = (row["flops_realised"] - before["flops_realised"]) / (row["seconds"] - before["seconds"])
         assert row["mfu"] == pytest.approx(rate / 1e12)
         before = row
+
+
+def test_compiling_is_told_apart_from_the_rates(monkeypatch):
+    """Of the seconds until the second row, one went into compiling, before the first step was done."""
+    told = iter([0.0, 1.0])
+    monkeypatch.setattr(metrics, "compile_seconds", lambda: next(told, 1.0))
+    progress = Progress()
+    window = metrics.MetricsWindow(progress)
+    step = metrics.StepTotals(sums=np.ones(12), rank_steps=np.ones(1), histogram=np.ones(2))
+    rows = []
+    for seconds in (3.0, 5.0):
+        progress.seconds = seconds
+        progress.tokens = int(20 * seconds)
+        window.add(step)
+        rows.append(window.close(progress, 1e-3, None))
+    assert [row["tokens_per_second"] for row in rows] == pytest.approx([60 / 2, 40 / 2])
+    assert rows[0]["compile_seconds"] == 1.0
+    assert "compile_seconds" not in rows[1]
 
 
 def test_milestones_happen_in_their_order_and_are_logged():
