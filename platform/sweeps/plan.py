@@ -25,6 +25,7 @@ from haltscale.platform.sweeps.expansion import (
     expand,
     stale_keys,
 )
+from haltscale.platform.sweeps.memory_plan import memory
 from haltscale.platform.sweeps.planning import Measured
 from haltscale.platform.sweeps.spec import COMPARISON, TUNING, StudySpec
 from haltscale.platform.sweeps.stages import planned_runs
@@ -114,12 +115,13 @@ class StudyPlan(StudySpec):
         execution = self.execution.problems(sound, cluster)
         found += execution
         room = (cluster or {}).get("node_memory", 0) if not self.execution.gpus_per_worker else 0
-        for size in {run.size: run for run in sound if room and not execution}.values():
-            needed = planning.memory_at_least(size, self.execution, self.vocab_size)
+        for run in sound if room and not execution else []:
+            needed = memory(run, self.execution, self.vocab_size).total
             if needed > room:
                 found.append(
-                    f"size {size.size} needs at least {needed / 1e9:.1f} GB on each worker, the largest node offers"
-                    f" {room / 1e9:.1f} GB: choose a smaller size, more workers with zero_stage 3, or larger nodes"
+                    f"{run.label} needs {needed / 1e9:.1f} GB on each worker, the largest node offers"
+                    f" {room / 1e9:.1f} GB: lower micro_batch_sequences, set activation_checkpointing, choose a smaller"
+                    " size, more workers with zero_stage 3, or larger nodes"
                 )
         for start in {run.init_from for run in sound if run.init_from}:
             found += [f"init_from {start.source}: {problem}" for problem in self._tokenizer_problems(start)]
@@ -151,7 +153,8 @@ class StudyPlan(StudySpec):
         (:class:`~haltscale.platform.store.RunState`, ``stale`` or ``waiting``); ``method``; ``size``; ``parameters``;
         ``tokens``; ``flops_expected`` (realised training FLOPs: from the ledger where the method's depth is given,
         from finished runs of the same kind where a router decides, else missing); ``flops_bound`` (with every latent
-        step taken); ``memory_bytes`` (of each worker, at least); ``seconds`` (at the speed of finished runs of the same
+        step taken); ``memory_bytes`` (of each worker, with every latent step taken; see
+        :func:`~haltscale.platform.sweeps.memory_plan.memory`); ``seconds`` (at the speed of finished runs of the same
         method, size and execution in this study, else missing). Of a tuned run that waits, ``method`` to ``tokens``
         are known, and of a control that waits nothing but its label.
 
@@ -189,7 +192,7 @@ class StudyPlan(StudySpec):
                     **self._sized(run),
                     "flops_expected": run.flops or (per_token * tokens if per_token and tokens else None),
                     "flops_bound": self.flops_bound(run),
-                    "memory_bytes": planning.memory_at_least(run, self.execution, self.vocab_size),
+                    "memory_bytes": memory(run, self.execution, self.vocab_size).total,
                     "seconds": measured.seconds(run, tokens),
                 }
             )

@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs: FLOPs from the ledger, tokens from a budget, memory from below.
+"""What a run will cost, before it runs: FLOPs from the ledger, tokens from a budget.
 
 The methods are asked, not approximated: a tiny model of the same method, options and context counts its passes, and the
 ledger prices those counts at the real shape. What a learned router will save is not known before it is trained, so it
@@ -24,7 +24,7 @@ from haltscale.model.fixed import FixedOptions
 from haltscale.model.looped import LoopedOptions
 from haltscale.model.ponder import PonderOptions
 from haltscale.model.ponder2 import Ponder2Options
-from haltscale.platform.config import ConfigError, Precision, RunConfig, current_identity
+from haltscale.platform.config import ConfigError, RunConfig, current_identity
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import digest
 from haltscale.platform.store import RunView
@@ -152,22 +152,6 @@ def with_budget(run: RunConfig, budgets: Point, vocab_size: int) -> RunConfig:
     if tokens < run.batch_tokens:
         raise ConfigError([f"{name} {value:g} is less than one batch of {run.batch_tokens} tokens"], "run")
     return replace(run, tokens=tokens)
-
-
-def memory_at_least(run: RunConfig, execution: ExecutionConfig, vocab_size: int) -> float:
-    """Bytes that each worker needs for certain: weights, gradients, AdamW's states and one batch of logits.
-
-    Activations come on top. The states are divided as the ZeRO stage says (arXiv 1910.02054, section 5).
-    """
-    parameters = run.parameters(vocab_size)
-    weights, gradients, optimizer = (4, 4, 8) if run.precision is Precision.FP32 else (2, 2, 12)
-    number = weights
-    stage, workers = execution.zero_stage, execution.workers
-    each = optimizer / (workers if stage >= 1 else 1)
-    each += gradients / (workers if stage >= 2 else 1)
-    each += weights / (workers if stage >= 3 else 1)
-    micro, _ = execution.accumulation(run.batch_sequences)
-    return parameters * each + micro * run.context * vocab_size * number
 
 
 class Measured:

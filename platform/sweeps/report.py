@@ -148,6 +148,7 @@ def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None
         print_json(frame)
         return
     headings = {"flops_expected": "realised FLOPs", "flops_bound": "at most", "memory_bytes": "memory (bytes)"}
+    headings |= {"device_hours": "device hours"}
     shown = frame.drop(columns=[name for name in ("method", "size") if name in frame])
     shown = shown.drop(
         columns=[name for name in ("seconds", "flops_expected") if name in frame and frame[name].isna().all()]
@@ -155,6 +156,11 @@ def show_plan(frame: pd.DataFrame, *, title: str, as_json: bool = False) -> None
     show(shown.rename(columns=headings), title=title)
     counts = ", ".join(f"{count} {state}" for state, count in frame["state"].value_counts().items())
     _console().print(f"{len(frame)} runs: {counts}", markup=False)
+
+
+def say(text: str) -> None:
+    """Print a sentence below a table."""
+    _console().print(text, markup=False)
 
 
 JSON_SCHEMA = 1

@@ -17,6 +17,8 @@ from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError
 from haltscale.platform.store import RunState, RunStore, StoreError
 from haltscale.platform.sweeps import report
+from haltscale.platform.sweeps.expense import Rates, priced, summary
+from haltscale.platform.training.mfu import PEAKS
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,13 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and stop")
+    parser.add_argument(
+        "--mfu", type=float, help="with --dry-run: device-hours at this share (0 to 1) of the peak rate"
+    )
+    parser.add_argument(
+        "--device", default=Rates.device, help=f"with --mfu: {', '.join(PEAKS)}; by default {Rates.device}"
+    )
+    parser.add_argument("--price", type=float, help="with --mfu: money at this price of a device for an hour")
     parser.add_argument("--json", action="store_true", help="print the table as JSON, and everything else to stderr")
     parser.add_argument(
         "--retry-failed", action="store_true", help="try runs again that diverged, were refused, or had their time"
@@ -70,6 +79,12 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         help="override a field of the base run or of the execution for all runs, e.g. --set tokens=100000",
     )
     options = parser.parse_args(arguments)
+    if options.mfu is not None and not options.dry_run:
+        parser.error("--mfu is for --dry-run: it says what a study will cost, and runs nothing")
+    if options.price is not None and options.mfu is None:
+        parser.error(
+            "--price needs --mfu: money is device-hours times the price, and these follow from the utilisation"
+        )
     stream = sys.stderr if options.json else sys.stdout
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
     terminated: list[int] = []
@@ -86,7 +101,13 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
             chosen = replace(chosen, source=_source())
         store = RunStore(options.store)
         if options.dry_run:
-            report.show_plan(chosen.plan(store), title=f"{chosen.name}: the plan", as_json=options.json)
+            plan, rates = chosen.plan(store), None
+            if options.mfu is not None:
+                rates = Rates(mfu=options.mfu, device=options.device, price=options.price)
+                plan = priced(plan, rates)
+            report.show_plan(plan, title=f"{chosen.name}: the plan", as_json=options.json)
+            if rates and not options.json:
+                report.say(summary(plan, rates))
             return
         results = chosen.run(store, retry_failed=options.retry_failed, adopt=options.adopt)
     except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:

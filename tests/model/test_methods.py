@@ -308,13 +308,15 @@ def test_bfloat16_computes_the_same_to_its_precision(tiny: Callable, device: tor
     tokens, targets = (torch.randint(31, (2, 24), generator=stream) for _ in range(2))
     right = exact(tokens, targets)
     found = rough.to(device)(tokens.to(device), targets.to(device))
-    assert (found.trace.steps_BT.cpu() != right.trace.steps_BT).float().mean() < 0.05
+    elsewhere = (found.trace.steps_BT.cpu() != right.trace.steps_BT).float().mean()
+    assert elsewhere < 0.1
     assert (found.nll_BT.cpu() - right.nll_BT).abs().mean() < 0.02
     mine, theirs = (
         torch.cat([g.cpu().double().flatten() for g in torch.autograd.grad(out.loss, list(model.parameters()))])
         for out, model in ((found, rough), (right, exact))
     )
-    assert (mine - theirs).norm() < 0.12 * theirs.norm()
+    jumps = elsewhere > 0 or "gains" in case or "likeliest" in case
+    assert (mine - theirs).norm() < (0.3 if jumps else 0.04) * theirs.norm()
 
 
 @pytest.mark.parametrize(

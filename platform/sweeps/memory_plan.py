@@ -1,0 +1,226 @@
+"""The memory that a training step needs, before it runs: states by the ZeRO stage, activations by asking the method.
+
+What a forward pass keeps for the way back is a sum of parts, each of them proportional to rows and to one width: of the
+model, of its keys, of its feed-forward, of its heads, of its vocabulary. So small models of the same method, options
+and precision are run at full depth, with every latent step taken, and what they keep says how much of each there is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from haltscale.model import METHODS, Method, ModelConfig, Shape
+from haltscale.model.language_model import LARGE_VOCABULARY, HeadLoss, LanguageModel
+from haltscale.model.latent_loop import RouterKind
+from haltscale.model.mor import Routing
+from haltscale.platform.config import Precision, RunConfig
+from haltscale.platform.execution import ExecutionConfig, Offload
+from haltscale.platform.sweeps import planning
+
+LENGTH = 128
+"""Tokens of a probe. Masks grow with the square of the length, all else with the length."""
+BUCKET = 500_000_000
+"""Numbers in DeepSpeed's bucket of gradients at most; the engine sets no more than there are parameters."""
+CACHE_BYTES, PART_BYTES = 2**20, 2**28
+"""Float32 logits that the loss treats at once on a CPU, and on a GPU or by parts (kernels.py)."""
+DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that each worker needs at the most crowded moment of a training step, where every latent step is taken."""
+
+    states: float
+    """Weights, gradients and the optimizer's, divided as the ZeRO stage says; what is offloaded is not in here."""
+    activations: float
+    """What the forward pass keeps for the way back."""
+    moment: float
+    """What is there for a moment on the way back: gradients of the logits, or of the inside of a block."""
+
+    @property
+    def total(self) -> float:
+        return self.states + self.activations + self.moment
+
+
+def memory(run: RunConfig, execution: ExecutionConfig, vocab_size: int) -> Memory:
+    """What a run needs; PyTorch's own few hundred megabytes, and what its allocator leaves between tensors, come on
+    top.
+
+    Raises:
+        ValueError: the run has errors (:meth:`RunConfig.problems`).
+    """
+    micro, _ = execution.accumulation(run.batch_sequences)
+    precision = run.resolved(on_gpu=bool(execution.gpus_per_worker)).precision
+    parts, again = _in_parts(execution, vocab_size), execution.activation_checkpointing
+    outside, layers, inside = _kept(run, vocab_size, precision, parts=parts, again=again)
+    logits = float(micro * run.context * vocab_size)
+    some = min(4 * logits, PART_BYTES if execution.gpus_per_worker or parts else CACHE_BYTES)
+    head = 3 * some if parts else DTYPES[precision].itemsize * logits + 3 * some
+    return Memory(
+        states=_states(run, execution, vocab_size, precision),
+        activations=micro * (outside + layers),
+        moment=max(head, micro * inside),
+    )
+
+
+def _in_parts(execution: ExecutionConfig, vocab_size: int) -> bool:
+    if execution.head_loss is HeadLoss.AUTO:
+        return bool(execution.gpus_per_worker) and vocab_size >= LARGE_VOCABULARY
+    return execution.head_loss is HeadLoss.PARTS
+
+
+def _states(run: RunConfig, execution: ExecutionConfig, vocab_size: int, precision: Precision) -> float:
+    """ZeRO: arXiv 1910.02054, section 5. Gradients are added up in float32 whatever the precision (engine.py)."""
+    half = precision is not Precision.FP32
+    stage, workers = execution.zero_stage, execution.workers
+    weights, gradients, optimizer = (2, 4, 12) if half else (4, 4, 8)
+    if half and stage == 0:
+        gradients += 4  # DeepSpeed copies them for the optimizer
+    if not half and stage > 0:
+        optimizer += 4  # the optimizer steps flat copies of the weights
+        gradients += 4  # and is given flat copies of their gradients
+    each = 0.0 if execution.offload_optimizer is not Offload.NONE else optimizer / (workers if stage >= 1 else 1)
+    each += gradients / (workers if stage >= 2 else 1)
+    each += 0.0 if execution.offload_parameters is not Offload.NONE else weights / (workers if stage >= 3 else 1)
+    parameters = run.parameters(vocab_size)
+    staged = (stage >= 1 and workers > 1) or (stage == 3 and half)
+    bucket = 4.0 * min(BUCKET, parameters) if staged else 0.0
+    return parameters * each + bucket
+
+
+# ---- asking the methods ---------------------------------------------------------------------------------------------
+
+BASE = Shape(layers=1, d=32, heads=2, kv_heads=2, ffn=16)
+WIDER = (
+    BASE,
+    replace(BASE, d=64, kv_heads=1),  # keys as wide as before
+    replace(BASE, kv_heads=1),
+    replace(BASE, ffn=48),
+    replace(BASE, heads=4, kv_heads=4),
+)
+"""Shapes of which each differs from the first in one of the widths."""
+FEWEST_TOKENS, LEAST_RANK = 32, 8
+
+
+def _widths(shape: Shape) -> list[float]:
+    return [shape.d, shape.kv_heads * shape.head_dim, shape.ffn, shape.heads, 1.0]
+
+
+def _kept(
+    run: RunConfig, vocab_size: int, precision: Precision, *, parts: bool, again: bool
+) -> tuple[float, float, float]:
+    """Of one sequence, the bytes that the forward pass keeps outside the layers and in them; and twice what one block
+    keeps of one pass, where that is computed again."""
+    shape, length, options = run.shape, run.context, planning._priced(run.options)
+    asked = {"parts": parts, "factorised": bool(run.embedding_rank)}
+    probe = _probe(run.method, options, precision, again=again, **asked)
+    outside = length * float(probe.outside @ [shape.d, vocab_size, run.embedding_rank, 1.0])
+    outside += length**2 * probe.square
+    layers = shape.layers * length * float(probe.per_layer @ _widths(shape))
+    plain = _probe(run.method, options, precision, again=False, **asked)
+    passes = len(planning._counts(*planning._stand_in(run.method, options), 8).rows)
+    return outside, layers, 2 * length * float(plain.per_layer @ _widths(shape)) / passes
+
+
+@dataclass(frozen=True)
+class _Probe:
+    per_layer: np.ndarray[Any, Any]
+    """[5]: bytes of a token and layer, by width (`_widths`)."""
+    outside: np.ndarray[Any, Any]
+    """[4]: bytes of a token by width: model, vocabulary, rank of a factorised embedding, one."""
+    square: float
+    """Bytes of a token by token."""
+
+
+@cache
+def _probe(method: Method, options: Any, precision: Precision, *, parts: bool, again: bool, factorised: bool) -> _Probe:
+    method, options = _at_full_depth(method, options)
+    least = 3 if method is Method.MOR else 1
+
+    def kept(
+        shape: Shape, *, more: int = 0, tokens: int = FEWEST_TOKENS, rank: int = LEAST_RANK, times: int = 1
+    ) -> float:
+        """Per token."""
+        config = ModelConfig(
+            method=method,
+            shape=replace(shape, layers=least + more),
+            vocab_size=tokens,
+            context=times * LENGTH,
+            options=options,
+            embedding_rank=rank if factorised else 0,
+        )
+        found = _kept_by(config, DTYPES[precision], times * LENGTH, parts=parts, again=again)
+        return found / (times * LENGTH)
+
+    square = (kept(BASE, times=2) - kept(BASE)) / LENGTH
+    one = np.array([kept(shape) for shape in WIDER])
+    deeper = np.array([kept(shape, more=1) for shape in WIDER])
+    widths = np.array([_widths(shape) for shape in WIDER])
+    per_layer = np.linalg.solve(widths, deeper - one)
+    rest = one - least * (deeper - one) - LENGTH * square
+    outside = np.zeros(4)
+    outside[0] = (rest[1] - rest[0]) / (WIDER[1].d - BASE.d)
+    outside[1] = (kept(BASE, tokens=2 * FEWEST_TOKENS) - one[0]) / FEWEST_TOKENS
+    outside[2] = (kept(BASE, rank=2 * LEAST_RANK) - one[0]) / LEAST_RANK if factorised else 0.0
+    outside[3] = rest[0] - outside[:3] @ [BASE.d, FEWEST_TOKENS, LEAST_RANK]
+    return _Probe(per_layer, outside, square)
+
+
+def _at_full_depth(method: Method, options: Any) -> tuple[Method, Any]:
+    """A method, or one in its place, that takes every latent step."""
+    if method is Method.MOR and options.routing is Routing.TOKEN_CHOICE:
+        return planning._stand_in(method, options)
+    if hasattr(options, "router_bias"):
+        options = replace(options, router_bias=100.0, tau=0.0)
+        if getattr(options, "router", None) is RouterKind.NONE:
+            options = replace(options, router_bias=99.0)
+    return method, options
+
+
+def _kept_by(config: ModelConfig, dtype: torch.dtype, length: int, *, parts: bool, again: bool) -> float:
+    """Bytes that the forward pass of one sequence keeps for the way back."""
+    with torch.random.fork_rng(devices=[]):
+        model: LanguageModel = METHODS[config.method].model(config).to(dtype).train()
+        model.head_loss = HeadLoss.PARTS if parts else HeadLoss.WHOLE
+        model.activation_checkpointing_(again)
+        tokens_BT = torch.arange(length)[None] % config.vocab_size
+        with torch.enable_grad(), LiveBytes() as live:
+            loss = model(tokens_BT, tokens_BT).loss  # which holds all that the way back needs
+    kept = float(live.now)
+    del loss
+    return kept
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within the block and still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return found
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        place = storage._cdata
+        if place not in self._sizes:
+            self._sizes[place] = storage.nbytes()
+            self.now += self._sizes[place]
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, place)
+
+    def _gone(self, place: int) -> None:
+        self.now -= self._sizes.pop(place, 0)
