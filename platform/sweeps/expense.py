@@ -71,8 +71,8 @@ def summary(plan: pd.DataFrame, rates: Rates) -> str:
         text += f"; of {at_most} runs whose router decides, every latent step is counted"
     if (too_large := to_come[to_come["fits"] == "no"]).shape[0]:
         text += (
-            f"; {len(too_large)} runs do not fit into the {MEMORY[rates.device] / 1e9:.0f} GB of an {rates.device}: lower"
-            " micro_batch_sequences, set activation_checkpointing, or raise zero_stage and workers"
+            f"; {len(too_large)} runs do not fit into the {MEMORY[rates.device] / 1e9:.0f} GB of an {rates.device}:"
+            " lower micro_batch_sequences, set activation_checkpointing, or raise zero_stage and workers"
         )
     return text
 

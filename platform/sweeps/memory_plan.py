@@ -7,15 +7,12 @@ and precision are run at full depth, with every latent step taken, and what they
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from haltscale.model import METHODS, Method, ModelConfig, Shape
 from haltscale.model.language_model import LARGE_VOCABULARY, HeadLoss, LanguageModel
@@ -120,14 +117,24 @@ def _kept(
     """Of one sequence, the bytes that the forward pass keeps outside the layers and in them; and twice what one block
     keeps of one pass, where that is computed again."""
     shape, length, options = run.shape, run.context, planning._priced(run.options)
-    asked = {"parts": parts, "factorised": bool(run.embedding_rank)}
-    probe = _probe(run.method, options, precision, again=again, **asked)
+    probe = _probe(run.method, options, precision, parts=parts, factorised=bool(run.embedding_rank))
     outside = length * float(probe.outside @ [shape.d, vocab_size, run.embedding_rank, 1.0])
     outside += length**2 * probe.square
-    layers = shape.layers * length * float(probe.per_layer @ _widths(shape))
-    plain = _probe(run.method, options, precision, again=False, **asked)
-    passes = len(planning._counts(*planning._stand_in(run.method, options), 8).rows)
-    return outside, layers, 2 * length * float(plain.per_layer @ _widths(shape)) / passes
+    per_layer = length * float(probe.per_layer @ _widths(shape))
+    passes = planning._counts(*planning._stand_in(run.method, options), 8).rows
+    inside = 2 * per_layer / len(passes)
+    if not again:
+        return outside, shape.layers * per_layer, inside
+    # A block's input is kept, and what later passes see of it: keys and values, in the tensors that they are part of.
+    kv = shape.kv_heads * shape.head_dim
+    seen = shape.d + kv + shape.d + 2 * kv if _looks_back(run.method) else 0
+    rows = length * sum(passes) / 8
+    return outside, shape.layers * rows * DTYPES[precision].itemsize * (shape.d + seen), inside
+
+
+def _looks_back(method: Method) -> bool:
+    """Whether later passes of a method see the states of earlier ones."""
+    return method in (Method.ADAPTIVE, Method.SHUFFLED, Method.FIXED, Method.PONDER3, Method.ADAPONDER)
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ def _probe(method: Method, options: Any, precision: Precision, *, parts: bool, a
             options=options,
             embedding_rank=rank if factorised else 0,
         )
-        found = _kept_by(config, DTYPES[precision], times * LENGTH, parts=parts, again=again)
+        found = _kept_by(config, DTYPES[precision], times * LENGTH, parts=parts)
         return found / (times * LENGTH)
 
     square = (kept(BASE, times=2) - kept(BASE)) / LENGTH
@@ -185,42 +192,21 @@ def _at_full_depth(method: Method, options: Any) -> tuple[Method, Any]:
     return method, options
 
 
-def _kept_by(config: ModelConfig, dtype: torch.dtype, length: int, *, parts: bool, again: bool) -> float:
-    """Bytes that the forward pass of one sequence keeps for the way back."""
-    with torch.random.fork_rng(devices=[]):
+def _kept_by(config: ModelConfig, dtype: torch.dtype, length: int, *, parts: bool) -> float:
+    """Bytes that autograd keeps of the forward pass of one sequence, the model's own weights apart."""
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         model: LanguageModel = METHODS[config.method].model(config).to(dtype).train()
         model.head_loss = HeadLoss.PARTS if parts else HeadLoss.WHOLE
-        model.activation_checkpointing_(again)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
         tokens_BT = torch.arange(length)[None] % config.vocab_size
-        with torch.enable_grad(), LiveBytes() as live:
-            loss = model(tokens_BT, tokens_BT).loss  # which holds all that the way back needs
-    kept = float(live.now)
-    del loss
-    return kept
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within the block and still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return found
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        place = storage._cdata
-        if place not in self._sizes:
-            self._sizes[place] = storage.nbytes()
-            self.now += self._sizes[place]
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, place)
-
-    def _gone(self, place: int) -> None:
-        self.now -= self._sizes.pop(place, 0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(tokens_BT, tokens_BT)
+    return float(sum(storage.nbytes() for storage in kept.values()))

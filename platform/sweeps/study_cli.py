@@ -82,9 +82,7 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     if options.mfu is not None and not options.dry_run:
         parser.error("--mfu is for --dry-run: it says what a study will cost, and runs nothing")
     if options.price is not None and options.mfu is None:
-        parser.error(
-            "--price needs --mfu: money is device-hours times the price, and these follow from the utilisation"
-        )
+        parser.error("--price needs --mfu: money is device-hours times the price")
     stream = sys.stderr if options.json else sys.stdout
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
     terminated: list[int] = []
