@@ -10,7 +10,7 @@ GROUPS ?=
 FUZZ_EXAMPLES ?= 20000
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help study dashboard test test-slow fuzz bench check typed browser down clean
+.PHONY: help study dashboard test test-slow gpu fuzz bench check typed browser down clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,11 @@ test: $(VENV)/.installed-dev browser ## install what is missing and run the test
 
 test-slow: $(VENV)/.installed-dev browser ## run the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+gpu: $(VENV)/.installed-dev ## on a machine with a CUDA device: prove that it is right there, and how fast
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device that this PyTorch can use: nothing was run")'
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m 'gpu and not slow' --timeout=120 tests/model tests/platform
+	$(BIN)/python benchmarks/gpu.py
 
 fuzz: $(VENV)/.installed-dev ## search for failures for a night (FUZZ_EXAMPLES=200 for a few minutes)
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0

@@ -89,8 +89,8 @@ def tax(setting: Setting) -> None:
         )
 
 
-def llama(setting: Setting) -> None:
-    """Vanilla against transformers' Llama."""
+def llama(setting: Setting, show: Callable[[Figure], None] = show) -> None:
+    """Vanilla against transformers' Llama; show: what is done with the figure."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = setting.shape
@@ -109,7 +109,7 @@ def llama(setting: Setting) -> None:
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, labels=tokens, shift_labels=tokens, use_cache=False).loss
 
-    over_peer(setting, "transformers' Llama", model, loss, at_least=1.2 if setting.compiled else 1.0)
+    over_peer(setting, "transformers' Llama", model, loss, at_least=1.2 if setting.compiled else 1.0, show=show)
 
 
 def litgpt(setting: Setting) -> None:
@@ -147,7 +147,13 @@ def litgpt(setting: Setting) -> None:
 
 
 def over_peer(
-    setting: Setting, name: str, peer: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], *, at_least: float
+    setting: Setting,
+    name: str,
+    peer: torch.nn.Module,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    at_least: float,
+    show: Callable[[Figure], None] = show,
 ) -> None:
     """Tokens per second of vanilla over another implementation of the same model.
 
@@ -157,6 +163,7 @@ def over_peer(
         peer: the other, on the CPU in float32.
         loss: the other's mean loss of tokens (sequences, length), which are their own targets.
         at_least: the aim.
+        show: what is done with the figure.
     """
     vanilla, tokens = setting.vanilla(), setting.tokens()
     peer.to(setting.device, setting.dtype)

@@ -61,3 +61,46 @@ def test_every_command_names_a_script_that_is_there() -> None:
     for group in commands.values():
         for command in group:
             assert (FOLDER.parent / command.split()[0]).is_file(), command
+
+
+@pytest.fixture
+def gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """benchmarks/gpu.py."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("gpu")
+    for name in ("gpu", "run", "figures", "setting", "model_speed"):
+        sys.modules.pop(name, None)
+
+
+REHEARSAL = "--device cpu --size 0.6m --length 16 --sequences 2 --repeats 1 --no-compile --steps 2"
+
+
+def test_the_gpu_benchmark_can_be_rehearsed_on_a_cpu(
+    gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All of its code but the measurement of a card's memory; its figures say nothing."""
+    names = ["rate", "llama", "tax", "ponder2", "memory", "loop"]
+    arguments = [*names, *REHEARSAL.split(), "--out", str(tmp_path / "table.md")]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    gpu_benchmark.main()
+    text = (tmp_path / "table.md").read_text()
+    for figure in (
+        "vanilla over the card's matrix rate",
+        "vanilla over transformers' Llama",
+        *(
+            f"adaptive over vanilla, {depth}, {way}"
+            for depth in ("ragged", "all steps")
+            for way in ("dense", "indices")
+        ),
+        "step of adaptive over PonderLM-2's",
+        *(f"training loop, {method}" for method in ("vanilla", "adaptive", "ponder2")),
+    ):
+        assert f"| {figure} | " in text
+    assert "2 x 16 tokens" in text
+
+
+def test_without_a_card_nothing_is_measured(gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="no CUDA device here: nothing was measured"):
+        gpu_benchmark.main()
