@@ -7,8 +7,8 @@
 rate     vanilla's realised FLOP/s, forward and backward, compiled, over the card's matrix rate, measured on square
          matrices in the same type. Aim: at least 0.45.
 llama    tokens per second of vanilla, compiled, over transformers' Llama as it comes. Aim: at least 1.2.
-tax      realised FLOP/s of adaptive, halting at every depth, over vanilla's, by either way of telling attention who sees
-         whom (`AttentionKernel`): the faster is the one to take. Aim: at least 0.80.
+tax      realised FLOP/s of adaptive, halting at every depth and at none, over vanilla's, by either way of telling
+         attention who sees whom (`AttentionKernel`): the faster is the one to take. Aim: at least 0.80.
 ponder2  a training step of adaptive over PonderLM-2's at equal latent steps. Aim: at most 0.5.
 memory   the planner's bound of adaptive's activations and logits at full depth over the measured peak: at least 1.
 loop     tokens per second of the training loop with DeepSpeed, ZeRO 1, and the loss before and after.

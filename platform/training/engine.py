@@ -341,15 +341,28 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
 def readable(engine: Any) -> Iterator[tuple[LanguageModel, bool]]:
     """A model to evaluate with, and whether ranks may read different texts with it; all ranks call.
 
-    Under ZeRO-3 a forward pass fetches weights from all ranks, as often as its text asks for. On CPUs, where the export
-    puts all weights together anyway, a whole copy is read with; on GPUs it might not fit, and ranks stay in step.
+    Under ZeRO-3 a forward pass fetches weights from all ranks, as often as its text asks for. So a whole copy is read
+    with, where it fits beside what training needs: on CPUs, where the export puts all weights together anyway, and on
+    GPUs that all have room. Elsewhere ranks stay in step, and all read everything.
     """
     model: LanguageModel = engine.module
     if engine.zero_optimization_stage() < 3:
         yield model, True
-    elif engine.device.type == "cpu":
+    elif _has_room_for_a_copy(engine):
         whole = build_model(model.config, seed=0).to(next(model.parameters()).dtype)
         whole.load_state_dict(full_weights(engine))
-        yield whole, True
+        whole.attention_kernel, whole.head_loss = model.attention_kernel, model.head_loss
+        yield whole.to(engine.device), True
     else:
         yield model, False
+
+
+def _has_room_for_a_copy(engine: Any) -> bool:
+    """Whether every rank's device has room for all weights, and for as much again to read with; all ranks call."""
+    if engine.device.type == "cpu":
+        return True
+    needed = sum(int(parameter.ds_numel) * parameter.element_size() for parameter in engine.module.parameters())
+    free, _ = torch.cuda.mem_get_info(engine.device)
+    fits = torch.tensor([int(free > 2 * needed)], device=engine.device)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits)

@@ -26,9 +26,9 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(case, precision):
 
 
 @pytest.mark.parametrize(("case", "precision", "pieces", "zero_stage"), gradients.diagonal()[::3])
-def test_alone_it_is_that_of_plain_pytorch(case, precision, pieces, zero_stage):
-    errors = gradients.through_deepspeed(case, precision, pieces=pieces, zero_stage=zero_stage)
-    gradients.check(errors, precision, zero_stage)
+def test_alone_it_is_that_of_plain_pytorch(device, case, precision, pieces, zero_stage):
+    errors = gradients.through_deepspeed(case, precision, pieces=pieces, zero_stage=zero_stage, device=device)
+    gradients.check(errors, precision, zero_stage, device)
 
 
 EVERY = list(itertools.product(gradients.CASES, gradients.PIECES))
