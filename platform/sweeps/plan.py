@@ -115,12 +115,15 @@ class StudyPlan(StudySpec):
         execution = self.execution.problems(sound, cluster)
         found += execution
         room = (cluster or {}).get("node_memory", 0) if not self.execution.gpus_per_worker else 0
+        needed: dict[str, tuple[float, str]] = {}
         for run in sound if room and not execution else []:
-            needed = memory(run, self.execution, self.vocab_size).total
-            if needed > room:
+            own = memory(run, self.execution, self.vocab_size).total, run.label
+            needed[run.size] = max(own, needed.get(run.size, own))
+        for size, (most, label) in needed.items():
+            if most > room:
                 found.append(
-                    f"{run.label} needs {needed / 1e9:.1f} GB on each worker, the largest node offers"
-                    f" {room / 1e9:.1f} GB: lower micro_batch_sequences, set activation_checkpointing, choose a smaller"
+                    f"size {size} needs {most / 1e9:.1f} GB on each worker ({label}), the largest node offers"
+                    f" {room / 1e9:.1f} GB: lower micro_batch_sequences, set activation_checkpointing, or choose a smaller"
                     " size, more workers with zero_stage 3, or larger nodes"
                 )
         for start in {run.init_from for run in sound if run.init_from}:
