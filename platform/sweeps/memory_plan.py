@@ -16,7 +16,6 @@ import torch
 
 from haltscale.model import METHODS, Method, ModelConfig, Shape
 from haltscale.model.language_model import LARGE_VOCABULARY, HeadLoss, LanguageModel
-from haltscale.model.latent_loop import RouterKind
 from haltscale.model.mor import Routing
 from haltscale.platform.config import Precision, RunConfig
 from haltscale.platform.execution import ExecutionConfig, Offload
@@ -114,8 +113,8 @@ def _widths(shape: Shape) -> list[float]:
 def _kept(
     run: RunConfig, vocab_size: int, precision: Precision, *, parts: bool, again: bool
 ) -> tuple[float, float, float]:
-    """Of one sequence, the bytes that the forward pass keeps outside the layers and in them; and twice what one block
-    keeps of one pass, where that is computed again."""
+    """Of one sequence, the bytes that the forward pass keeps outside the layers and in them, and twice what one block
+    keeps of one pass: its inside and the gradients of it. again: with activation checkpointing."""
     shape, length, options = run.shape, run.context, planning._priced(run.options)
     probe = _probe(run.method, options, precision, parts=parts, factorised=bool(run.embedding_rank))
     outside = length * float(probe.outside @ [shape.d, vocab_size, run.embedding_rank, 1.0])
@@ -148,7 +147,7 @@ class _Probe:
 
 
 @cache
-def _probe(method: Method, options: Any, precision: Precision, *, parts: bool, again: bool, factorised: bool) -> _Probe:
+def _probe(method: Method, options: Any, precision: Precision, *, parts: bool, factorised: bool) -> _Probe:
     method, options = _at_full_depth(method, options)
     least = 3 if method is Method.MOR else 1
 
@@ -187,8 +186,6 @@ def _at_full_depth(method: Method, options: Any) -> tuple[Method, Any]:
         return planning._stand_in(method, options)
     if hasattr(options, "router_bias"):
         options = replace(options, router_bias=100.0, tau=0.0)
-        if getattr(options, "router", None) is RouterKind.NONE:
-            options = replace(options, router_bias=99.0)
     return method, options
 
 

@@ -123,8 +123,8 @@ class StudyPlan(StudySpec):
             if most > room:
                 found.append(
                     f"size {size} needs {most / 1e9:.1f} GB on each worker ({label}), the largest node offers"
-                    f" {room / 1e9:.1f} GB: lower micro_batch_sequences, set activation_checkpointing, or choose a smaller"
-                    " size, more workers with zero_stage 3, or larger nodes"
+                    f" {room / 1e9:.1f} GB: lower micro_batch_sequences, set activation_checkpointing, or choose a"
+                    " smaller size, more workers with zero_stage 3, or larger nodes"
                 )
         for start in {run.init_from for run in sound if run.init_from}:
             found += [f"init_from {start.source}: {problem}" for problem in self._tokenizer_problems(start)]
