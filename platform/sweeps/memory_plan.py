@@ -27,7 +27,8 @@ BUCKET = 500_000_000
 """Numbers in DeepSpeed's bucket of gradients at most; the engine sets no more than there are parameters."""
 CACHE_BYTES, PART_BYTES = 2**20, 2**28
 """Float32 logits that the loss treats at once on a CPU, and on a GPU or by parts (kernels.py)."""
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.bfloat16}
+"""What probes are run in, on CPUs: fp16, which is as wide as bf16, is for GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
