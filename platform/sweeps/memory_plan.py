@@ -88,7 +88,7 @@ def _states(run: RunConfig, execution: ExecutionConfig, vocab_size: int, precisi
     each += gradients / (workers if stage >= 2 else 1)
     each += 0.0 if execution.offload_parameters is not Offload.NONE else weights / (workers if stage >= 3 else 1)
     parameters = run.parameters(vocab_size)
-    staged = (stage >= 1 and workers > 1) or (stage == 3 and half)
+    staged = (stage >= 1 and workers > 1) or (stage >= 2 and half)  # which stages gradients in float32
     bucket = 4.0 * min(BUCKET, parameters) if staged else 0.0
     return parameters * each + bucket
 
