@@ -18,10 +18,10 @@ from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.markdown import END, begin, with_figures
 from haltscale.platform.store import RunState, RunStore, RunView
 from haltscale.platform.sweeps.report import control_differences
-from haltscale.studies import gate_ablation, reference
+from haltscale.studies import gate_ablation, gate_ablation_twin, reference
 
 FOLDER = Path(__file__).parents[2] / "studies" / "results"
-MOST_BYTES = 20e6
+MOST_BYTES = 40e6
 
 
 def loaded(name: str) -> ModuleType:
@@ -76,7 +76,8 @@ def test_the_verdicts_of_known_need() -> None:
 def test_the_records_are_whole_and_small() -> None:
     store = RunStore(FOLDER)
     roles = {"reference": "comparison", "reference-tuning": "tuning", "gate-ablation-tuning": "tuning"}
-    roles |= dict.fromkeys(["gate-ablation", "gate-ablation-english", "known-need", "known-need-twin"], "comparison")
+    compared = ["gate-ablation", "gate-ablation-english", "gate-ablation-twin", "known-need", "known-need-twin"]
+    roles |= dict.fromkeys(compared, "comparison")
     assert set(store.studies()) == set(roles)
     for study, role in roles.items():
         runs = list(store.runs(study))
@@ -184,3 +185,18 @@ def test_what_the_gate_ablation_concludes() -> None:
         if change != {"warmup_loss": "last"}:
             for view in runs(gate_ablation.RECIPE, change):
                 assert view.record["need"]["rank_correlation"] > 0.7
+
+
+def test_on_the_twin_labels_take_no_step_and_the_papers_router_takes_its_steps_where_nothing_can_be_predicted() -> None:
+    module = loaded("gate_report")
+    study = gate_ablation_twin.study()
+    views = {view.key: view for view in RunStore(FOLDER).runs(study.name)}
+    labels = module.variant(study, views, gate_ablation.RECIPE)
+    assert len(labels) == 3
+    assert all(view.record["mean_steps"] < 0.01 for view in labels)
+    warmed = module.variant(study, views, {**gate_ablation.PAPER, **gate_ablation.WITH["a warm-up"]})
+    assert len(warmed) == 3
+    for view in warmed:
+        unpredictable, no_need = (row["mean_steps"] for row in view.record["need"]["by_need"])
+        assert unpredictable > 1.9
+        assert no_need < 0.1
