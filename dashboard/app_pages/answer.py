@@ -106,7 +106,7 @@ def verdict(view: StudyView, found: Answer) -> None:
         bases = ", ".join(dict.fromkeys(str(basis) for basis in comparison.cells["basis"]))
         st.caption(
             f"A row per size and budget; 95 % intervals{f' over {bases}' if bases else ''}. Two runs are a point where "
-            f"size and seed are the same and {EQUAL[comparison.x]} differ by at most 10 %. A difference whose interval "
+            f"size and seed are the same and {EQUAL[comparison.x]} differ by at most 2 %. A difference whose interval "
             "includes 0 is not decided."
         )
 
