@@ -17,6 +17,7 @@ from haltscale.dashboard.data import FlopsKind, StudyView, plotted
 from haltscale.platform import analysis
 from haltscale.platform.analysis import Estimate, LawFit, Refusal
 from haltscale.platform.store import RunStore, StoreError
+from haltscale.platform.sweeps.report import judged_targets
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -65,7 +66,15 @@ def document(store: RunStore, study: str) -> str:
     for problem in view.problems:
         if problem.where == study and view.runs.empty:
             raise StoreError(problem.what)
-    parts = [*_head(view), *_scaling(view), *_sweep(view), *_halting(view), *_runs(view), *_meaning(view)]
+    parts = [
+        *_head(view),
+        *_targets(store, study),
+        *_scaling(view),
+        *_sweep(view),
+        *_halting(view),
+        *_runs(view),
+        *_meaning(view),
+    ]
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(study)} · haltscale</title>'
@@ -90,6 +99,15 @@ def _head(view: StudyView) -> list[str]:
         f'<p class="muted">{_text(view.note)}</p>' if view.note else "",
         *(f'<p class="refused">{_text(p.where)}: {_text(p.what)}</p>' for p in view.problems),
     ]
+
+
+def _targets(store: RunStore, study: str) -> list[str]:
+    """What the study set out to show or to reproduce, and whether it did."""
+    rows = judged_targets(store, study)
+    if rows.empty:
+        return []
+    names = {"claim": "target", "verdict": "verdict", "figure": "figure", "reason": "because", "source": "source"}
+    return ["<h2>Targets of the study</h2>", _table(rows[list(names)].rename(columns=names))]
 
 
 def _figure(figure: go.Figure, caption: str) -> str:

@@ -1,6 +1,7 @@
 """The names that a study is written with, in one place."""
 
 from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method, Parametrisation
+from haltscale.platform.analysis.targets import Target
 from haltscale.platform.config import ConfigError, Optimizer, Precision, RunConfig, Schedule
 from haltscale.platform.corpora.corpus import Corpus, sotu
 from haltscale.platform.corpora.formats import Format, InvalidUtf8
@@ -66,6 +67,7 @@ __all__ = [
     "StepLaw",
     "Study",
     "Sweep",
+    "Target",
     "Timescale",
     "Transfer",
     "TuningStudy",

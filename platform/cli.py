@@ -387,6 +387,7 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
     else:
         note = "" if store.study_problem(study) else str(store.study(study).get("note", ""))
         report.show_results(frame, title=study, note=note)
+        report.show_targets(report.judged_targets(store, study), title=f"{study}: targets")
     _raise_if_damaged(store, study)
 
 

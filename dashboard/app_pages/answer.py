@@ -113,7 +113,9 @@ def verdict(view: StudyView, found: Answer) -> None:
 
 def targets(view: StudyView) -> None:
     """What the study set out to show or to reproduce, and whether it did."""
-    rows = answer.claims(view)
+    if not view.document.get("targets"):
+        return
+    rows = answer.claims(view, fits.documents(view.name, answer.comparable(view)))
     if rows.empty:
         return
     st.header("Targets of the study", anchor=False)

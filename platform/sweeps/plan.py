@@ -107,6 +107,7 @@ class StudyPlan(StudySpec):
         if not len(self.sweep):
             found.append("the sweep is empty: give it at least one point, such as grid(size='0.6m')")
         found += self._expansion.problems
+        found += [problem for target in self.targets for problem in target.problems()]
         found += self.corpus.problems()
         sound = self._expansion.alike if not self._expansion.problems else []
         if self.role == TUNING and self._expansion.tuned:
@@ -303,6 +304,7 @@ class StudyPlan(StudySpec):
             "question": self.question,
             "note": self.note,
             "source": self.source,
+            "targets": [target.document() for target in self.targets],
             "corpus": dict(corpus_counts),
             "runs": list(known),
             "controls": controls,

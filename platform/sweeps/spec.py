@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Self
 
+from haltscale.platform.analysis.targets import Target
 from haltscale.platform.config import ConfigError, RunConfig, apply_point
 from haltscale.platform.corpora.corpus import Corpus
 from haltscale.platform.execution import ExecutionConfig
@@ -44,6 +45,8 @@ class StudySpec:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     note: str = ""
     """Shown under the table of results: what these figures can and cannot say."""
+    targets: tuple[Target, ...] = ()
+    """What the study is to show or to reproduce, decided before any result; judged wherever results are shown."""
     role: str = COMPARISON
     """What the runs are for; in each ``spec.json`` and ``record.json``."""
     source: str = field(default="", compare=False)

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError
 from haltscale.platform.store import RunState, RunStore, StoreError
@@ -87,6 +89,9 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         store = RunStore(options.store)
         if options.dry_run:
             report.show_plan(chosen.plan(store), title=f"{chosen.name}: the plan", as_json=options.json)
+            if chosen.targets and not options.json:
+                claims = pd.DataFrame([{"claim": each.claim, "source": each.source} for each in chosen.targets])
+                report.show(claims, title=f"{chosen.name}: its targets")
             return
         results = chosen.run(store, retry_failed=options.retry_failed, adopt=options.adopt)
     except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:
@@ -95,6 +100,8 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         log.info("interrupted: finished runs are kept, unfinished ones resume from their last checkpoint")
         sys.exit(128 + (terminated[0] if terminated else signal.SIGINT))
     report.show_results(results, title=chosen.name, note=chosen.note, as_json=options.json)
+    if not options.json:
+        report.show_targets(report.judged_targets(store, chosen.name), title=f"{chosen.name}: targets")
     status = chosen.status(store)
     states = status[status["role"] == chosen.role]["state"]  # a tuning run that diverged has told what it was to tell
     if unfinished := int((~states.isin([RunState.FINISHED, RunState.STOPPED])).sum()):
