@@ -18,7 +18,7 @@ from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.markdown import END, begin, with_figures
 from haltscale.platform.store import RunState, RunStore, RunView
 from haltscale.platform.sweeps.report import control_differences
-from haltscale.studies import gate_ablation, gate_ablation_twin, reference
+from haltscale.studies import gate_ablation, gate_ablation_twin, recipes, reference
 
 FOLDER = Path(__file__).parents[2] / "studies" / "results"
 MOST_BYTES = 40e6
@@ -47,7 +47,7 @@ def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> 
     assert "%" not in prose.replace("95 %", "")
 
 
-@pytest.mark.parametrize("name", ["report", "need_report", "gate_report"])
+@pytest.mark.parametrize("name", ["report", "need_report", "gate_report", "recipes_report"])
 def test_the_page_says_what_the_records_say(name: str) -> None:
     module = loaded(name)
     page = module.PAGE.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def test_the_records_are_whole_and_small() -> None:
     store = RunStore(FOLDER)
     roles = {"reference": "comparison", "reference-tuning": "tuning", "gate-ablation-tuning": "tuning"}
     compared = ["gate-ablation", "gate-ablation-english", "gate-ablation-twin", "known-need", "known-need-twin"]
-    roles |= dict.fromkeys(compared, "comparison")
+    roles |= dict.fromkeys([*compared, "recipes"], "comparison")
     assert set(store.studies()) == set(roles)
     for study, role in roles.items():
         runs = list(store.runs(study))
@@ -200,3 +200,12 @@ def test_on_the_twin_labels_take_no_step_and_the_papers_router_takes_its_steps_w
         unpredictable, no_need = (row["mean_steps"] for row in view.record["need"]["by_need"])
         assert unpredictable > 1.9
         assert no_need < 0.1
+
+
+def test_what_the_recipes_conclude() -> None:
+    """Residuals / N is the one switch that helps both methods; every run spent the budget, within 2 %."""
+    found = recipes.differences(RunStore(FOLDER))
+    assert (found["seeds"] == 3).all()
+    assert found["flops"].between(recipes.BUDGET / 1.02, recipes.BUDGET * 1.02).all()
+    helpful = found[found["verdict"] == "helps"].groupby("variant")["method"].nunique()
+    assert helpful.index[helpful == 2].tolist() == ["residuals / N"]
