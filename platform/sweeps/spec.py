@@ -12,7 +12,7 @@ from haltscale.platform.analysis.targets import Target
 from haltscale.platform.config import ConfigError, RunConfig, apply_point
 from haltscale.platform.corpora.corpus import Corpus
 from haltscale.platform.execution import ExecutionConfig
-from haltscale.platform.sweeps.sweep import Sweep
+from haltscale.platform.sweeps.sweep import Point, Sweep, plain_point
 
 COMPARISON, TUNING = "comparison", "tuning"
 """Roles of a study's runs. A tuning run's settings were chosen by the held-out loss: it enters no comparison."""
@@ -85,3 +85,30 @@ class StudySpec:
         if problems:
             raise ConfigError(problems)
         return replace(self, base=base, execution=execution)
+
+    def only(self, conditions: Sequence[str]) -> Self:
+        """This study with the points that fulfil all ``field=value`` conditions; controls stay with their subjects, and
+        every run keeps its key.
+
+        Raises:
+            ConfigError: a condition is none, or no point fulfils them all.
+        """
+        wanted: list[tuple[str, str]] = []
+        problems = []
+        for condition in conditions:
+            name, sign, text = condition.partition("=")
+            if not sign:
+                problems.append(f"--only {condition}: give FIELD=VALUE, such as method=vanilla")
+            wanted.append((name, text))
+        if problems:
+            raise ConfigError(problems)
+
+        def fulfils(point: Point) -> bool:
+            return all(str(point.get(name, getattr(self.base, name, None))) == text for name, text in wanted)
+
+        found = self.sweep.where(fulfils)
+        if not len(found):
+            values = {name: sorted({str(p.get(name)) for p in map(plain_point, self.sweep)}) for name, _ in wanted}
+            told = "; ".join(f"{name} has {', '.join(there)}" for name, there in values.items())
+            raise ConfigError([f"--only {' '.join(conditions)}: no point of the sweep is that ({told})"])
+        return replace(self, sweep=found)

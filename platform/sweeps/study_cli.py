@@ -71,6 +71,13 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         metavar="FIELD=VALUE",
         help="override a field of the base run or of the execution for all runs, e.g. --set tokens=100000",
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="plan and run that part of the sweep alone, e.g. --only method=vanilla --only seed=0",
+    )
     options = parser.parse_args(arguments)
     stream = sys.stderr if options.json else sys.stdout
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
@@ -84,6 +91,8 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, end_like_ctrl_c)
     try:
         chosen = study.overridden(options.set)
+        if options.only:
+            chosen = chosen.only(options.only)
         if not chosen.source:
             chosen = replace(chosen, source=_source())
         store = RunStore(options.store)
