@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument(
                 "--export", metavar="DIR", help="copy the finished runs' records (no weights) to a store in this folder"
             )
+            command.add_argument(
+                "--with-model", action="append", default=[], metavar="KEY", help="export this run's finished model too"
+            )
     logs = verb("logs", "the output of a study's last job")
     logs.add_argument("study", help="the study's name")
     logs.add_argument("--follow", action="store_true", help="follow the job until it ends, and exit as it does")
@@ -127,7 +130,7 @@ def _dispatch(options: argparse.Namespace) -> None:
             _status(RunStore(options.store), options.study, as_json=options.json)
         case "results":
             if options.export:
-                _export_results(RunStore(options.store), options.study, options.export)
+                _export_results(RunStore(options.store), options.study, options.export, options.with_model)
             else:
                 _results(RunStore(options.store), options.study, as_json=options.json)
         case "evaluate" | "generate" | "serve" | "export":
@@ -391,10 +394,10 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
     _raise_if_damaged(store, study)
 
 
-def _export_results(store: RunStore, study: str, folder: str) -> None:
+def _export_results(store: RunStore, study: str, folder: str, models: list[str]) -> None:
     from haltscale.platform.sweeps import publishing
 
-    copy = publishing.publish(store, study, folder)
+    copy = publishing.publish(store, study, folder, models=models)
     print(f"{len(copy.run_keys(study))} finished runs of {study} are in {copy.root}")
     print(f"see them: haltscale dashboard --store {folder}")
 
