@@ -36,8 +36,8 @@ def loaded(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def report() -> ModuleType:
-    """studies/results/report.py."""
-    return loaded("report")
+    """studies/results/reference_report.py."""
+    return loaded("reference_report")
 
 
 def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> None:
@@ -47,7 +47,7 @@ def test_the_page_has_no_figures_beside_the_written_ones(report: ModuleType) -> 
     assert "%" not in prose.replace("95 %", "")
 
 
-@pytest.mark.parametrize("name", ["report", "need_report", "gate_report", "recipes_report"])
+@pytest.mark.parametrize("name", ["reference_report", "need_report", "gate_report", "recipes_report"])
 def test_the_page_says_what_the_records_say(name: str) -> None:
     module = loaded(name)
     page = module.PAGE.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The figures of README.md, from the records beside it.
+"""The figures of reference.md, from the records beside it.
 
-python studies/results/report.py            print them
-python studies/results/report.py --write    put them into README.md, between its two markers
+python studies/results/reference_report.py            print them
+python studies/results/reference_report.py --write    put them into reference.md, between its two markers
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from haltscale.platform.sweeps import report
 from haltscale.studies import reference, reference_tuning
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER / "README.md"
-SCRIPT = "studies/results/report.py"
+PAGE = FOLDER / "reference.md"
+SCRIPT = "studies/results/reference_report.py"
 
 
 def load(store: RunStore) -> pd.DataFrame:
