@@ -18,7 +18,7 @@ from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.markdown import END, begin, with_figures
 from haltscale.platform.store import RunState, RunStore, RunView
 from haltscale.platform.sweeps.report import control_differences
-from haltscale.studies import gate_ablation, gate_ablation_twin, recipes, reference
+from haltscale.studies import gate_ablation, gate_ablation_twin, recipes, reference, transfer
 
 FOLDER = Path(__file__).parents[2] / "studies" / "results"
 MOST_BYTES = 40e6
@@ -75,7 +75,10 @@ def test_the_verdicts_of_known_need() -> None:
 
 def test_the_records_are_whole_and_small() -> None:
     store = RunStore(FOLDER)
-    roles = {"reference": "comparison", "reference-tuning": "tuning", "gate-ablation-tuning": "tuning"}
+    roles = {
+        "reference": "comparison",
+        **dict.fromkeys(["reference-tuning", "gate-ablation-tuning", "transfer"], "tuning"),
+    }
     compared = ["gate-ablation", "gate-ablation-english", "gate-ablation-twin", "known-need", "known-need-twin"]
     roles |= dict.fromkeys([*compared, "recipes"], "comparison")
     assert set(store.studies()) == set(roles)
@@ -209,3 +212,10 @@ def test_what_the_recipes_conclude() -> None:
     assert found["flops"].between(recipes.BUDGET / 1.02, recipes.BUDGET * 1.02).all()
     helpful = found[found["verdict"] == "helps"].groupby("variant")["method"].nunique()
     assert helpful.index[helpful == 2].tolist() == ["residuals / N"]
+
+
+def test_rates_transfer_under_completep_and_not_otherwise() -> None:
+    best = transfer.best_rates(RunStore(FOLDER)).set_index(["parametrisation", "size"])["best"]
+    steps = {name: abs(math.log2(best[name, "8m"] / best[name, "0.6m"])) for name in ("completep", "standard")}
+    assert steps["completep"] <= 1
+    assert steps["standard"] >= 2
