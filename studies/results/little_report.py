@@ -26,11 +26,16 @@ SCRIPT = "studies/results/little_report.py"
 PLAIN, WIDER = "vanilla", "vanilla, wider"
 
 
-def arm_of(identity: Mapping[str, Any]) -> str:
+def arm_of(record: Mapping[str, Any]) -> str:
     """What a run is in the study."""
+    identity = record["identity"]
     method, options = str(identity["method"]), identity["options"]
     if method == "vanilla":
-        return WIDER if identity["size"] == little_text.WIDER else PLAIN
+        name = WIDER if identity["size"] == little_text.WIDER else PLAIN
+        spent = record["flops_realised"] / little_text.FLOPS
+        less = [share for share in little_text.LESS if abs(spent / share - 1) < 0.02]
+        less = [] if record["role"] == "tuning" else less
+        return f"{name}, {less[0]:g} of the FLOPs" if less else name
     if method == "looped" and options["injection"] != "none":
         return "looped, embedding injected"
     if method != "adaptive":
@@ -49,7 +54,7 @@ def arms(store: RunStore, study: str, *, role: str = "comparison") -> dict[tuple
         if view.state is RunState.FINISHED and view.record["role"] == role:
             identity = view.record["identity"]
             at_tokens = identity["flops"] is None and identity["tokens"] == little_text.TOKENS
-            found.setdefault((arm_of(identity), at_tokens), []).append(view)
+            found.setdefault((arm_of(view.record), at_tokens), []).append(view)
     return found
 
 
