@@ -17,9 +17,9 @@ compare values of U.
 
 **Analysis, decided before any result.** The targets below, each by the paired difference in nats per held-out token,
 95 % bootstrap interval over documents and seeds, last evaluation. Three seeds, paired data order. The best of four
-evaluations is published beside the last. *Added after the first 18 runs were seen*: the plain models at a half and a quarter of
-the FLOPs, since the tuning runs of the plain model, at a quarter, were better than its compared runs: an arm must not
-lose for having been made to spend too much.
+evaluations is published beside the last. *Added after the first 18 runs were seen*: the plain models at a half and a
+quarter of the FLOPs, since the tuning runs of the plain model, at a quarter, were better than its compared runs: an arm
+must not lose for having been made to spend too much.
 
 **Order.** `WAVES`: what answers the question first, so that the study can be published, marked provisional, whenever it
 is stopped: ``study(waves=1)`` plans the first only. Later waves add runs; none changes. A run spends 2.4e12 FLOPs; all
