@@ -22,8 +22,10 @@ from haltscale.platform.analysis.runs import TUNING, column, texts, usable
 from haltscale.platform.arms import OLD_CONTROLS
 
 LOSS = "loss"
-EQUAL = ("flops_realised", "tokens")
-"""What may be equal in a comparison, within :data:`haltscale.platform.analysis.matched.SAME`."""
+NOTHING = "nothing"
+EQUAL = ("flops_realised", "tokens", NOTHING)
+"""What may be equal in a comparison, within :data:`haltscale.platform.analysis.matched.SAME`. Nothing but the seed: the
+claim says what each side may spend, and the options choose the runs."""
 LEAST_SEEDS = 2
 
 
@@ -48,7 +50,7 @@ class Target:
     reference: str = ""
     """The arm that it is compared with, run by run: same size, same seed; empty: the arm's own figure is judged."""
     equal: str = EQUAL[0]
-    """What the two arms have in common: ``flops_realised`` (training), or ``tokens``."""
+    """What the two arms have in common: ``flops_realised`` (training), ``tokens``, or ``nothing`` but size and seed."""
     quantity: str = LOSS
     """A column of the table of results: ``loss`` (nats per token), ``flops_realised``, ``mean_steps``, ..."""
     minus: str = ""
@@ -72,6 +74,8 @@ class Target:
             found.append("a target needs its claim in words and its source")
         if self.equal not in EQUAL:
             found.append(f"equal must be one of {', '.join(EQUAL)} (got {self.equal!r})")
+        if self.equal == NOTHING and (self.quantity in EQUAL or not self.reference_options):
+            found.append("where nothing is equal, reference_options say which runs, and no cost is compared")
         if self.low is None and self.high is None:
             found.append("give low, high or both: nothing is expected")
         elif self.low is not None and self.high is not None and self.low > self.high:
@@ -171,15 +175,19 @@ def measured(
         return mean_difference(values), f"{len(values)} runs"
     if "size" in {**target.options, **target.reference_options} and arm["size"].nunique() == 1:
         reference = reference.assign(size=arm["size"].iloc[0])  # sizes that differ by intention
+    x = target.equal
+    if x == NOTHING:
+        x = EQUAL[0]
+        arm, reference = arm.assign(**{x: 1.0}), reference.assign(**{x: 1.0})
     if target.quantity == LOSS and not target.minus and not target.relative:
-        comparison = compare_arms(arm, reference, target.equal, documents=documents)
+        comparison = compare_arms(arm, reference, x, documents=documents)
         seeds = int(comparison.points["seed"].nunique())
         if not isinstance(comparison.overall, Refusal) and seeds < LEAST_SEEDS:
             return Refusal(reason=f"{seeds} seed: a verdict needs {LEAST_SEEDS} at least, paired"), ""
         bases = dict.fromkeys(map(str, comparison.cells["basis"]))
         over = ", ".join(base for base in bases if base != Basis.NONE) if len(comparison.cells) == 1 else "points"
         return comparison.overall, f"{len(comparison.points)} pairs of runs, {seeds} seeds; interval over {over}"
-    points = compare_arms(arm, reference, target.equal).points
+    points = compare_arms(arm, reference, x).points
     sides = []
     for frame, key in ((arm, "key"), (reference, "reference_key")):
         values = pd.Series(_figures(target, frame), index=texts(frame["key"])) if len(frame) else pd.Series(dtype=float)

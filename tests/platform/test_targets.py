@@ -83,6 +83,15 @@ def test_unequal_compute_is_not_compared_but_equal_tokens_may_be():
     assert outcome(replace(BETTER, equal="tokens"), arm, vanilla)["verdict"] == Outcome.HOLDS
 
 
+def test_where_nothing_is_equal_the_runs_are_chosen_by_name():
+    half = runs([5.0, 5.1], method="vanilla", flops_realised=5e10, planned_tokens=5e5)
+    whole = runs([5.5, 5.6], method="vanilla", planned_tokens=1e6)
+    target = replace(BETTER, equal="nothing", reference_options={"planned_tokens": 500_000})
+    found = outcome(target, runs([4.8, 4.9], planned_tokens=7e5), half, whole)
+    assert found["value"] == pytest.approx(-0.2)
+    assert found["verdict"] == Outcome.HOLDS
+
+
 def test_other_figures_and_ratios_are_judged_pair_by_pair():
     arm = runs([4.0] * 3).assign(flops_paper=[50.0, 52.0, 48.0], easy_steps=[0.1, 0.2, 0.1], hard_steps=[1.0, 1.2, 0.9])
     other = runs([4.0] * 3, method="ponder").assign(flops_paper=100.0)
@@ -127,11 +136,12 @@ def test_targets_survive_json_and_what_is_none_is_left_out():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"equal": "seconds"}, "equal must be one of flops_realised, tokens (got 'seconds')"),
+        ({"equal": "seconds"}, "equal must be one of flops_realised, tokens, nothing (got 'seconds')"),
         ({"high": None}, "nothing is expected"),
         ({"low": 1.0}, "low must not be above high"),
         ({"reference": "", "relative": True}, "needs a reference"),
         ({"reference": "shuffled"}, "no verdict rests on an old control"),
+        ({"equal": "nothing"}, "reference_options say which runs"),
         ({"source": ""}, "needs its claim in words and its source"),
     ],
 )
