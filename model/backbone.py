@@ -1,4 +1,4 @@
-"""The Llama stack that every method thinks with, and the rule of who sees whom.
+"""The Llama stack of every method, and the rule of which states attend to which.
 
 RMSNorm before each part, rotary positions, multi-head or grouped-query attention, SwiGLU, no biases, a final norm that
 belongs to the stack. Rows are packed: every linear layer sees [N, d] with just the N rows that exist in this pass.

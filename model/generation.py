@@ -17,7 +17,7 @@ from haltscale.model.language_model import LanguageModel
 
 
 class GenerationError(ValueError):
-    """The prompts cannot be continued as asked; the message says why."""
+    """The prompts cannot be continued as requested; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What all methods share: embedding, head, loss, accounting, deterministic initialisation.
 
 A method subclasses LanguageModel, builds its loop over the stack, and answers one question: which hidden state should
-the head read at each position (`think`)? The rest is here.
+the head read at each position (`hidden_states`)? The rest is here.
 """
 
 # ruff: noqa: N815 (fields of a dataclass carry shape suffixes too)
@@ -48,7 +48,7 @@ class Output:
     nll_BT: Tensor
     """float32, detached: nats per token, 0 where nothing is scored."""
     trace: HaltingTrace
-    """Where the thinking went and what it cost."""
+    """Executed steps, probabilities and cost."""
     logits_BTV: Tensor | None
     """Only if asked for, or if there are no targets."""
 
@@ -59,7 +59,7 @@ class LoopOutput(NamedTuple):
     hidden_BTd: Tensor
     """The state that the head reads."""
     trace: HaltingTrace
-    """Where the thinking went."""
+    """Executed steps, probabilities and cost."""
     reach_BTK: Tensor | None = None
     """Differentiable mass that reached each executed state, for methods that penalise it."""
     states: "Sequence[LatentState]" = ()
@@ -80,7 +80,7 @@ class LatentState(NamedTuple):
     exit_N: Tensor
     """Mass that leaves with these states, differentiable."""
     gate_N: Tensor | None = None
-    """Probability of going on after these states, differentiable; None after the last possible one."""
+    """Probability of another step after these states, differentiable; None after the last possible one."""
 
 
 class LanguageModel(nn.Module):

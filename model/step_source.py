@@ -2,7 +2,7 @@
 
 A replay is what a control needs (docs/controls.md): everything of its subject, the readout and its learned gates
 included, but the *number* of steps comes from the subject's recorded distribution of steps at the same share of the
-training budget, dealt to tokens without looking at them. No router decides anything there.
+training budget, assigned to tokens without looking at them. No router decides anything there.
 
 A token's draw is a hash of the seed, its position and the text up to and including it. So it is causal, it is the same
 in training, in evaluation and in decoding token by token, and it depends neither on the batch's layout nor on an index
@@ -48,7 +48,7 @@ class SourceOptions:
     """Options of every method with a router: its own decisions, or a replay of another run's."""
 
     steps_from: StepsFrom = StepsFrom.ROUTER
-    """What decides how many latent steps a token takes. Gates go on weighing the readout, and are trained, whatever it
+    """What decides how many latent steps a token takes. Gates still weigh the readout, and are trained, whatever it
     is."""
     steps_schedule: tuple[tuple[float, ...], ...] = ()
     """To replay: rows of the share of the training budget from which on a distribution holds (0 to 1, ascending), and

@@ -37,9 +37,9 @@ class OnTrouble(StrEnum):
     """What happens to a run whose loss explodes or whose router collapses; either is recorded."""
 
     STOP = "stop"
-    """The run ends as failed; the sweep goes on."""
+    """The run ends as diverged; the sweep continues."""
     CONTINUE = "continue"
-    """The run goes on, and its record says what happened."""
+    """The run continues, and its record says what happened."""
 
 
 class Sink(StrEnum):
@@ -126,20 +126,18 @@ class ExecutionConfig:
             return found
         if not self.gpus_per_worker and any(run.precision is Precision.FP16 for run in runs):
             found.append(
-                "precision fp16 needs gpus_per_worker: DeepSpeed has it on GPUs only; use bf16 or fp32 on CPUs"
+                "precision fp16 requires gpus_per_worker: DeepSpeed supports it on GPUs only; use bf16 or fp32 on CPUs"
             )
         if self.branch and runs and not any(map(can_branch, runs)):
             found.append(
-                "branch needs runs with schedule wsd and warmup_tokens, whose method does the same at every share of"
-                " the budget (no gate_warmup, lam_ramp, depth_growth or replayed steps): none is such a run"
+                "branch requires runs with schedule wsd and warmup_tokens, of methods that do not depend on the share"
+                " of the budget (no gate_warmup, lam_ramp, depth_growth or replayed steps): no run here qualifies"
             )
         for batch in sorted({run.batch_sequences for run in runs}):
             if batch % self.workers:
-                found.append(f"a batch of {batch} sequences cannot be shared by {self.workers} workers evenly")
+                found.append(f"a batch of {batch} sequences cannot be divided evenly among {self.workers} workers")
         if cluster is not None and self.cpus_per_worker > cluster.get("node_cpus", math.inf):
-            found.append(
-                f"cpus_per_worker {self.cpus_per_worker}: no node has as many, the largest has {cluster['node_cpus']:g}"
-            )
+            found.append(f"cpus_per_worker {self.cpus_per_worker}: the largest node has {cluster['node_cpus']:g}")
         if cluster is not None:
             for resource, each in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)):
                 needed, there = self.workers * each, cluster.get(resource, 0)
@@ -167,20 +165,20 @@ class ExecutionConfig:
             if sink not in list(Sink):
                 found.append(f"sinks = {sink!r}: must be one of {', '.join(Sink)}")
             elif find_spec(SINK_PACKAGES[sink]) is None:
-                found.append(f"sink {sink} needs a package that is not here: pip install {SINK_PACKAGES[sink]}")
+                found.append(f"sink {sink} requires a package that is not installed: pip install {SINK_PACKAGES[sink]}")
         for share in self.milestones:
             if not is_number(share) or not 0 < share <= 1:
                 found.append(f"milestones = {share!r}: must be shares of the budget above 0 and up to 1")
         if found or self.zero_stage not in (0, 1, 2, 3):
             return found
         if self.compile and self.zero_stage == 3:
-            found.append("compile needs zero_stage 0, 1 or 2: stage 3 takes parameters away between their uses")
+            found.append("compile requires zero_stage 0, 1 or 2: stage 3 partitions parameters between their uses")
         if self.offload_optimizer is not Offload.NONE and self.zero_stage == 0:
-            found.append(f"offload_optimizer {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+            found.append(f"offload_optimizer {self.offload_optimizer} requires zero_stage 1, 2 or 3 (got 0)")
         if self.offload_optimizer is Offload.NVME and self.zero_stage in (1, 2):
-            found.append(f"offload_optimizer nvme needs zero_stage 3, not {self.zero_stage}")
+            found.append(f"offload_optimizer nvme requires zero_stage 3 (got {self.zero_stage})")
         if self.offload_parameters is not Offload.NONE and self.zero_stage != 3:
-            found.append(f"offload_parameters {self.offload_parameters} needs zero_stage 3, not {self.zero_stage}")
+            found.append(f"offload_parameters {self.offload_parameters} requires zero_stage 3 (got {self.zero_stage})")
         return found
 
     @classmethod

@@ -157,6 +157,6 @@ def rank_share(ids: Ids, *, rank: int, world: int) -> Ids:
     """
     batch = ids.shape[1]
     if batch % world:
-        raise ValueError(f"a global batch of {batch} sequences cannot be shared by {world} workers evenly")
+        raise ValueError(f"a global batch of {batch} sequences cannot be divided evenly among {world} workers")
     share = batch // world
     return ids[:, rank * share : (rank + 1) * share]

@@ -23,7 +23,7 @@ class TokenClass(StrEnum):
     WORD_START = "word_start"
     """Letters after white space."""
     WORD_INSIDE = "word_inside"
-    """Letters that go on a word, or begin one without white space before it."""
+    """Letters that continue a word, or begin one without white space before it."""
     NUMBER = "number"
     PUNCTUATION = "punctuation"
     """Punctuation and symbols."""

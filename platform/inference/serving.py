@@ -253,7 +253,7 @@ class Server:
         body = json.loads(content)
         request = Completion.parse(body)
         if body.get("model") not in (None, self.name):
-            raise UnknownModelError(f"no model {str(body['model'])[:80]!r} here; there is: {self.name}")
+            raise UnknownModelError(f"no model {str(body['model'])[:80]!r}; available: {self.name}")
         ended = set[int]()
         tokens = write(
             self.loaded,

@@ -98,7 +98,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
-    if is_muon:  # it wants a parameter group stepped as a whole
+    if is_muon:  # it requires a parameter group to be stepped as a whole
         config["zero_optimization"]["sub_group_size"] = max(10**9, sum(p.numel() for p in model.parameters()))
     if precision is Precision.BF16:
         config["communication_data_type"] = "fp32"
@@ -207,7 +207,7 @@ def _in_memory(optimizer: Any, group: int) -> Iterator[None]:
 
 def fragments(engine: Any) -> Iterator[Fragment]:
     """Where the float32 weights of every parameter are on this rank, at any ZeRO stage. Each is in memory until the
-    next one is asked for."""
+    next one is requested."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     rank, world = dist.get_rank(), dist.get_world_size()
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -241,7 +241,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
 
 
 def snapshot(engine: Any) -> Shard:
-    """A copy of what this rank has to save; training may go on while it is written."""
+    """A copy of what this rank has to save; training may continue while it is written."""
     tensors, state, optimizer_step = {}, engine.basic_optimizer.state, 0
     for fragment in fragments(engine):
         moments = state.get(fragment.stepped, {})
@@ -266,8 +266,8 @@ def start(
     """An engine and how far it is: as the newest intact checkpoint says, else as ``branch`` does, else at the start
     (``run.init_from``).
 
-    Any number of ranks at any ZeRO stage can go on from a checkpoint of any other; by the same number at the same stage
-    the run goes on to the last bit.
+    Any number of ranks at any ZeRO stage can resume from a checkpoint of any other; with the same number at the same
+    stage the run resumes to the last bit.
 
     Raises:
         CheckpointError: there are checkpoints, but none that can be read.
@@ -287,7 +287,7 @@ def start(
     if saved is branch:
         progress.pinned = []  # in the other run's folder
     progress.events += [
-        {"step": progress.step, "what": f"{what}; went on from step {progress.step}"} for what in damage
+        {"step": progress.step, "what": f"{what}; resumed from step {progress.step}"} for what in damage
     ]
     return engine, progress
 

@@ -20,11 +20,11 @@ EXPLODED = 3.0
 
 
 class TrainingDivergedError(RuntimeError):
-    """The run cannot go on, or its policy forbids it; the message says why and at which step."""
+    """The run cannot continue, or its policy forbids it; the message says why and at which step."""
 
 
 class RunCappedError(RuntimeError):
-    """The run has trained for as long as it may (``ExecutionConfig.max_hours``)."""
+    """The run has reached its time limit (``ExecutionConfig.max_hours``)."""
 
 
 class Watch:
@@ -53,7 +53,7 @@ class Watch:
             progress: of the run, that step included; events are added to it.
             loss: nats per token, the method's penalty included.
             cross_entropy: nats per token.
-            gradient_norm: before clipping; None where DeepSpeed does not tell.
+            gradient_norm: before clipping; None where DeepSpeed does not report it.
             histogram: tokens by executed latent steps.
 
         Raises:
@@ -88,7 +88,7 @@ class Watch:
 
 
 class RunMemoryError(RuntimeError):
-    """There was not enough memory for a step; the message says what takes less."""
+    """There was not enough memory for a step; the message says which settings need less."""
 
 
 @contextlib.contextmanager

@@ -57,9 +57,7 @@ def make(line: str) -> str:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "line", [line for line in COMMANDS if line != SERVES and not line.startswith("export ")]
-)
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line != SERVES and not line.startswith("export ")])
 def test_command(line: str, head: cluster.Head, quickstart: str, tmp_path: Path) -> None:
     toy = shlex.join(TOY_LENGTH)
     if line == "make study":

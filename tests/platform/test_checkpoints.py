@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_found_out_and_the_one_before_it_taken(store, wh
     assert saved.progress["step"] == 1
     assert "step 2 is damaged" in damage[0]
     harm(files(store, 1)[which])
-    with pytest.raises(CheckpointError, match=r"intact.*step 2.*step 1.*remove the folder to start anew"):
+    with pytest.raises(CheckpointError, match=r"intact.*step 2.*step 1.*remove the folder to start again"):
         opened(store).newest()
 
 
@@ -223,7 +223,7 @@ def test_the_run_says_that_it_went_on_from_an_earlier_one(store):
     (event,) = progress.events
     assert event["step"] == 3
     assert "step 6 is damaged" in event["what"]
-    assert "went on from step 3" in event["what"]
+    assert "resumed from step 3" in event["what"]
 
 
 def rewrite(manifest: Path, **changes: Any) -> None:

@@ -305,7 +305,7 @@ def test_a_shard_that_cannot_be_read_ends_the_wait_and_is_tried_again(remote, ga
     gate.failure = "connection reset"
     with begin(corpus, CONTEXT) as early:
         gate.open()
-        with pytest.raises(CorpusError, match=r"rows are prepared, then: .*19\.txt cannot be read.*connection reset"):
+        with pytest.raises(CorpusError, match=r"failed after \d+ rows: .*19\.txt cannot be read.*connection reset"):
             early.wait_for(10**9)
         assert RowReader(early.folder).read(np.arange(early.rows)).shape == (early.rows, CONTEXT + 1)
     gate.failure = None

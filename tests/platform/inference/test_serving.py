@@ -308,7 +308,7 @@ def test_the_verb(finished, tmp_path):
         taken = subprocess.run(
             [sys.executable, *arguments[:-4], "--port", str(port)], capture_output=True, text=True, check=False
         )
-        assert "name another one with --port" in taken.stderr
+        assert "choose another one with --port" in taken.stderr
         run.send_signal(signal.SIGINT)
         run.communicate(timeout=30)
 

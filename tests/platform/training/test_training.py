@@ -336,7 +336,7 @@ def test_a_loss_that_is_lost_stops_the_run_before_it_is_logged(options):
 def test_a_run_that_has_had_its_time_saves_and_ends():
     """With a checkpoint, so that a higher limit resumes it."""
     listener = Listener()
-    with pytest.raises(RunCappedError, match="1 hours of training are over at step 1: raise max_hours to resume"):
+    with pytest.raises(RunCappedError, match="max_hours \\(1\\) is reached at step 1: raise it to resume"):
         go(engine_of(RUN), RUN, batches(RUN), Progress(seconds=3601.0), listener=listener, max_hours=1.0)
     assert listener.at("checkpoint") == [1]
     progress, _ = go(engine_of(RUN), RUN, batches(RUN), Progress(seconds=3601.0), max_hours=2.0)
