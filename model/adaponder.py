@@ -68,7 +68,7 @@ class AdaponderOptions(SourceOptions):
         ]
 
     def canonical(self) -> "AdaponderOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_source())
 
 

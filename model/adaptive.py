@@ -142,7 +142,7 @@ class AdaptiveOptions(SourceOptions, LoopOptions):
     (step_source.draws). What is read of them follows the gates as everywhere."""
     prior_steps: float = 0.0
     """Above 0: the penalty is lam * KL(exit masses || geometric distribution with this mean, cut at l_max), as in
-    PonderNet, in place of the expected number of steps; beta then has no say."""
+    PonderNet, in place of the expected number of steps; beta then has no effect."""
     penalty_probability: PenaltyProbability = PenaltyProbability.MIXTURE
     """Whose probability weighs the penalty."""
     truncate_gradient: bool = False
@@ -195,7 +195,7 @@ class AdaptiveOptions(SourceOptions, LoopOptions):
         return ramps or self.steps_from is not StepsFrom.ROUTER
 
     def canonical(self) -> "AdaptiveOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         idle = self.idle_source()
         if self.explore:
             idle.pop("steps_seed", None)

@@ -334,7 +334,7 @@ class LatentPlan:
 
 class ReusePlan(LatentPlan):
     """A later pass in which a position shows one state, its newest: the active rows see every position up to their own,
-    and a position that has stopped goes on showing the keys and values of its last pass (AdaPonderLM)."""
+    and a position that has stopped keeps the keys and values of its last pass visible (AdaPonderLM)."""
 
     def __init__(self, valid_BT: Tensor, row_N: Tensor, dtype: torch.dtype):
         """row_N: the active rows as indices into [B*T], ascending."""

@@ -196,7 +196,7 @@ class ModelConfig:
     vocab_size: int
     """Rows of the embedding and of the head."""
     context: int
-    """Longest sequence, in tokens, that the model is asked to read."""
+    """Longest sequence, in tokens, that the model reads."""
     options: MethodOptions
     """The method's own options; its type is fixed by `method` (see registry.METHODS)."""
     rope_theta: float = 10_000.0

@@ -35,7 +35,7 @@ class FixedOptions(LoopOptions):
         return found + self.loop_problems(None if found else math.ceil(self.steps))
 
     def canonical(self) -> "FixedOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_loop(math.ceil(self.steps)))
 
 

@@ -1,6 +1,6 @@
 """Generation: several prompts continued together, each as if it were alone.
 
-Prompts are read in parallel passes, as in training, and each sequence goes on from the end of its own: nothing is
+Prompts are read in parallel passes, as in training, and each sequence continues from the end of its own: nothing is
 padded and no position is shifted. Each sequence draws from a random stream of its own.
 """
 

@@ -4,7 +4,8 @@ g[t,k], the gate, is the probability of another step after state k of position t
 reach[t,k] g[t,k]; a position takes another step iff k < l_max and reach[t,k+1] > tau; exit[t,k] = reach[t,k] -
 reach[t,k+1], and the last executed state takes all the mass that is left, so that a position's exit masses sum to 1
 (arXiv 2602.08220). In the terms of ACT and PonderNet, reach is the survival probability and exit the halting
-probability."""
+probability.
+"""
 
 # ruff: noqa: N815 (fields of a dataclass carry shape suffixes too)
 
@@ -21,8 +22,8 @@ def halting_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One application of the rule, the same in training and in decoding.
 
-    Gives (goes_on_N bool, exit_N, next_reach_N): the mass that leaves at this state and, for those that go on, the
-    mass that reaches the next. `may_go_on` False forbids more steps (the last step, a padded position).
+    Gives (goes_on_N bool, exit_N, next_reach_N): the mass that leaves at this state and, for those that take another
+    step, the mass that reaches the next. `may_go_on` False forbids more steps (the last step, a padded position).
     """
     onward_N = reach_N * gate_N
     goes_on_N = (onward_N > tau) & may_go_on

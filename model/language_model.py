@@ -50,7 +50,7 @@ class Output:
     trace: HaltingTrace
     """Executed steps, probabilities and cost."""
     logits_BTV: Tensor | None
-    """Only if asked for, or if there are no targets."""
+    """Only if requested, or if there are no targets."""
 
 
 class LoopOutput(NamedTuple):
@@ -248,11 +248,11 @@ class LanguageModel(nn.Module):
         """Loss, per-token losses and halting trace of a batch.
 
         tokens_BT: long, T <= config.context. targets_BT: the true next tokens, IGNORE_INDEX where not scored.
-        lengths_B: real tokens of each row; what follows is padding, which never thinks, is never counted, is never
-        scored, and changes nothing. The loss is the mean over scored tokens; training only: without targets nothing
-        looks at the truth.
-        think: instead of the method's own (probing.py). observe: called with the thought and the logits, inside the
-        forward pass, where ZeRO-3 gathers whatever weights it may still need.
+        lengths_B: real tokens of each row; what follows is padding, which takes no latent step, is never counted, is
+        never scored, and changes nothing. The loss is the mean over scored tokens; training only: without targets
+        nothing looks at the truth.
+        hidden_states: instead of the method's own (probing.py). observe: called with the loop's output and the logits,
+        inside the forward pass, where ZeRO-3 gathers whatever weights it may still need.
         """
         B, T = tokens_BT.shape
         if self.config.context < T:

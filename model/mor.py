@@ -20,7 +20,8 @@ Both auxiliary losses are averaged over scored tokens, like the cross-entropy [R
 
 Where the numbers of recursions are replayed (step_source.py), both routers still weigh, and select nothing; there is no
 selection to predict, so the auxiliary router is not trained. In evaluation expert choice spends what its auxiliary
-router says, not its capacity: a replay of it follows the subject there by the schedule's row at share 1."""
+router says, not its capacity: a replay of it follows the subject there by the schedule's row at share 1.
+"""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -91,7 +92,7 @@ class MorOptions(SourceOptions):
         ]
 
     def canonical(self) -> "MorOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_source())
 
 

@@ -43,7 +43,7 @@ class Ponder3Options(SourceOptions):
         ]
 
     def canonical(self) -> "Ponder3Options":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_source())
 
 

@@ -38,7 +38,7 @@ class Reading:
     correct_BT: Tensor
     """bool: the true token has that probability."""
     nll_by_step_SK: Tensor
-    """Of the tokens asked for: nats had the position stopped after step k; NaN where step k was not executed. The last
+    """Of the requested tokens: nats had the position stopped after step k; NaN where step k was not executed. The last
     executed step's is the token's own."""
     entropy_by_step_SK: Tensor
     """Likewise the entropy."""

@@ -9,7 +9,7 @@ in training, in evaluation and in decoding token by token, and it depends neithe
 that only a training loader knows: a sequence is known by its text. The hash (splitmix64 over a sum of hashed tokens) is
 as good as independent of what the text says, and of the draws at other positions.
 
-The first tokens of a sequence are no text yet: many sequences begin alike, with end-of-text, and would all draw alike
+The first tokens of a sequence are not yet text: many sequences begin alike, with end-of-text, and would all draw alike
 there, which would bend the distribution. So the first `ALIKE` positions take the commonest number of steps, and the
 positions up to `SETTLED` take the other numbers as much more often: over `SETTLED` positions the distribution is exact.
 """
@@ -86,7 +86,7 @@ class SourceOptions:
         return found + require(False, "steps_schedule", schedule, f"given for steps_from {self.steps_from}: {allowed}")
 
     def idle_source(self) -> dict[str, Any]:
-        """The fields that have no say, at their defaults (see `canonical` of the options)."""
+        """The fields that have no effect, at their defaults (see `canonical` of the options)."""
         return {"steps_schedule": (), "steps_seed": 0} if self.steps_from is StepsFrom.ROUTER else {}
 
 

@@ -7,7 +7,7 @@
 A step's checkpoint is complete when every shard has its manifest, so nothing has to be committed. Fragments carry the
 name of their parameter and their place in it: any number of ranks, at any ZeRO stage, can read them again.
 
-What the hashes hold: a file that was damaged or cut short is found out. They are no signature: whoever can write into
+What the hashes hold: a file that was damaged or cut short is found out. They are not signatures: whoever can write to
 the store can write another checkpoint. It can change numbers then, but run no code: nothing here is unpickled.
 """
 

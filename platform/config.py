@@ -285,7 +285,7 @@ class RunConfig:
 
         Tokens are those of whole steps; tokens under a budget in FLOPs, the shape of a decay that the schedule does not
         have, a share of warm-up where it is given in tokens, and options that another option makes idle (a method's
-        ``canonical``) have no say.
+        ``canonical``) have no effect.
         """
         idle: set[str] = set()
         if self.flops is not None:

@@ -1,4 +1,4 @@
-"""A document of the store, as whoever reads it gets it: whole, of this version, and with fields of the types they have.
+"""A document of the store, as its readers get it: whole, of this version, and with fields of the types they have.
 
 There is one reader for all of them, since a store outlives the code that wrote it, and disks and people change files. A
 document that cannot be read is named, with what to do about it; it never takes the others with it.
@@ -85,7 +85,7 @@ def parse_document(path: str, content: bytes) -> dict[str, Any]:
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """The objects of JSON lines, without what is no whole line of one."""
+    """The objects of JSON lines, without anything that is not a whole line of one."""
     rows = []
     for line in content.split(b"\n"):
         try:
@@ -101,7 +101,7 @@ def _loads(content: bytes) -> Any:
     """What JSON says, of numbers that fit a float and text that can be written: no document of ours holds others.
 
     Raises:
-        ValueError: it is no JSON, or holds such a number.
+        ValueError: it is not JSON, or holds such a number.
         RecursionError: it is nested too deep.
     """
     if UNUSUAL.search(content) is None:

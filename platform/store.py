@@ -193,7 +193,7 @@ class RunStore:
     def append_lines(self, path: str, rows: list[Mapping[str, Any]]) -> None:
         """Append rows to a JSON-lines file; one process writes it.
 
-        Object stores cannot append. There the last part is written anew, and when it has grown to ``PART_BYTES`` the
+        Object stores cannot append. There the last part is rewritten, and when it has grown to ``PART_BYTES`` the
         next rows go to a new one (``metrics.jsonl``, ``metrics.jsonl.00001``, ...), so that a row costs the same at the
         end of a run as at its beginning.
         """
@@ -289,7 +289,7 @@ class RunStore:
         return self.views(study, [key], now=now)[key]
 
     def views(self, study: str, keys: Iterable[str], *, now: float | None = None) -> dict[str, RunView]:
-        """Several runs by key; one that cannot be read, or whose key is no name, is a view with ``problem`` set."""
+        """Several runs by key; one that cannot be read, or whose key is invalid, is a view with ``problem`` set."""
         kept = list(dict.fromkeys(keys))
         named = [key for key in kept if _NAME.fullmatch(key)]
         paths = {(key, name): self.path(study, key, f"{name}.json") for key in named for name in RUN}

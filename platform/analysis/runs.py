@@ -1,7 +1,7 @@
 """Which runs an analysis may use, what makes two of them the same, and how they fall into budgets.
 
-A frame may be anybody's: columns may be missing, of any type, nullable, or hold what is no number. Nothing here raises
-for that; what cannot be used is left out with a reason.
+A frame may be anybody's: columns may be missing, of any type, nullable, or hold what is not a number. Nothing here
+raises for that; what cannot be used is left out with a reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES = (
     *("key", "run", "label", "study", "state", "error", "role", "seed", "configuration", "setting"),
     *("recipe", "recipe_at_end"),
 )
-"""Columns that say which run a row is and how it went; all of them but ``seed`` are no part of what was computed."""
+"""Columns that say which run a row is and how it went; all of them but ``seed`` are not part of what was computed."""
 MEASURED = (
     *("loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
     *("easy_steps", "hard_steps", "passes_per_token", "flops_realised", "flops_executed", "flops_paper"),
@@ -97,12 +97,12 @@ def _rows(frame: pd.DataFrame) -> np.ndarray:
 
 
 def column(runs: pd.DataFrame, name: str) -> Floats:
-    """A column as float64: NaN for what is missing or no number, and for every row where there is no such column."""
+    """A column as float64: NaN for what is missing or not a number, and for every row where there is no such column."""
     return numbers(runs[name]) if name in runs else np.full(len(runs), np.nan)
 
 
 def numbers(values: pd.Series) -> Floats:
-    """Values as float64: NaN for what is missing or no number."""
+    """Values as float64: NaN for what is missing or not a number."""
     if getattr(values.dtype, "kind", "O") == "c":
         return np.full(len(values), np.nan)
     try:

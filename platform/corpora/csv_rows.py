@@ -16,7 +16,7 @@ QUOTE = b'"'
 
 
 class CsvError(ValueError):
-    """The bytes are no CSV; the message names the line."""
+    """The bytes are not CSV; the message names the line."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class CsvScanner:
             yield row
 
     def _is_blank(self, content: bytes | None) -> bool:
-        """Whether a line is no row; white space is one where rows have a single cell."""
+        """Whether a line is not a row; white space is one where rows have a single cell."""
         return content is not None and not (content if self.width == 1 else content.strip())
 
     def _peek(self) -> bytes:

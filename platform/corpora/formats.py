@@ -184,7 +184,7 @@ def json_rows(
     """(offset, number of the line in the shard, value) of the JSON lines that begin there, without blank lines.
 
     Raises:
-        SourceError: a line is no JSON, or holds one of these fields twice.
+        SourceError: a line is not JSON, or holds one of these fields twice.
     """
     for number, (offset, line) in enumerate(_lines(source, file, shard, counted), start=1):
         text = source.decode(line, file.url, offset, counted).strip()

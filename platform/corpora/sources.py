@@ -3,7 +3,7 @@
 A source is a description. It lists its files, cuts them into shards that are read independently of each other, and
 reads a shard's documents (:mod:`haltscale.platform.corpora.formats`).
 
-What cannot be read stops the preparation with a :class:`SourceError` that names file and place; what is no document
+What cannot be read stops the preparation with a :class:`SourceError` that names file and place; what is not a document
 (an empty file, a null, a text that a filter refuses) is skipped and counted by reason. ``docs/corpora.md`` lists both.
 """
 
@@ -257,7 +257,9 @@ class Source:
             reason = "is an archive, or compressed in a way that is not read: unpack it"
             return _named(reason, [file.url for file in packed])
         if self.kind is Format.AUTO:
-            return [f"path {self.path}: its files' suffixes do not determine one format: give format=, one of {FORMATS}"]
+            return [
+                f"path {self.path}: its files' suffixes do not determine one format: give format=, one of {FORMATS}"
+            ]
         if not self.files:
             return [f"path {self.path} contains no {' or '.join('*' + end for end in SUFFIXES[self.kind])} file"]
         if found := [*(self._unreadable() if self.is_local else []), *self._mixed_parts()]:
@@ -632,7 +634,7 @@ def read_json_lines(path: str | os.PathLike[str], fields: tuple[str, ...]) -> It
         fields: none of them may stand in a line twice.
 
     Raises:
-        SourceError: the file cannot be read or is not UTF-8, or a line is no JSON or repeats a field.
+        SourceError: the file cannot be read or is not UTF-8, or a line is not JSON or repeats a field.
     """
     url = os.path.abspath(path)
     file = File(name=os.path.basename(url), url=url, size=_local_size(url))

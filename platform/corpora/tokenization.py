@@ -213,7 +213,7 @@ def exact(text: str, end_of_text: str | None) -> Tokenizer:
 
 
 def _is_library_error(error: BaseException) -> bool:
-    """The tokenizers library raises bare Exceptions, and panics of Rust, which are no Exceptions."""
+    """The tokenizers library raises bare Exceptions, and panics of Rust, which are not Exceptions."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -18,7 +18,7 @@ FREQUENCY_CLASSES = 10
 
 
 class TokenClass(StrEnum):
-    """What a token looks like; its first character that is no white space decides."""
+    """What a token looks like; its first character that is not white space decides."""
 
     WORD_START = "word_start"
     """Letters after white space."""

@@ -355,7 +355,7 @@ def choice(*values: Any) -> Distribution:
 
 
 def sample(n: int, /, *, seed: int = 0, **axes: Any) -> Sweep:
-    """``n`` points drawn at random; an axis that is no distribution has its one value in all of them.
+    """``n`` points drawn at random; an axis that is not a distribution has its one value in all of them.
 
     The draw of an axis depends on the seed, its name and the point's number alone: a larger ``n``, or one more axis,
     keeps the earlier draws. ``seed`` is the draw's own; runs get theirs from ``* grid(seed=...)``.

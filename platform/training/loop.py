@@ -1,4 +1,4 @@
-"""The training loop: an engine, an iterator of batches, and hooks. It knows nothing of Ray.
+"""The training loop: an engine, an iterator of batches, and hooks. It does not depend on Ray.
 
 It runs the same in a Ray Train worker, in a plain process and in a notebook. The engine is DeepSpeed's
 (:mod:`haltscale.platform.training.engine`); what happens at logs, checkpoints and evaluations is the caller's.

@@ -190,7 +190,7 @@ def test_a_glob_takes_what_matches(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "c.csv"):
         WRITERS[name.replace("b", "a").replace("c.", "a.")](tmp_path / name, [f"from {name}"])
     assert texts_of(Source(path=f"{tmp_path}/*.jsonl")) == ["from a.jsonl", "from b.jsonl"]
-    assert "do not tell one format" in Source(path=str(tmp_path)).file_problems()[0]
+    assert "do not determine one format" in Source(path=str(tmp_path)).file_problems()[0]
     assert texts_of(Source(path=str(tmp_path), format=Format.CSV)) == ["from c.csv"]
 
 
