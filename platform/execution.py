@@ -33,7 +33,7 @@ class OptimizerKernel(StrEnum):
     """PyTorch's plain loop."""
 
 
-class OnTrouble(StrEnum):
+class FailurePolicy(StrEnum):
     """What happens to a run whose loss explodes or whose router collapses; either is recorded."""
 
     STOP = "stop"
@@ -99,9 +99,9 @@ class ExecutionConfig:
     """How often a failed run is started again (from its last checkpoint) before it is recorded as failed."""
     max_hours: float | None = None
     """Training time after which a run ends as ``capped``, with what it has; None: as long as its budget takes."""
-    on_divergence: OnTrouble = OnTrouble.STOP
+    on_divergence: FailurePolicy = FailurePolicy.STOP
     """What to do about a loss that explodes. One that is not finite always stops the run: nothing is left to train."""
-    on_collapse: OnTrouble = OnTrouble.CONTINUE
+    on_collapse: FailurePolicy = FailurePolicy.CONTINUE
     """What to do about a router that sends every token to 0 steps, or every token to l_max, for ``collapse_steps``."""
     collapse_steps: int = 500
     """Optimizer steps in a row after which a router counts as collapsed."""
@@ -203,6 +203,6 @@ EXECUTION_CHOICES: dict[str, type[StrEnum]] = {
     "offload_optimizer": Offload,
     "offload_parameters": Offload,
     "optimizer_kernel": OptimizerKernel,
-    "on_divergence": OnTrouble,
-    "on_collapse": OnTrouble,
+    "on_divergence": FailurePolicy,
+    "on_collapse": FailurePolicy,
 }

@@ -24,7 +24,7 @@ NAMES = (
     *("key", "run", "label", "study", "state", "error", "role", "seed", "configuration", "setting"),
     *("recipe", "recipe_at_end"),
 )
-"""Columns that say which run a row is and how it went; all of them but ``seed`` are not part of what was computed."""
+"""Columns that say which run a row is and how it went; none but ``seed`` is part of what was computed."""
 MEASURED = (
     *("loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
     *("easy_steps", "hard_steps", "passes_per_token", "flops_realised", "flops_executed", "flops_paper"),

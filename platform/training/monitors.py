@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from haltscale.model import LanguageModel
-from haltscale.platform.execution import ExecutionConfig, OnTrouble
+from haltscale.platform.execution import ExecutionConfig, FailurePolicy
 from haltscale.platform.training.progress import Progress
 
 EXPLODED = 3.0
@@ -81,9 +81,9 @@ class Watch:
             self._found(progress, what, self._execution.on_collapse)
 
     @staticmethod
-    def _found(progress: Progress, what: str, policy: OnTrouble) -> None:
+    def _found(progress: Progress, what: str, policy: FailurePolicy) -> None:
         progress.events.append({"step": progress.step, "what": what})
-        if policy is OnTrouble.STOP:
+        if policy is FailurePolicy.STOP:
             raise TrainingDivergedError(f"{what} at step {progress.step}")
 
 
