@@ -7,7 +7,7 @@ from haltscale.platform.corpora.formats import Format, InvalidUtf8
 from haltscale.platform.corpora.known_need import ChainedLookups, known_need
 from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
-from haltscale.platform.execution import ExecutionConfig, FailurePolicy, Offload, OptimizerKernel, Sink
+from haltscale.platform.execution import ExecutionConfig, FailurePolicy, Offload, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw, Timescale, Transfer, UntunedWarmup
@@ -52,7 +52,6 @@ __all__ = [
     "Method",
     "Offload",
     "Optimizer",
-    "OptimizerKernel",
     "Parametrisation",
     "Precision",
     "Pretrained",

@@ -19,18 +19,6 @@ class Offload(StrEnum):
 
     NONE = "none"
     CPU = "cpu"
-    NVME = "nvme"
-    """Files in ``offload_folder``; ZeRO stage 3 only. DeepSpeed compiles its asynchronous reader for it, which needs a
-    C++ compiler and libaio's headers."""
-
-
-class OptimizerKernel(StrEnum):
-    """Which implementation of AdamW takes the steps; all compute the same update, in another order of rounding."""
-
-    FUSED = "fused"
-    """PyTorch's fused kernel."""
-    TORCH = "torch"
-    """PyTorch's plain loop."""
 
 
 class FailurePolicy(StrEnum):
@@ -67,10 +55,6 @@ class ExecutionConfig:
     """Where the optimizer's state lives between steps; from ZeRO stage 1 on."""
     offload_parameters: Offload = Offload.NONE
     """Where parameters live between their uses; ZeRO stage 3 only."""
-    offload_folder: str = ""
-    """On each worker's node: where files of NVMe offload are, while the worker lives; by default where temporary files
-    go."""
-    optimizer_kernel: OptimizerKernel = OptimizerKernel.FUSED
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its inside: less memory, more time."""
     compile: bool = False
@@ -175,17 +159,15 @@ class ExecutionConfig:
             found.append("compile requires zero_stage 0, 1 or 2: stage 3 partitions parameters between their uses")
         if self.offload_optimizer is not Offload.NONE and self.zero_stage == 0:
             found.append(f"offload_optimizer {self.offload_optimizer} requires zero_stage 1, 2 or 3 (got 0)")
-        if self.offload_optimizer is Offload.NVME and self.zero_stage in (1, 2):
-            found.append(f"offload_optimizer nvme requires zero_stage 3 (got {self.zero_stage})")
         if self.offload_parameters is not Offload.NONE and self.zero_stage != 3:
             found.append(f"offload_parameters {self.offload_parameters} requires zero_stage 3 (got {self.zero_stage})")
         return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExecutionConfig:
-        """The inverse of ``dataclasses.asdict``, also after a way through JSON, and of a spec with former names."""
-        named = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-        execution: ExecutionConfig = build_options(cls, named)
+        """The inverse of ``dataclasses.asdict``, also after a way through JSON, and of a spec with removed fields."""
+        known = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
+        execution: ExecutionConfig = build_options(cls, known)
         return execution
 
     def accumulation(self, batch_sequences: int) -> tuple[int, int]:
@@ -197,12 +179,12 @@ class ExecutionConfig:
         return micro, share // micro
 
 
-FORMER_NAMES = {"optimizer": "optimizer_kernel"}
+REMOVED_FIELDS = ("optimizer", "optimizer_kernel", "offload_folder")
+"""Of specs by earlier versions. None of them changed a result."""
 SINK_PACKAGES = {Sink.TENSORBOARD: "tensorboardX", Sink.WANDB: "wandb"}
 EXECUTION_CHOICES: dict[str, type[StrEnum]] = {
     "offload_optimizer": Offload,
     "offload_parameters": Offload,
-    "optimizer_kernel": OptimizerKernel,
     "on_divergence": FailurePolicy,
     "on_collapse": FailurePolicy,
 }
