@@ -348,7 +348,7 @@ def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
 
     names = [study] if study else store.studies()
     if study and study not in store.studies():
-        raise StoreError(f"no study {study!r} in {store.root}; available: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     if as_json:
         rows = [
             {"study": name, "run": run.label, "key": run.key, "state": run.state, **_without_schema(run.status)}
@@ -380,7 +380,7 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
     from haltscale.platform.sweeps import report
 
     if study not in store.studies():
-        raise StoreError(f"no study {study!r} in {store.root}; available: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     frame = report.results(store, study)
     if as_json:
         report.print_json(frame)

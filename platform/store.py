@@ -265,6 +265,10 @@ class RunStore:
             name for name in names if _NAME.fullmatch(name) and self.fs.exists(self.path(name, None, "study.json"))
         )
 
+    def no_study(self, name: str) -> StoreError:
+        """The error about a study that is not in the store; it lists those that are."""
+        return StoreError(f"no study {name!r} in {self.root}; available: {', '.join(self.studies()) or 'none'}")
+
     def study(self, name: str) -> dict[str, Any]:
         """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study). Fields of
         another type than they should have are left out; :meth:`study_problem` names them.
