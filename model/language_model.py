@@ -537,7 +537,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
     that adds a parameter disturbs no other. Normal with std sqrt(2/(5d)) (Nguyen & Salakhutdinov, 2019; PonderLM-2 for
     the embedding; a factorised one has the same std as a product), projections into the residual stream divided by
     sqrt(2 layers) (GPT-2), or zero (`LoopOptions.zero_outputs`). Any module may name further parameters of its own in a
-    dict `random_start`, each with its std. What is none of these (norm gains, a router's last layer) keeps the value
+    dict `random_start`, each with its std. Any other parameter (norm gains, a router's last layer) keeps the value
     that its module gave it.
     """
     shape = model.config.shape
