@@ -77,7 +77,7 @@ def standard_task(name: str, shots: int) -> Task:
     """A standard task.
 
     Raises:
-        TaskError: there is none of that name or with so many shots, or the package is not here.
+        TaskError: no task has that name or number of shots, or the package is not installed.
     """
     if name not in STANDARD:
         raise TaskError(f"task must be one of {', '.join(STANDARD)}, or a file of JSON lines (got {name!r})")

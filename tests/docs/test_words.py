@@ -46,15 +46,15 @@ def strings(path: Path) -> Iterator[str]:
             yield node.value
 
 
+TEXTS = [
+    (path, re.sub(r"\s+", " ", text))
+    for path, texts in [*((path, [prose(path)]) for path in PAGES), *((path, strings(path)) for path in CODE)]
+    for text in texts
+]
+
+
 @pytest.mark.parametrize("word", REPLACED)
 def test_replaced_words_do_not_return(word: str) -> None:
     pattern = re.compile(word, flags=re.IGNORECASE)
-    found = [
-        f"{path.relative_to(ROOT)}: {match.group()!r}"
-        for path, text in [
-            *((path, prose(path)) for path in PAGES),
-            *((path, text) for path in CODE for text in strings(path)),
-        ]
-        if (match := pattern.search(re.sub(r"\s+", " ", text)))
-    ]
+    found = [f"{path.relative_to(ROOT)}: {text[:80]!r}" for path, text in TEXTS if pattern.search(text)]
     assert found == [], f"write: {REPLACED[word]}"
