@@ -218,7 +218,9 @@ def _weights(path: Path, model: LanguageModel) -> dict[str, Any]:
     try:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelFolderError(f"{path} is damaged or no safetensors file ({error}); copy or train it again") from error
+        raise ModelFolderError(
+            f"{path} is damaged or not a safetensors file ({error}); copy or train it again"
+        ) from error
     weights = {name.removeprefix(EXPORTED_PREFIX): weight for name, weight in weights.items()}
     expected = model.state_dict()
     found = [f"{name} is missing" for name in expected if name not in weights]

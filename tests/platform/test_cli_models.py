@@ -125,11 +125,11 @@ def test_what_evaluate_refuses(store, run_folder, prepared, finished, tmp_path):
     assert "controls and dial require held-out text" in refused(
         "evaluate", str(finished()), "--controls", "--tasks", str(_task(tmp_path)), *base
     )
-    assert "no prepared corpus" in refused("evaluate", "quick/fin", "--corpus", str(tmp_path), *base)
-    assert "no task 'lambda'" in refused("evaluate", str(run_folder), "--tasks", "lambda", *base)
+    assert "does not contain a prepared corpus" in refused("evaluate", "quick/fin", "--corpus", str(tmp_path), *base)
+    assert "(got 'lambda')" in refused("evaluate", str(run_folder), "--tasks", "lambda", *base)
     assert "must be integers" in refused("evaluate", str(run_folder), "--shots", "many", *base)
     (prepared / "tokenizer.json").write_text("{}")
-    assert "another tokenizer" in refused("evaluate", "quick/fin", "--corpus", str(prepared), *base)
+    assert "different tokenizer" in refused("evaluate", "quick/fin", "--corpus", str(prepared), *base)
 
 
 def _task(folder: Path) -> Path:

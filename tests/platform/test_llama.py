@@ -191,7 +191,13 @@ def test_all_that_does_not_fit_a_llama_is_told_at_once(pretrained):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InitialModelError) as refused:
         llama(folder)
-    for said in ("attention_bias", "hidden_act is 'gelu'", "scaled (yarn)", "rms_norm_eps is None", "never loaded"):
+    for said in (
+        "attention_bias",
+        "hidden_act must be 'silu' (got 'gelu')",
+        "scaled (yarn)",
+        "rms_norm_eps must be a number (got None)",
+        "never loaded",
+    ):
         assert said in str(refused.value)
 
 

@@ -232,7 +232,7 @@ def test_filters_and_nulls_are_counted(tmp_path):
     assert [text for _, text in found] == ["long enough"]
     assert skipped == {"filtered": 3, "empty": 1, "null": 1}
     del sys.modules["tests_predicate"]
-    assert "no importable module:function" in source.problems()[0]
+    assert "is not an importable module:function" in source.problems()[0]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

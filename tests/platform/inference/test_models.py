@@ -101,8 +101,8 @@ def a_pickle_in_disguise(folder: Path) -> None:
 DAMAGES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "lacks tokenizer.json"),
-    "weights cut off": (lambda f: cut(f, "model.safetensors", 5000), "damaged or no safetensors"),
-    "empty weights": (lambda f: cut(f, "model.safetensors", 0), "damaged or no safetensors"),
+    "weights cut off": (lambda f: cut(f, "model.safetensors", 5000), "damaged or not a safetensors"),
+    "empty weights": (lambda f: cut(f, "model.safetensors", 0), "damaged or not a safetensors"),
     "config cut off": (lambda f: cut(f, "config.json", 40), "config.json is damaged"),
     "config of another library": (foreign, "config of a 'llama' model"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "does not contain an object"),
@@ -116,7 +116,7 @@ DAMAGES = {
     "tokenizer of others": (lambda f: tokenizer(40, end="x").save(str(f / "tokenizer.json")), "no end-of-text"),
     "tokenizer cut off": (lambda f: cut(f, "tokenizer.json", 100), "is not a tokenizer"),
     "only pickled weights": (only_a_pickle, "never loaded"),
-    "pickled weights in disguise": (a_pickle_in_disguise, "damaged or no safetensors"),
+    "pickled weights in disguise": (a_pickle_in_disguise, "damaged or not a safetensors"),
 }
 
 

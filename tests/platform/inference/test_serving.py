@@ -167,7 +167,7 @@ def test_the_model_that_is_there(address):
         ({"prompt": "x", "stop": 3}, 400, "stop must be"),
         ({"prompt": "x", "n": 2, "echo": True}, 400, "echo = True is not supported"),
         ({"prompt": "x", "temprature": 0}, 400, "temprature is not known"),
-        ({"prompt": "x", "model": "gpt-4"}, 404, "there is: quick/run"),
+        ({"prompt": "x", "model": "gpt-4"}, 404, "available: quick/run"),
         ([], 400, "must be a JSON object"),
         ("{", 400, "Expecting property name"),
         ("[" * 100_000, 400, "recursion"),

@@ -118,7 +118,7 @@ def test_equal_draws_are_one_run(tuning, store):
         ({"samples": 0}, "samples is 0"),
         ({"search": "grid"}, "one of random, tpe"),
         ({"objectives": ("los",)}, "objectives must be one or more of"),
-        ({"search": Search.TPE, "halving": Halving()}, "goes with search='random'"),
+        ({"search": Search.TPE, "halving": Halving()}, "requires search='random'"),
     ],
 )
 def test_a_search_for_nothing_is_refused(tuning, changes, message):
