@@ -274,7 +274,7 @@ def test_bytes_of_the_shell_that_are_no_text(finished):
 @pytest.mark.parametrize(("option", "value"), [("--limit", "-1"), ("--limit", "0"), ("--tokens", "-3")])
 def test_counts_below_one(finished, tmp_path, option, value):
     said = refused("evaluate", str(finished()), "--tasks", str(_task(tmp_path)), f"{option}={value}")
-    assert f"{option.removeprefix('--')} = {value}: must be at least 1" in said
+    assert f"{option.removeprefix('--')} must be at least 1 (got {value})" in said
 
 
 def test_a_fault_of_ours_shows_where_it_is(finished, monkeypatch):

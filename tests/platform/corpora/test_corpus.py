@@ -54,7 +54,7 @@ def test_everything_wrong_comes_at_once(corpus):
 @pytest.mark.parametrize("weight", [0, -1.5, float("inf"), "much"])
 def test_a_weight_that_is_none(corpus, weight):
     problem = only(corpus(source={"weight": weight}).problems())
-    assert "source texts: weight is" in problem
+    assert "source texts: weight must be" in problem
     assert "above 0" in problem
 
 
