@@ -1,6 +1,6 @@
 """Generation: several prompts continued together, each as if it were alone.
 
-Prompts are read in parallel passes, as in training, and each sequence goes on from the end of its own: nothing is
+Prompts are read in parallel passes, as in training, and each sequence continues from the end of its own: nothing is
 padded and no position is shifted. Each sequence draws from a random stream of its own.
 """
 
@@ -17,7 +17,7 @@ from haltscale.model.language_model import LanguageModel
 
 
 class GenerationError(ValueError):
-    """The prompts cannot be continued as asked; the message says why."""
+    """The prompts cannot be continued as requested; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)

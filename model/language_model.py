@@ -1,7 +1,7 @@
 """What all methods share: embedding, head, loss, accounting, deterministic initialisation.
 
 A method subclasses LanguageModel, builds its loop over the stack, and answers one question: which hidden state should
-the head read at each position (`think`)? The rest is here.
+the head read at each position (`hidden_states`)? The rest is here.
 """
 
 # ruff: noqa: N815 (fields of a dataclass carry shape suffixes too)
@@ -48,9 +48,9 @@ class Output:
     nll_BT: Tensor
     """float32, detached: nats per token, 0 where nothing is scored."""
     trace: HaltingTrace
-    """Where the thinking went and what it cost."""
+    """Executed steps, probabilities and cost."""
     logits_BTV: Tensor | None
-    """Only if asked for, or if there are no targets."""
+    """Only if requested, or if there are no targets."""
 
 
 class LoopOutput(NamedTuple):
@@ -59,7 +59,7 @@ class LoopOutput(NamedTuple):
     hidden_BTd: Tensor
     """The state that the head reads."""
     trace: HaltingTrace
-    """Where the thinking went."""
+    """Executed steps, probabilities and cost."""
     reach_BTK: Tensor | None = None
     """Differentiable mass that reached each executed state, for methods that penalise it."""
     states: "Sequence[LatentState]" = ()
@@ -80,7 +80,7 @@ class LatentState(NamedTuple):
     exit_N: Tensor
     """Mass that leaves with these states, differentiable."""
     gate_N: Tensor | None = None
-    """Probability of going on after these states, differentiable; None after the last possible one."""
+    """Probability of another step after these states, differentiable; None after the last possible one."""
 
 
 class LanguageModel(nn.Module):
@@ -248,11 +248,11 @@ class LanguageModel(nn.Module):
         """Loss, per-token losses and halting trace of a batch.
 
         tokens_BT: long, T <= config.context. targets_BT: the true next tokens, IGNORE_INDEX where not scored.
-        lengths_B: real tokens of each row; what follows is padding, which never thinks, is never counted, is never
-        scored, and changes nothing. The loss is the mean over scored tokens; training only: without targets nothing
-        looks at the truth.
-        think: instead of the method's own (probing.py). observe: called with the thought and the logits, inside the
-        forward pass, where ZeRO-3 gathers whatever weights it may still need.
+        lengths_B: real tokens of each row; what follows is padding, which takes no latent step, is never counted, is
+        never scored, and changes nothing. The loss is the mean over scored tokens; training only: without targets
+        nothing looks at the truth.
+        hidden_states: instead of the method's own (probing.py). observe: called with the loop's output and the logits,
+        inside the forward pass, where ZeRO-3 gathers whatever weights it may still need.
         """
         B, T = tokens_BT.shape
         if self.config.context < T:
@@ -537,7 +537,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
     that adds a parameter disturbs no other. Normal with std sqrt(2/(5d)) (Nguyen & Salakhutdinov, 2019; PonderLM-2 for
     the embedding; a factorised one has the same std as a product), projections into the residual stream divided by
     sqrt(2 layers) (GPT-2), or zero (`LoopOptions.zero_outputs`). Any module may name further parameters of its own in a
-    dict `random_start`, each with its std. What is none of these (norm gains, a router's last layer) keeps the value
+    dict `random_start`, each with its std. Any other parameter (norm gains, a router's last layer) keeps the value
     that its module gave it.
     """
     shape = model.config.shape

@@ -242,7 +242,7 @@ class LatentLoop(nn.Module):
         goes_on: Callable[[int, Tensor, Tensor], Tensor] | None = None,
         prompts: PromptStates | None = None,
     ) -> LoopOutput:
-        """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order.
+        """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) takes no step. forced_BT: steps by order.
         at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
         that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
         the depth still grows. goes_on: instead of the router's rule, asked after state k with the states of the active

@@ -139,7 +139,7 @@ class AdaptiveLatentCoT(nn.Module):
             z_BTd = stack(x_BTd, memory, exists)
             onward_BT = reach_BT * router(z_BTd) if k < self.l_max else torch.zeros_like(reach_BT)
             goes_on_BT = exists[-1] & (onward_BT > self.tau)
-            # What stops here: the mass that does not go on; all that is left where the token stops for good.
+            # What stops here: the mass that goes no further; all that is left where the token stops for good.
             exit_BT = torch.where(goes_on_BT, reach_BT - onward_BT, reach_BT) * exists[-1]
             hidden_BTd = hidden_BTd + exit_BT[..., None] * z_BTd
             expected_BT = expected_BT + (reach_BT * exists[-1] if k > 0 else 0.0)

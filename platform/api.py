@@ -8,7 +8,7 @@ from haltscale.platform.corpora.formats import Format, InvalidUtf8
 from haltscale.platform.corpora.known_need import ChainedLookups, known_need
 from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
-from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, OptimizerKernel, Sink
+from haltscale.platform.execution import ExecutionConfig, FailurePolicy, Offload, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw, Timescale, Transfer, UntunedWarmup
@@ -46,14 +46,13 @@ __all__ = [
     "Corpus",
     "DeepSeekLaw",
     "ExecutionConfig",
+    "FailurePolicy",
     "Format",
     "Halving",
     "InvalidUtf8",
     "Method",
     "Offload",
-    "OnTrouble",
     "Optimizer",
-    "OptimizerKernel",
     "Parametrisation",
     "Precision",
     "Pretrained",

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and dispatch. Errors of the user's making end with a sentence and exit code 1, not with a traceback."""
     parser = argparse.ArgumentParser(
         prog="haltscale",
-        description="Scaling studies of language models that decide, token by token, how long to think.",
+        description="Scaling studies of language models that decide, token by token, how many latent steps to take.",
         epilog="examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -59,13 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, text in (("run", "run a study in this process"), ("submit", "run a study as a Ray job, and follow it")):
         command = verb(name, text)
         command.add_argument(
-            "study", help="one that ships (quickstart), a file (my_sweep.py) or an importable module (package.module)"
+            "study", help="a shipped study (quickstart), a file (my_sweep.py) or an importable module (package.module)"
         )
         command.add_argument("arguments", nargs="*", help="for the study; after `--`")
         if name == "submit":
             command.add_argument("--no-follow", action="store_true", help="submit and return at once")
             command.add_argument("--json", action="store_true", help="print the job as JSON and return at once")
-    for name, text in (("status", "runs and how far they are"), ("results", "the table of results")):
+    for name, text in (("status", "the progress of runs"), ("results", "the table of results")):
         command = verb(name, text)
         command.add_argument("study", nargs="?" if name == "status" else None, help="a study in the store")
         command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     logs = verb("logs", "the output of a study's last job")
     logs.add_argument("study", help="the study's name")
-    logs.add_argument("--follow", action="store_true", help="follow the job until it ends, and exit as it does")
+    logs.add_argument("--follow", action="store_true", help="follow the job until it ends, and exit with its status")
     verb("cancel", "stop the job that runs a study; submit it again to resume it").add_argument(
         "study", help="the study's name"
     )
@@ -150,7 +150,7 @@ def _model_verb(options: argparse.Namespace) -> None:
 
 
 class UnknownStudyError(ValueError):
-    """There is no such study, or it lacks what it is made of; the message says which there are."""
+    """There is no such study, or it cannot be loaded; the message lists the shipped ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ def load_study(target: str) -> LoadedStudy:
         name = f"haltscale.studies.{target}"
     elif target.endswith(".py") or os.sep in target:
         if not file.is_file():
-            raise UnknownStudyError(f"no study {target!r}: there is no such file; shipped: {', '.join(known)}")
+            raise UnknownStudyError(f"no study {target!r}: no such file; shipped studies: {', '.join(known)}")
         study = _captured(lambda: runpy.run_path(str(file), run_name="__main__"), target)
         beside = tuple(sorted(file.resolve().parent.glob("*.py")))
         return LoadedStudy(study=study, entrypoint=("python", file.name), files=beside)
@@ -263,7 +263,7 @@ def submit(target: str, arguments: Sequence[str], *, follow: bool, as_json: bool
         The exit code: 0 where the job succeeded or was only submitted.
 
     Raises:
-        ClusterError: no head is running, or the study is running and other arguments are asked for.
+        ClusterError: no head is running, or the study is running and other arguments are given.
         UnknownStudyError: there is no such study.
     """
     loaded = load_study(target)
@@ -272,14 +272,14 @@ def submit(target: str, arguments: Sequence[str], *, follow: bool, as_json: bool
     job = cluster.running_job(client, name, _owning_job(name))
     if job and arguments:
         raise cluster.ClusterError(
-            f"{name} is running as {job}, with other arguments perhaps: wait, or `haltscale cancel {name}`"
+            f"{name} is already running as {job}, perhaps with other arguments: wait, or `haltscale cancel {name}`"
         )
     running = job is not None
     job = job or cluster.submit_study(client, [*loaded.entrypoint, *arguments], name, loaded.files)
     if as_json:
         print(json.dumps({"study": name, "job": job, "address": head.dashboard, "was_running": running}))
     elif running:
-        print(f"{name} is running already as {job}; following it")
+        print(f"{name} is already running as {job}; following it")
     else:
         print(f"submitted {name} as {job} to {head.dashboard}")
     if not follow:
@@ -351,7 +351,7 @@ def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
 
     names = [study] if study else store.studies()
     if study and study not in store.studies():
-        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     if as_json:
         rows = [
             {"study": name, "run": run.label, "key": run.key, "state": run.state, **_without_schema(run.status)}
@@ -383,7 +383,7 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
     from haltscale.platform.sweeps import report
 
     if study not in store.studies():
-        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     frame = report.results(store, study)
     if as_json:
         report.print_json(frame)

@@ -87,7 +87,7 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the owner was a process of this machine that is no more."""
+        """Whether the owner was a process of this machine that no longer exists."""
         process = self.document.get("process")
         return isinstance(process, Mapping) and process.get("machine") == _machine() and not _lives(process)
 

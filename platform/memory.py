@@ -1,7 +1,7 @@
 """Memory that is freed stays with the process while a run trains, and goes back to the system when it ends.
 
 A training step frees what the next one takes again. glibc's malloc gives large blocks back to the kernel at once, and
-the kernel fills them with zeros, page by page, when they are taken anew: a tenth of a small model's step (LOG.md,
+the kernel fills them with zeros, page by page, when they are allocated again: a tenth of a small model's step (LOG.md,
 2026-11-25).
 """
 

@@ -52,7 +52,7 @@ class RunRecorder:
     def begin(
         self, step: int, share: float, *, nodes: Sequence[str] = (), parent: Mapping[str, Any] | None = None
     ) -> None:
-        """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped.
+        """The run starts, or resumes after ``step``: what an interrupted attempt wrote after that step is dropped.
 
         Args:
             share: of the budget that is spent.
@@ -84,9 +84,9 @@ class RunRecorder:
             return
         self._check()
         self.store.append_lines(self._path("metrics.jsonl"), [row])
-        told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second", "mfu")}
-        told |= {"loss": row["cross_entropy"], "events": list(events)}
-        self._status(RunState.RUNNING, step=row["step"], share=share, **told)
+        values = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second", "mfu")}
+        values |= {"loss": row["cross_entropy"], "events": list(events)}
+        self._status(RunState.RUNNING, step=row["step"], share=share, **values)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """A row of held-out evaluation."""

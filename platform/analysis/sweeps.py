@@ -74,8 +74,8 @@ def importance(
     Args:
         frame: runs of one method.
         names: columns to judge, any that the runs have: an option, a field of the identity such as
-            ``learning_rate``, the size; those with a single value are passed over. By default all that a run was asked
-            for, and its seed.
+            ``learning_rate``, the size; those with a single value are passed over. By default all settings of a run,
+            and its seed.
         target: ``loss`` or ``mean_steps``.
 
     Returns:

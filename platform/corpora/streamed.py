@@ -75,7 +75,7 @@ class StreamedPreparation(Preparation):
         return sum(part["rows"] for part in self.parts)
 
     def publish(self) -> PreparedCorpus:
-        """Go on until all that is wanted is published, or until stopped."""
+        """Continue until everything requested is published, or until stopped."""
         if self.segment < 1:
             few = f"segment_tokens {self.head_bytes} do not fill one row of {self.context + 1}: take larger segments"
             raise CorpusError(self.corpus.name, [few])
@@ -100,7 +100,7 @@ class StreamedPreparation(Preparation):
             for left in self.folder.glob("*.partial"):  # of a killed preparation
                 left.unlink()
         if not (prepared := PreparedCorpus.open(self.folder, self.corpus.weights)):
-            raise CorpusError(self.corpus.name, ["preparing it was stopped before its first segment was there"])
+            raise CorpusError(self.corpus.name, ["preparation was stopped before its first segment was ready"])
         return prepared
 
     def _go_on(self) -> bool:
@@ -260,7 +260,7 @@ class StreamedPreparation(Preparation):
     def _publish(self, plan: DocumentPlan, *, is_complete: bool) -> None:
         """Publish what is packed; a reader finds parts.json as far as corpus.json says, or further."""
         if not is_complete and self.rows <= (self.known.rows if self.known else 0):
-            return  # a preparation that goes on has not come to what is new yet
+            return  # a resumed preparation has not reached new shards yet
         target = self.folder if self.known else self.ready
         write_json(target / "parts.json", self.parts)
         done = self.shards[: self.packed_shards]

@@ -33,7 +33,7 @@ def spread(
         cpus: of each part, which computes with as many threads.
 
     Raises:
-        ValueError: as :meth:`Evaluation.results` does; the other parts go on until this process ends.
+        ValueError: as :meth:`Evaluation.results` does; the other parts continue until this process ends.
         ClusterError: the head takes jobs only.
     """
     with connected():

@@ -92,7 +92,7 @@ class EventsWriter:
         if self._waiting:
             self._flush()
         if self._writer is None:
-            raise ValueError("the validation split has no tokens: nothing was read")
+            raise ValueError("the validation split has no tokens")
         self._writer.close()
 
 

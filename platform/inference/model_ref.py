@@ -90,7 +90,7 @@ def find_run(store: RunStore, study: str, name: str) -> str:
         return found[0]
     listed = "\n".join(f"  {study}/{run.key}   {run.label} ({run.state})" for run in views)
     how = "several runs match" if found else "no run is called"
-    raise ModelFolderError(f"{how} {name!r} in study {study}; there are:\n{listed}")
+    raise ModelFolderError(f"{how} {name!r} in study {study}; available:\n{listed}")
 
 
 def _find_step(store: RunStore, study: str, key: str, step: str) -> int:

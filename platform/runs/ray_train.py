@@ -1,7 +1,7 @@
 """One run from its spec to its record: by a group of Ray Train's workers, or in the process that asks.
 
 One of the few modules that import Ray. The worker function ties the parts together; each of them also works without
-Ray. A run goes on from its last checkpoint by itself: after a worker's death, and in a new job after the driver's.
+Ray. A run resumes from its last checkpoint by itself: after a worker's death, and in a new job after the driver's.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def fit_here(spec: RunSpec, *, report: Callable[[dict[str, Any]], object]) -> No
     and DeepSpeed are imported once for all runs of the process. The result is that of :func:`fit`, to the last bit.
 
     A run that raises is tried again from its last checkpoint, ``max_failures`` times. If the process dies, whoever
-    started it calls again in another one; the run goes on from its last checkpoint then too.
+    started it calls again in another one; the run resumes from its last checkpoint then too.
 
     Args:
         spec: the run.

@@ -17,7 +17,7 @@ from haltscale.platform.sweeps.sweep import Budget, Control, ControlKind, Point,
 
 PLAIN = {Method.VANILLA: "it is the plain model that the control would be"}
 UNROUTED = {
-    method: "it has no router: every token takes as many steps as every other"
+    method: "it has no router: all tokens take the same number of steps"
     for method in Method
     if not issubclass(METHODS[method].options, SourceOptions)
 } | {Method.SHUFFLED: "it is itself a control (an old one, with a router of its own)"}

@@ -71,7 +71,7 @@ class StudyPlan(StudySpec):
         )
 
     def _views(self, store: RunStore) -> dict[str, RunView]:
-        """All of the study's runs in the store, those of its earlier versions too; none where its name is no name.
+        """All of the study's runs in the store, those of its earlier versions too; none where its name is invalid.
 
         By the key that the run has today, which for a record of an earlier schema is not its folder's name.
         """

@@ -46,7 +46,7 @@ def publish(store: RunStore, study: str, root: str | Path, *, models: Sequence[s
     """
     document = {name: value for name, value in store.study(study).items() if name != "schema"}
     if not document:
-        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     copy = RunStore(root)
     if copy.root == store.root:
         raise StoreError(f"{root} is the store that the study is in: give another folder")

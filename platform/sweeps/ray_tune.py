@@ -77,7 +77,7 @@ def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False)
 def run_missing(study: StudyPlan, missing: Mapping[str, PlannedRun], store: RunStore) -> None:
     """Train runs, as many at once as the cluster holds, in their order.
 
-    A run that fails is recorded as failed and the others go on.
+    A run that fails is recorded as failed and the others continue.
     """
     runs = {key: entry.run for key, entry in missing.items() if entry.run}
     with contextlib.ExitStack() as beside:  # a streamed corpus is prepared further until its runs have ended
@@ -210,7 +210,7 @@ def _trial_here(config: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _failures_recorded(spec: ray_train.RunSpec) -> Iterator[None]:
-    """A failure is recorded in the run's own folder, where it belongs; the other trials go on."""
+    """A failure is recorded in the run's own folder, where it belongs; the other trials continue."""
     try:
         yield
     except Exception as error:

@@ -95,7 +95,7 @@ def show_targets(frame: pd.DataFrame, *, title: str) -> None:
 
 
 SAME_STEPS = 0.01
-"""Means of latent steps that differ by more than this, relatively, are no equal steps."""
+"""Means of latent steps that differ by more than this, relatively, are not equal."""
 
 
 def control_differences(store: RunStore, study: str) -> pd.DataFrame:
@@ -250,7 +250,7 @@ def show(frame: pd.DataFrame, *, title: str) -> None:
             Text(name), justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*map(Text, row))  # text of the store is no markup
+        table.add_row(*map(Text, row))  # text of the store is not markup
     console = _console()
     unbounded = console.options.update(max_width=10_000)
     needed = console.measure(table, options=unbounded).minimum

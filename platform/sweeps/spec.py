@@ -20,13 +20,13 @@ COMPARISON, TUNING = "comparison", "tuning"
 
 @dataclass(frozen=True, kw_only=True)
 class Halving:
-    """Asynchronous successive halving (ASHA, arXiv 1810.05934): at growing shares of its budget a run goes on only if
+    """Asynchronous successive halving (ASHA, arXiv 1810.05934): at growing shares of its budget a run continues only if
     its held-out loss is among the best there. It looks at evaluations: give the execution enough of them."""
 
     first: float = 0.25
     """Share of the budget after which a run may be ended for the first time."""
     factor: int = 2
-    """One run in so many goes on, and the next look is after so many times the share."""
+    """The fraction of runs that continue is 1 / this; the next check is at this multiple of the share."""
 
 
 @dataclass(frozen=True, kw_only=True)

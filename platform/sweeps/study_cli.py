@@ -55,15 +55,15 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         raise _Captured
     parser = argparse.ArgumentParser(
         description=study.question,
-        epilog="example: --dry-run --set tokens=100000 shows what shorter runs would be and starts nothing",
+        epilog="example: --dry-run --set tokens=100000 shows the plan of shorter runs and starts nothing",
     )
     parser.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and stop")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON, and everything else to stderr")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON; everything else goes to stderr")
     parser.add_argument(
-        "--retry-failed", action="store_true", help="try runs again that diverged, were refused, or had their time"
+        "--retry-failed", action="store_true", help="retry runs that diverged, were refused, or reached max_hours"
     )
-    parser.add_argument("--adopt", action="store_true", help="go on with the runs of another study of the same name")
+    parser.add_argument("--adopt", action="store_true", help="continue the runs of another study of the same name")
     parser.add_argument(
         "--set",
         action="append",
@@ -112,11 +112,11 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
     if not options.json:
         report.show_targets(report.judged_targets(store, chosen.name), title=f"{chosen.name}: targets")
     status = chosen.status(store)
-    states = status[status["role"] == chosen.role]["state"]  # a tuning run that diverged has told what it was to tell
+    states = status[status["role"] == chosen.role]["state"]  # a diverged tuning run is a result too
     if unfinished := int((~states.isin([RunState.FINISHED, RunState.STOPPED])).sum()):
         permanent = int(states.isin([RunState.DIVERGED, RunState.CAPPED]).sum())
         advice = "submit the study again to resume"
-        advice += f" ({permanent} diverged or had their time: those only with --retry-failed)" if permanent else ""
+        advice += f" ({permanent} diverged or reached max_hours: retried only with --retry-failed)" if permanent else ""
         sys.exit(f"{unfinished} of {len(states)} runs have no result; {advice}")
 
 

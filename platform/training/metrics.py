@@ -95,7 +95,7 @@ class StepTotals:
 
     @property
     def is_noticed(self) -> bool:
-        """Whether any rank was told that it may end soon."""
+        """Whether any rank has notice of preemption."""
         return bool(self.sums[10])
 
     @property
@@ -105,7 +105,7 @@ class StepTotals:
 
     @property
     def straggling(self) -> float:
-        """Most over mean latent steps of the ranks' tokens: all wait for the rank that thinks longest. 1 is even."""
+        """The straggler ratio: maximum over mean of the ranks' latent steps. 1 is balanced."""
         mean = float(self.rank_steps.mean())
         return float(self.rank_steps.max()) / mean if mean > 0 else 1.0
 

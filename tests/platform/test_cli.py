@@ -199,7 +199,7 @@ def test_a_study_that_is_running_is_followed_and_not_started_again(head, monkeyp
     monkeypatch.setattr(cluster, "running_job", lambda client, study, owner: "job-0")
     assert run("submit", "quickstart") == 0
     assert head == []
-    assert "is running already as job-0" in capsys.readouterr().out
+    assert "is already running as job-0" in capsys.readouterr().out
 
 
 def test_an_interrupted_follower_leaves_the_job_alone(head, monkeypatch, capsys):

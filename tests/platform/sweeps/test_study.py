@@ -46,7 +46,7 @@ def test_the_cheapest_run_comes_first(study):
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "", "..", "with space"])
 def test_a_name_that_is_no_folder_is_refused(study, name):
-    assert "no name for a study" in only(study(name=name).problems())
+    assert "not a valid study or run name" in only(study(name=name).problems())
 
 
 def test_an_empty_sweep_is_refused(study):
