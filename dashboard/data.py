@@ -68,8 +68,8 @@ class StudyView:
     corpus: Mapping[str, Any] = field(default_factory=dict)
     runs: pd.DataFrame
     """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``routed`` (whether a router
-    of its own chooses its steps), ``steps_histogram``, ``need`` (``NeedTally.result``; empty where the need for steps is
-    not known), and the fields of the runs' identities."""
+    of its own chooses its steps), ``steps_histogram``, ``need`` (``NeedTally.result``; empty where the need for steps
+    is not known), and the fields of the runs' identities."""
     problems: tuple[Problem, ...] = ()
     document: Mapping[str, Any] = field(default_factory=dict)
     """Its study.json."""
