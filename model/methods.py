@@ -65,9 +65,7 @@ class MethodEntry:
 
     def __post_init__(self) -> None:
         if self.every_step is None and issubclass(self.options, SourceOptions):
-            raise ValueError(
-                f"{self.model.__name__} has a router (SourceOptions): every_step must say what its bound is"
-            )
+            raise ValueError(f"{self.model.__name__} has a router (SourceOptions): give every_step, to price its bound")
 
     @property
     def routed(self) -> bool:

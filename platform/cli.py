@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from haltscale.platform import cli_models, cluster
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"haltscale {metadata.version('haltscale')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, **more: Any) -> argparse.ArgumentParser:

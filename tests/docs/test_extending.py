@@ -180,6 +180,14 @@ def test_options_that_cost_nothing_are_not_priced_again(study: Any) -> None:
     assert planning._training_flops.cache_info().misses == before
 
 
+def test_it_can_be_named_by_its_path(study: Any) -> None:
+    named = replace(study, sweep=grid(method="haltscale_blend.method:ENTRY", steps=1))
+    (run,) = named.runs
+    assert named.key(run).startswith("ENTRY-1x64-")
+    assert run.label.startswith("haltscale_blend.method:ENTRY")
+    assert RunConfig.from_identity(named.identity(run)) == run.canonical()
+
+
 def test_what_is_wrong_is_said(study: Any) -> None:
     bad = grid(method="blend", steps=40) + grid(method="blend", stepz=2) + grid(method="blond")
     told = "\n".join(replace(study, sweep=bad).problems())
