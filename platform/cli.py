@@ -150,7 +150,7 @@ def _model_verb(options: argparse.Namespace) -> None:
         sys.exit(f"error: {error}")
 
 
-def _connected() -> tuple[cluster.Head, cluster.JobSubmissionClient]:
+def _connected() -> tuple[cluster.Head, Any]:
     """The head to talk to, and its job client.
 
     Raises:

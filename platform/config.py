@@ -36,7 +36,8 @@ from haltscale.model.loop_options import LOOP_FIELDS
 from haltscale.platform.arms import arm
 from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
-from haltscale.platform.precision import Precision, fast_precision
+from haltscale.platform.precision import Precision as Precision  # handed on
+from haltscale.platform.precision import fast_precision
 
 
 class Schedule(StrEnum):
@@ -306,7 +307,8 @@ class RunConfig:
         options: Any = self.options
         if hasattr(options, "canonical"):
             options = options.canonical()
-        return replace(_rounded(self), **{**defaults, "options": _rounded(options)})
+        canonical: RunConfig = replace(_rounded(self), **{**defaults, "options": _rounded(options)})
+        return canonical
 
     def resolved(self, *, on_gpu: bool = False) -> RunConfig:
         """The run with the number format that ``precision=auto`` stands for.

@@ -272,4 +272,5 @@ def _counts(method: str, options: Any, context: int) -> PassCounts:
     config = ModelConfig(method=method, shape=PROBE_SHAPE, vocab_size=8, context=context, options=options)
     tokens_BT = torch.zeros(1, context, dtype=torch.long)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return METHODS[method].model(config).eval()(tokens_BT, tokens_BT).trace.counts
+        counts: PassCounts = METHODS[method].model(config).eval()(tokens_BT, tokens_BT).trace.counts
+    return counts

@@ -262,7 +262,16 @@ def test_an_export_takes_its_code_along(trained: dict[str, Any], study: Any, sit
 def test_the_study_runs(site: Path, tmp_path: Path) -> None:
 
     environment = os.environ | {"PYTHONPATH": str(site), "HALTSCALE_HOME": str(tmp_path), "RAY_TMPDIR": "/tmp"}
-    command = [sys.executable, "-m", "haltscale.platform.cli", "run", "blend-depth"]
+    command = [
+        sys.executable,
+        "-m",
+        "haltscale.platform.cli",
+        "run",
+        "blend-depth",
+        "--",
+        "--store",
+        str(tmp_path / "store"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = report.results(RunStore(tmp_path / "store"), "blend-depth")
