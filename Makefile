@@ -10,7 +10,10 @@ GROUPS ?=
 FUZZ_EXAMPLES ?= 20000
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help study dashboard test test-slow fuzz bench check typed browser down clean
+# All of them, so that constraints.txt covers whatever can be installed.
+EXTRAS := corpora,dev,harness,s3,tuning,wandb
+
+.PHONY: constraints help study dashboard test test-slow fuzz bench check typed browser down clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +61,15 @@ bench: $(VENV)/.installed-dev ## measure everything and write benchmarks/RESULTS
 	@$(PIP_INSTALL) --no-deps $(LITGPT) || echo "litgpt cannot be installed: it will not be measured"
 	$(BIN)/python benchmarks/run.py $(GROUPS)
 
+constraints: ## update constraints.txt to the newest versions that fit together (torch stays; edit its line to change it)
+	$(PYTHON) -m venv --clear $(VENV)-constraints
+	$(VENV)-constraints/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-constraints/bin/python -m pip install --quiet '.[$(EXTRAS)]' setuptools-scm
+	{ grep '^#' constraints.txt; \
+	  $(VENV)-constraints/bin/python -m pip freeze --exclude haltscale | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia|cuda|triton)' | sort -f; \
+	} > constraints.new && mv constraints.new constraints.txt
+	rm -rf $(VENV)-constraints
+
 # Type checker and import linter read the rooms under their import name.
 typed:
 	@mkdir -p .typed/haltscale
@@ -70,4 +82,4 @@ check: $(VENV)/.installed-dev typed ## lint, types, import contracts
 	PYTHONPATH=.typed $(BIN)/lint-imports --no-logo
 
 clean: ## remove what make installed (results stay)
-	rm -rf $(VENV) .typed build *.egg-info
+	rm -rf $(VENV) $(VENV)-constraints .typed build *.egg-info

@@ -51,7 +51,7 @@ def default_pair(view: StudyView) -> tuple[str, str] | None:
         by_arm[str(method)] += count.get(str(key), 0)
     subjects = [name for name in names if by_arm[name]]
     others = [name for name in names if name != PLAIN and not is_control(name)]
-    routed = [name for name in others if name not in (*OLD_CONTROLS, *data.UNROUTED)]
+    routed = [name for name in others if name in set(runs["method"][runs["routed"]])]
     arm = max(subjects, key=lambda name: by_arm[name]) if subjects else (routed or others or names)[0]
     rest = [name for name in names if name != arm]
     return arm, PLAIN if PLAIN in rest else rest[0]

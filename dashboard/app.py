@@ -2,8 +2,9 @@
 
 Streamlit imports this file to know what it serves, and runs it as a script for every reader.
 
-A new page is one file in ``app_pages/``: TITLE, ICON and ORDER at its top list it, its docstring is its tooltip, and
-its last line hands a function that draws a study to :func:`haltscale.dashboard.layout.live`.
+A new page is one file in ``app_pages/``, or a module of another package (entry points of the group
+``haltscale.pages``): TITLE, ICON and ORDER at its top list it, its docstring is its tooltip, and its last line hands a
+function that draws a study to :func:`haltscale.dashboard.layout.live`.
 """
 
 from pathlib import Path
@@ -21,7 +22,14 @@ def draw() -> None:
     entries = layout.pages(Path(__file__).parent / "app_pages")
     page = st.navigation(
         [
-            st.Page(entry["page"], title=entry["title"], icon=entry["icon"], help=entry["help"], default=index == 0)
+            st.Page(
+                entry["page"],
+                title=entry["title"],
+                icon=entry["icon"],
+                url_path=entry["url_path"],
+                help=entry["help"],
+                default=index == 0,
+            )
             for index, entry in enumerate(entries)
         ]
     )

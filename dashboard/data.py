@@ -20,7 +20,7 @@ import pandas as pd
 from haltscale.dashboard import style
 from haltscale.platform import run_table
 from haltscale.platform.analysis.runs import budgets_of, parameters_named
-from haltscale.platform.arms import OLD_CONTROLS, arm, controls_of, is_control, shown
+from haltscale.platform.arms import arm, controls_of, is_control, shown
 from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
@@ -67,9 +67,9 @@ class StudyView:
     """Seconds since 1970."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
     runs: pd.DataFrame
-    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``steps_histogram``,
-    ``need`` (``NeedTally.result``; empty where the need for steps is not known), and the fields of the runs'
-    identities."""
+    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``routed`` (whether a router
+    of its own chooses its steps), ``steps_histogram``, ``need`` (``NeedTally.result``; empty where the need for steps
+    is not known), and the fields of the runs' identities."""
     problems: tuple[Problem, ...] = ()
     document: Mapping[str, Any] = field(default_factory=dict)
     """Its study.json."""
@@ -125,8 +125,6 @@ NUMBERS = (
     ),
     *("needy_accuracy", "needy_steps", "need_rank_correlation"),
 )
-UNROUTED = ("looped", "pause", "ponder", "ponder2")
-"""Methods that take steps and have no router: every token gets as many."""
 FACETS = ("method", "size", "nominal", "lam", "beta", "l_max", "seed")
 """What the runs can be filtered by."""
 
@@ -259,6 +257,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "series": "",
         "note": "",
         "role": words(view.spec.get("role")) or "comparison",
+        "routed": run_table.routed(record or view.spec, identity),
         "git_commit": words(record.get("git_commit")),
         "seed": number(identity.get("seed")),
         "tokens": number(identity.get("tokens")),
@@ -319,7 +318,11 @@ def silence(seconds: float | None) -> str:
 
 def empty_runs() -> pd.DataFrame:
     """A runs frame with every column and no row."""
-    columns = dict.fromkeys((*TEXT, "steps_histogram", "need"), "object") | dict.fromkeys(NUMBERS, "float64")
+    columns = (
+        dict.fromkeys((*TEXT, "steps_histogram", "need"), "object")
+        | {"routed": "bool"}
+        | dict.fromkeys(NUMBERS, "float64")
+    )
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
 
 
@@ -454,7 +457,7 @@ def written(value: object) -> str:
 
 def asked_for(runs: pd.DataFrame) -> list[str]:
     """The columns of what runs were asked for, beside :data:`OPTIONS`, size, seed and budget."""
-    known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "setting", "code"}
+    known = {*TEXT, *NUMBERS, "routed", "steps_histogram", "need", "configuration", "setting", "code"}
     return [str(name) for name in runs if name not in known]
 
 
@@ -522,17 +525,12 @@ def analysed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(tokens=runs["tokens_done"], passes_per_token=runs["passes"])
 
 
-def routes(method: object) -> bool:
-    """Whether an arm has a router of its own that chooses the steps of its tokens."""
-    return not (is_control(str(method)) or method in (*OLD_CONTROLS, *UNROUTED, "vanilla"))
-
-
 def telling(runs: pd.DataFrame, keys: Collection[str]) -> str:
     """The run that a page about halting opens with, of some keys: one whose steps a router gives, finished if possible,
     else one that takes steps, else any; of several the last in the study's order."""
     known = runs[runs["key"].isin(list(keys))]
     steps = known[known["l_max"].gt(0)]
-    routed = steps[steps["method"].map(routes).astype(bool)]
+    routed = steps[steps["routed"]]
     for choice in (routed[routed["state"] == "finished"], routed, steps[steps["state"] == "finished"], steps, known):
         if len(choice):
             return str(choice["key"].iloc[-1])

@@ -6,9 +6,13 @@ something new may have been written, without a reload and without touching the r
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import logging
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import streamlit as st
 from haltscale.dashboard import data, figures, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView
+
+log = logging.getLogger(__name__)
 
 ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""
@@ -292,10 +298,17 @@ def refused(refusals: Mapping[str, str], what: str = "Not fitted") -> None:
         st.info(f"{what}:\n" + "\n".join(lines), icon=":material/block:")
 
 
+PAGES = "haltscale.pages"
+"""Entry points of this group add pages; their values are modules (``my_package.my_page``)."""
+
+
 def pages(folder: Path) -> list[dict[str, Any]]:
-    """The pages of a folder in order. A page is one file; TITLE, ICON and ORDER at its top say how it is listed."""
+    """The pages of a folder and of other packages, in order. A page is one file; TITLE, ICON and ORDER at its top say
+    how it is listed."""
+    own = [(path, path.stem) for path in sorted(folder.glob("*.py"))]
+    files = [*own, *((path, name) for path, name in _other_pages() if name not in dict(own).values())]
     found = []
-    for path in sorted(folder.glob("*.py")):
+    for path, name in files:
         text = path.read_text(encoding="utf-8")
         # Read, not imported: importing a page would run it.
         facts = dict(re.findall(r'^(TITLE|ICON|ORDER) = "?([^"\n]+?)"?$', text, flags=re.MULTILINE))
@@ -304,6 +317,7 @@ def pages(folder: Path) -> list[dict[str, Any]]:
             found.append(
                 {
                     "page": path,
+                    "url_path": name,
                     "title": facts["TITLE"],
                     "icon": facts.get("ICON", ":material/article:"),
                     "help": " ".join(purpose[1].split()) if purpose else None,
@@ -311,3 +325,24 @@ def pages(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return sorted(found, key=lambda entry: (entry["order"], entry["title"]))
+
+
+@cache
+def _other_pages() -> list[tuple[Path, str]]:
+    """File and name of each page of another package; one that is not there is logged and left out."""
+    found = []
+    for point in sorted(entry_points(group=PAGES)):
+        if path := _page_file(point.value):
+            found.append((path, point.name))
+        else:
+            log.warning("page %r is left out: there is no module %s", point.name, point.value)
+    return found
+
+
+def _page_file(module: str) -> Path | None:
+    """The file of a page's module, which is not imported; None where there is none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None

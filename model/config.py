@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 
 class Method(StrEnum):
-    """The methods that a study can compare. Each has one file here and one line in registry.py."""
+    """The methods of this package. Each has one file here and one entry in registry.py. Those of other packages have
+    plain strings for names (methods.py)."""
 
     VANILLA = "vanilla"
     ADAPTIVE = "adaptive"
@@ -189,7 +190,7 @@ def model_choice_problems(values: Any) -> list[str]:
 class ModelConfig:
     """One model, complete: same config and seed, same initial weights and same results."""
 
-    method: Method
+    method: Method | str
     """What the model computes before it emits a token."""
     shape: Shape
     """Size of the stack; see SIZES."""

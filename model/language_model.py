@@ -431,6 +431,16 @@ class LanguageModel(nn.Module):
         assert sum(groups.values()) == sum(map(_true_numel, self.parameters()))
         return groups
 
+    def recurrent_parameters(self) -> int:
+        """Parameters that every pass of a token after the first uses again: those of the blocks that `layers_per_pass`
+        gives it, and the norm behind the stack where that is all of them."""
+        layers, groups = self.config.shape.layers, self.parameter_groups_count()
+        again = self.layers_per_pass(2)[1]
+        if again == layers:
+            return groups["attention"] + groups["mlp"] + groups["norms"]
+        blocks = (groups["attention"] + groups["mlp"]) // layers
+        return again * (blocks + 2 * self.config.shape.d)
+
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values that decoding sets aside for each token of a sequence, however early it halts.
 

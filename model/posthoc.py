@@ -61,7 +61,8 @@ def score(model: LanguageModel, kind: Score, z_Nd: Tensor, before_Nd: Tensor) ->
     z_Nd, before_Nd = at_least_float32(z_Nd), at_least_float32(before_Nd)
     if kind is Score.CHANGE:
         tiny = torch.finfo(z_Nd.dtype).tiny
-        return (z_Nd - before_Nd).norm(dim=1) / z_Nd.norm(dim=1).clamp(min=tiny)
+        change_N: Tensor = (z_Nd - before_Nd).norm(dim=1) / z_Nd.norm(dim=1).clamp(min=tiny)
+        return change_N
     dtype = model.embedding.weight.dtype
     log_p_NV = at_least_float32(model.lm_head(z_Nd.to(dtype))).log_softmax(1)
     if kind is Score.CONFIDENCE:

@@ -149,7 +149,7 @@ def is_alive(head: Head) -> bool:
         request.add_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
 
@@ -240,11 +240,11 @@ def _stop_processes(head: Head) -> bool:
     return found
 
 
-def _children(process: object) -> list:
+def _children(process: Any) -> list[Any]:
     import psutil
 
     try:
-        return process.children(recursive=True)  # type: ignore[attr-defined]
+        return list(process.children(recursive=True))
     except psutil.Error:
         return []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -37,7 +36,8 @@ from haltscale.model.loop_options import LOOP_FIELDS
 from haltscale.platform.arms import arm
 from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
-from haltscale.platform.precision import Precision, fast_precision
+from haltscale.platform.precision import Precision as Precision  # handed on
+from haltscale.platform.precision import fast_precision
 
 
 class Schedule(StrEnum):
@@ -83,7 +83,7 @@ LABELLED_SWITCHES = tuple(name for name in LOOP_FIELDS if name != "depth_growth"
 class RunConfig:
     """Everything that changes what a run computes; the corpus joins it in :meth:`identity`."""
 
-    method: Method = Method.VANILLA
+    method: Method | str = Method.VANILLA
     """What the model computes; see ``haltscale.model.METHODS``."""
     size: str = "0.6m"
     """A step of the ladder (``haltscale.model.SIZES``); or ``imported``, the shape of ``init_from``."""
@@ -306,7 +306,8 @@ class RunConfig:
         options: Any = self.options
         if hasattr(options, "canonical"):
             options = options.canonical()
-        return replace(_rounded(self), **{**defaults, "options": _rounded(options)})
+        canonical: RunConfig = replace(_rounded(self), **{**defaults, "options": _rounded(options)})
+        return canonical
 
     def resolved(self, *, on_gpu: bool = False) -> RunConfig:
         """The run with the number format that ``precision=auto`` stands for.
@@ -352,7 +353,7 @@ class RunConfig:
 
         A field that the identity lacks was added since: it has the value that means what the code did before.
         """
-        method = Method(identity["method"])
+        method = METHODS.known(identity["method"])
         unread = {"method", "options", "init_from"}
         if identity.get("flops") is not None:
             unread.add("tokens")
@@ -399,7 +400,7 @@ def run_key(identity: Mapping[str, Any]) -> str:
         "options": {name: value for name, value in identity["options"].items() if _differs(value, usual, name)},
         "semantics": {part: version for part, version in identity["semantics"].items() if version != 1},
     }
-    return f"{method}-{identity['size']}-{digest(short)}"
+    return f"{method.rpartition(':')[2]}-{identity['size']}-{digest(short)}"  # of an importable path, what it names
 
 
 def _differs(value: Any, defaults: Mapping[str, Any], name: str) -> bool:
@@ -433,10 +434,10 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
     names that the caller knows besides, to suggest where one is misspelt.
     """
     found: list[str] = []
-    method = point.get("method", base.method)
-    if method not in METHODS:
-        return base, [f"method = {method!r}{did_you_mean(method, METHODS)}"]
-    method = Method(method)
+    try:
+        method = METHODS.named(point.get("method", base.method))
+    except ValueError as error:
+        return base, [str(error)]
     option_type: Any = METHODS[method].options
     option_names = [f.name for f in fields(option_type)]
     run_names = [f.name for f in fields(base) if f.name not in ("method", "options")]
@@ -462,12 +463,8 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
             options[name] = value
         else:
             known = [*run_names, *option_names, *also]
-            owners = [str(m) for m, entry in METHODS.items() if name in _names(entry.options)]
+            owners = METHODS.with_option(name)
             hint = f"; {', '.join(owners)} has it" if owners else did_you_mean(name, known)
             found.append(f"{method} has no {name!r}{hint}")
     run = replace(base, method=method, options=build_options(option_type, options), **normalised(type(base), values))
     return run, found
-
-
-def _names(kind: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]

@@ -43,11 +43,13 @@ from haltscale.platform.documents import (
     NOTHING,
     RUN,
     SCHEMA_VERSION,
-    StoreError,
     advice,
     checked,
     parse_document,
     parse_lines,
+)
+from haltscale.platform.documents import (
+    StoreError as StoreError,  # handed on
 )
 from haltscale.platform.durable import write_durably
 from haltscale.platform.lease import Holder, holder_of, modified

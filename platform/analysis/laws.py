@@ -102,7 +102,7 @@ class LawFit:
     @quiet
     def predict(self, points: Points) -> Floats:
         """``(n,)`` fitted loss, nats per token."""
-        return np.exp(self.form.evaluate(self.theta[None], points)[0][0])
+        return np.asarray(np.exp(self.form.evaluate(self.theta[None], points)[0][0]), dtype=np.float64)
 
     @quiet
     def band(self, points: Points) -> tuple[Floats, Floats]:

@@ -131,7 +131,8 @@ def _share(values: Floats, group: np.ndarray) -> Floats:
     between = ((values @ member / sizes - mean) ** 2 * sizes).sum(1)
     total = ((values - mean) ** 2).sum(1)
     within = (total - between) / max(values.shape[1] - count, 1)
-    return np.clip((between - (count - 1) * within) / np.maximum(total, 1e-300), 0.0, 1.0)
+    share = (between - (count - 1) * within) / np.maximum(total, 1e-300)
+    return np.asarray(np.clip(share, 0.0, 1.0), dtype=np.float64)
 
 
 @quiet

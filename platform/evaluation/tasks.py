@@ -117,7 +117,7 @@ def _package_file(path: str) -> bytes:
 
 def _grouped(label: str, rows: list[dict[str, object]]) -> Iterator[Item]:
     """Requests of the package's format, one row per choice, as items."""
-    questions: dict[int, list[dict]] = {}
+    questions: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         if row["doc_id"] < UNCONDITIONED:  # type: ignore[operator]
             questions.setdefault(row["doc_id"], []).append(row)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from ray.train.torch import TorchTrainer
 
-from haltscale.model import build_model
+from haltscale.model import METHODS, build_model
 from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import ConfigError, RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
@@ -72,7 +72,9 @@ class RunSpec:
     def described(self) -> dict[str, Any]:
         """What ``spec.json`` and ``record.json`` say about the run."""
         names = ["label", "study", "key", "role", "identity", "execution", *(["recipe"] if self.recipe else [])]
-        return {name: getattr(self, name) for name in names}
+        described = {name: getattr(self, name) for name in names}
+        # for readers of the store, which may lack the package of the method
+        return described | {"routed": METHODS[self.identity["method"]].routed}
 
 
 def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
@@ -183,6 +185,7 @@ class Surroundings:
 
 def _train_run(spec: RunSpec, around: Surroundings) -> None:
     rank = around.rank
+    METHODS.named(spec.identity["method"])  # the study's own: one that is given by its path has to be imported here too
     run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
     torch.set_num_threads(execution.cpus_per_worker)
     corpus = PreparedCorpus.open(Path(spec.corpus_folder), spec.corpus_weights)

@@ -102,7 +102,7 @@ def _publish_run(store: RunStore, copy: RunStore, study: str, key: str, document
 def _is_ragged(documents: dict[str, Any]) -> bool:
     """Whether a run compares, and its tokens took different numbers of steps."""
     histogram = documents["record"].get("steps_histogram") or []
-    return documents["spec"].get("role") != "tuning" and sum(share > 0 for share in histogram) > 1
+    return bool(documents["spec"].get("role") != "tuning") and sum(share > 0 for share in histogram) > 1
 
 
 def _copy_file(store: RunStore, copy: RunStore, path: str, study: str, key: str, folder: str) -> None:

@@ -165,18 +165,21 @@ class Sweep:
         ({'method': 'vanilla'}, {'method': 'adaptive', 'lam': 0.1}, {'method': 'adaptive', 'lam': 1.0})
 
         Raises:
-            ValueError: a point names no method, or no point's method has one of the options.
+            ValueError: a point names no method or one that there is not, or no point's method has one of the options.
         """
         if any("method" not in plain_point(point) for point in self.points):
             raise ValueError("with_options asks what each point's method has: give method=... in the sweep before it")
-        has = {name: {f.name for f in fields(entry.options)} for name, entry in METHODS.items()}  # type: ignore[arg-type]
-        known = set().union(*(has.get(plain_point(point)["method"], set()) for point in self.points))
+        has: dict[Any, set[str]] = {}
+        for method in {plain_point(point)["method"] for point in self.points}:
+            options: Any = METHODS[METHODS.named(method)].options
+            has[method] = {f.name for f in fields(options)}
+        known = set().union(*has.values())
         if unknown := [name for name in axes if name not in known]:
             hints = ", ".join(f"{name!r}{did_you_mean(name, sorted(known))}" for name in unknown)
             raise ValueError(f"no method of this sweep has the option {hints}")
         made: list[AnyPoint] = []
         for point in self.points:
-            own = {name: value for name, value in axes.items() if name in has.get(plain_point(point)["method"], ())}
+            own = {name: value for name, value in axes.items() if name in has[plain_point(point)["method"]]}
             made += [_joined(point, more) for more in grid(**own).points]
         return Sweep(tuple(made))
 

@@ -77,7 +77,7 @@ class StepTotals:
     @property
     def means(self) -> npt.NDArray[np.float64]:
         """Mean over scored tokens of loss, cross-entropy, penalty and expected steps."""
-        return self.sums[:4] / max(self.sums[4], 1.0)
+        return np.asarray(self.sums[:4] / max(self.sums[4], 1.0))
 
     @property
     def flops(self) -> Flops:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from haltscale.platform import cli, cluster
+from haltscale.platform.load_study import load_study
 from haltscale.platform.sweeps.study import Study
 
 
@@ -140,15 +141,15 @@ def test_a_file_and_a_module_are_as_good_as_what_ships(tmp_path, monkeypatch):
     (tmp_path / "package" / "__init__.py").touch()
     (tmp_path / "package" / "sweeps.py").write_text(SCRIPT.format(corpus="texts"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    loaded = cli.load_study(str(tmp_path / "mine.py"))
+    loaded = load_study(str(tmp_path / "mine.py"))
     assert (loaded.study.name, loaded.study.source) == ("mine", "mine.py")
     assert loaded.entrypoint == ("python", "mine.py")
     assert [file.name for file in loaded.files] == ["mine.py", "texts.py"]
-    loaded = cli.load_study("package.sweeps")
+    loaded = load_study("package.sweeps")
     assert (loaded.study.name, loaded.study.source) == ("mine", "package.sweeps")
     assert loaded.entrypoint == ("python", "-m", "package.sweeps")
     assert loaded.files == (tmp_path / "package",)
-    loaded = cli.load_study("haltscale.studies.quickstart")
+    loaded = load_study("haltscale.studies.quickstart")
     assert loaded.study.name == "quickstart"
     assert loaded.files == ()
 
