@@ -36,6 +36,7 @@ from haltscale.platform.schedule import share
 from haltscale.platform.store import Cause, RunState, RunStore
 from haltscale.platform.training.engine import full_weights, open_process_group, readable, snapshot, start
 from haltscale.platform.training.loop import Hooks, train
+from haltscale.platform.training.metrics import sum_over_ranks
 from haltscale.platform.training.monitors import RunCappedError, TrainingDivergedError, memory_explained
 from haltscale.platform.training.progress import Progress
 from haltscale.platform.training.sinks import open_sinks
@@ -237,8 +238,10 @@ def _train(
 
         def save(progress: Progress) -> None:
             checkpoints.write(snapshot(engine), progress.to_dict())
-            if is_preempted:
+            if sum_over_ranks(int(is_preempted or recorder.is_told_to_save), world):
                 checkpoints.wait()
+                sum_over_ranks(0, world)  # the others have waited too
+                recorder.has_saved()
             prune(progress)
             around.report({"step": progress.step})
 
@@ -271,7 +274,7 @@ def _train(
             write(row)
             is_preempted = around.is_preempted()
 
-        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
+        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted or recorder.is_told_to_save)
         sinks = open_sinks(
             execution.sinks if rank == 0 else (),
             study=spec.study,

@@ -16,7 +16,7 @@ from typing import Any
 from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError
 from haltscale.platform.store import RunState, RunStore, StoreError
-from haltscale.platform.sweeps import report
+from haltscale.platform.sweeps import notice, report
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         if options.dry_run:
             report.show_plan(chosen.plan(store), title=f"{chosen.name}: the plan", as_json=options.json)
             return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR2, lambda *_: notice.save_and_end(store, chosen.name))  # SIGUSR1 is Tune's
         results = chosen.run(store, retry_failed=options.retry_failed, adopt=options.adopt)
     except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")

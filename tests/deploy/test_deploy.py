@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,12 +102,15 @@ def test_the_slurm_script_is_sound() -> None:
 
 
 SLURM = {
-    "scontrol": "printf 'node-1\\nnode-2\\n'",
-    "srun": 'echo "srun $*" >> "$CALLS"; case "$*" in *hostname*) echo 10.0.0.1;; esac',
+    "scontrol": "case $1 in show) printf 'node-1\\nnode-2\\n';; *) echo \"scontrol $*\" >> $CALLS;; esac",
+    "srun": 'echo "srun $*" >> "$CALLS"; shift 4; exec "$@"',
+    "hostname": "echo 10.0.0.1 fd00::1",
     "python": """case "$2" in
 *secrets*) echo token;;
 *) echo >> "$CALLS.asked"; [ "$(wc -l < "$CALLS.asked")" -ge 2 ];;
 esac""",
+    "ray": 'echo "ray $*" >> "$CALLS"; exec sleep 60',
+    "haltscale": 'echo "haltscale $*" >> "$CALLS"',
 }
 
 
@@ -125,17 +130,23 @@ def test_the_slurm_script_starts_a_head_workers_and_the_study(tmp_path: Path) ->
         "SLURM_JOB_NODELIST": "node-[1-2]",
         "SLURM_CPUS_PER_TASK": "64",
         "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_ARRAY_TASK_ID": "1",
         "HALTSCALE_HOME": str(tmp_path),
         "HALTSCALE_VENV": str(tmp_path / "venv"),
     }
-    command = ["bash", str(DEPLOY / "slurm.sh"), "quickstart", "--set", "tokens=5"]
-    subprocess.run(command, env=environment, check=True, timeout=60)
+    command = ["bash", str(DEPLOY / "slurm.sh"), "ladder,quickstart", "--set", "tokens=5"]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as script:
+        assert script.wait(timeout=60) == 0
+        os.killpg(script.pid, signal.SIGKILL)  # what Slurm does with a job's steps when its script has ended
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert sum("ray start --head --node-ip-address=10.0.0.1 --port=20007" in call for call in calls) == 1
-    assert sum("--nodelist=node-2 ray start --address=10.0.0.1:20007" in call for call in calls) == 1
+    starts = [call for call in calls if call.startswith("ray start")]
+    assert sum("--head --node-ip-address=10.0.0.1 --port=20014" in call for call in starts) == 1
+    assert sum("--node-ip-address=10.0.0.1 --address=10.0.0.1:20014" in call for call in starts) == 1
+    assert all("--num-cpus=64 --num-gpus=8" in call for call in starts)
+    assert sum(call.startswith("srun") and "--nodelist=node-2" in call for call in calls) == 1
     assert len((tmp_path / "calls.asked").read_text().splitlines()) == 2, "it waits until all nodes are there"
-    assert calls[-1].endswith("python -m haltscale.studies.quickstart --set tokens=5")
-    assert all("--num-gpus=8" in call for call in calls if "ray start" in call)
+    assert calls[-1] == "haltscale run quickstart -- --set tokens=5", "the array's second study"
+    assert not any("requeue" in call for call in calls)
     missing = subprocess.run(["bash", str(DEPLOY / "slurm.sh")], capture_output=True, text=True, check=False)
     assert missing.returncode != 0
     assert "usage: sbatch" in missing.stderr
