@@ -38,7 +38,7 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from sbat
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
-port=$((20000 + SLURM_JOB_ID % 10000 * 2)) # and the next one: jobs that share a node do not meet
+port=$((20000 + SLURM_JOB_ID % 4000 * 3)) # and the two after it: jobs that share a node do not meet
 resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --dashboard-agent-listen-port=0 --block)
 
 on() { # replaces a subshell by a command on one node, which gets the node's address as $address
@@ -54,7 +54,8 @@ address=$(on "$head" bash -c 'echo "$address"')
 rays=()
 # shellcheck disable=SC2016
 on "$head" bash -c 'exec ray start --head --node-ip-address="$address" "$@"' ray \
-  --port="$port" --include-dashboard=false --ray-client-server-port="$((port + 1))" --temp-dir="/tmp/ray-$SLURM_JOB_ID" "${resources[@]}" &
+  --port="$port" --ray-client-server-port="$((port + 1))" --include-dashboard=false --dashboard-port="$((port + 2))" \
+  --temp-dir="/tmp/ray-$SLURM_JOB_ID" "${resources[@]}" &
 rays+=($!)
 for node in "${nodes[@]:1}"; do
   # shellcheck disable=SC2016

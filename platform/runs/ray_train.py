@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -58,6 +57,7 @@ class RunSpec:
     identity: dict[str, Any]
     execution: dict[str, Any]
     corpus_folder: str
+    """The prepared corpus's place: a folder that every node has, or a URL."""
     corpus_weights: dict[str, float | None]
     """Of the corpus's sources, where they are mixed."""
     role: str = "comparison"
@@ -186,9 +186,12 @@ def _train_run(spec: RunSpec, around: Surroundings) -> None:
     rank = around.rank
     run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
     torch.set_num_threads(execution.cpus_per_worker)
-    corpus = PreparedCorpus.open(Path(spec.corpus_folder), spec.corpus_weights)
+    corpus = PreparedCorpus.open(spec.corpus_folder, spec.corpus_weights)
     if corpus is None:
-        raise FileNotFoundError(f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem")
+        raise FileNotFoundError(
+            f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem, or set"
+            " HALTSCALE_CORPORA to a place in object storage"
+        )
 
     open_process_group()
     store = RunStore(spec.store)
@@ -238,7 +241,7 @@ def _train(
 
         def save(progress: Progress) -> None:
             checkpoints.write(snapshot(engine), progress.to_dict())
-            if sum_over_ranks(int(is_preempted or recorder.is_told_to_save), world):
+            if sum_over_ranks(int(notice()), world):
                 checkpoints.wait()
                 sum_over_ranks(0, world)  # the others have waited too
                 recorder.has_saved()
@@ -257,7 +260,7 @@ def _train(
             while run.steps is None or first < run.steps:  # how many steps a budget in FLOPs buys is not known yet
                 last = first + STEPS_PER_STREAM if run.steps is None else run.steps
                 yield from stream(
-                    corpus.folder,
+                    corpus.place,
                     seed=run.seed,
                     mixture=corpus.mixture,
                     batch=run.batch_sequences,
@@ -274,7 +277,10 @@ def _train(
             write(row)
             is_preempted = around.is_preempted()
 
-        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted or recorder.is_told_to_save)
+        def notice() -> bool:
+            return is_preempted or recorder.is_told_to_save
+
+        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=notice)
         sinks = open_sinks(
             execution.sinks if rank == 0 else (),
             study=spec.study,

@@ -101,7 +101,7 @@ def _begin(study: StudyPlan, runs: list[RunConfig]) -> contextlib.AbstractContex
 
 def _describe(study: StudyPlan, corpora: Mapping[int, PreparedCorpus], store: RunStore) -> None:
     corpus = next(iter(corpora.values()))
-    counts = (PreparedCorpus.open(corpus.folder) or corpus).counts
+    counts = (PreparedCorpus.open(corpus.place) or corpus).counts
     store.write_json(store.path(study.name, None, "study.json"), study.document(counts, store))
 
 
@@ -121,7 +121,7 @@ def _run(
             label=missing[key].label,
             identity=study.identity(run),
             execution=asdict(study.execution),
-            corpus_folder=str(corpora[run.context].folder),
+            corpus_folder=corpora[run.context].place,
             corpus_weights=study.corpus.weights,
             role=missing[key].role,
             recipe=dict(missing[key].recipe or {}) or None,

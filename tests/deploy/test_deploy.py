@@ -140,8 +140,8 @@ def test_the_slurm_script_starts_a_head_workers_and_the_study(tmp_path: Path) ->
         os.killpg(script.pid, signal.SIGKILL)  # what Slurm does with a job's steps when its script has ended
     calls = (tmp_path / "calls").read_text().splitlines()
     starts = [call for call in calls if call.startswith("ray start")]
-    assert sum("--head --node-ip-address=10.0.0.1 --port=20014" in call for call in starts) == 1
-    assert sum("--node-ip-address=10.0.0.1 --address=10.0.0.1:20014" in call for call in starts) == 1
+    assert sum("--head --node-ip-address=10.0.0.1 --port=20021" in call for call in starts) == 1
+    assert sum("--node-ip-address=10.0.0.1 --address=10.0.0.1:20021" in call for call in starts) == 1
     assert all("--num-cpus=64 --num-gpus=8" in call for call in starts)
     assert sum(call.startswith("srun") and "--nodelist=node-2" in call for call in calls) == 1
     assert len((tmp_path / "calls.asked").read_text().splitlines()) == 2, "it waits until all nodes are there"
