@@ -66,7 +66,8 @@ class Slurm:
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.folder, self.home = folder, home
-        self._environment = {**os.environ, "PATH": SBIN, "SLURM_CONF": str(folder / "slurm.conf")}
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # all is on loopback
+        self._environment = {**ours, "PATH": SBIN, "SLURM_CONF": str(folder / "slurm.conf")}
         for name in ("state", "node-1", "node-2"):
             (folder / name).mkdir()
         key = folder / "munge.key"
@@ -108,10 +109,12 @@ class Slurm:
     def log(self) -> str:
         return "\n".join(f"{path}:\n{path.read_text()[-6000:]}" for path in sorted(self.folder.glob("job-*.log")))
 
-    def wait(self, condition: Callable[[], bool], *, seconds: float = 600) -> None:
+    def wait(self, condition: Callable[[], bool], *, job: str = "", seconds: float = 600) -> None:
+        """Until something has happened, as long as the job that is to make it happen has not failed."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.log()
+            assert not job or self.job(job)["JobState"] not in ("FAILED", "COMPLETED", "TIMEOUT"), self.log()
             time.sleep(0.5)
 
     def wait_for_end(self, job: str, state: str) -> None:
@@ -165,10 +168,10 @@ def test_the_time_limit_saves_queues_again_and_resumes(slurm: Slurm, texts: Path
     """Two runs, one on each node, without a checkpoint before their end but the one that they are told to take."""
     script, store, steps = study(texts, "limited", steps=400, seeds=2), RunStore(slurm.home / "runs"), 400
     job = slurm.submit(str(SCRIPT), script, nodes=2)
-    slurm.wait(lambda: sum(len(rows) >= 20 for rows in steps_of(store, "limited")) == 2)
+    slurm.wait(lambda: sum(len(rows) >= 20 for rows in steps_of(store, "limited")) == 2, job=job)
     minutes = (int(re.findall(r"\d+", slurm.job(job)["RunTime"])[-2])) + 2
     slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-    slurm.wait(lambda: slurm.job(job)["Restarts"] == "1")
+    slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", job=job)
     seen = [max(rows) for rows in steps_of(store, "limited")]
     assert all(20 <= last < steps for last in seen), "the limit came before the runs had ended"
     slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
@@ -191,7 +194,7 @@ def test_an_array_runs_a_study_in_each_task_and_a_cancelled_one_goes_on(slurm: S
     scripts = [study(texts, name, steps=steps) for name, steps in (("short", 8), ("long", 4000))]
     store = RunStore(slurm.home / "runs")
     job = slurm.submit("--array=0-1", str(SCRIPT), ",".join(scripts), nodes=1)
-    slurm.wait(lambda: any(len(rows) >= 5 for rows in steps_of(store, "long")))
+    slurm.wait(lambda: any(len(rows) >= 5 for rows in steps_of(store, "long")), job=f"{job}_1")
     slurm.call("scancel", f"{job}_1")
     slurm.wait_for_end(f"{job}_1", "CANCELLED")
     slurm.wait_for_end(f"{job}_0", "COMPLETED")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import write_texts
 
-from haltscale.platform.corpora import shared
+from haltscale.platform.corpora import shared, sources
 from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus, RowReader
 from haltscale.platform.corpora.prepare import _owned, begin, prepare
 from haltscale.platform.corpora.shared import BlockCache, RangedFile, SharedFolder
@@ -89,9 +89,10 @@ def test_what_was_prepared_but_not_uploaded_is_uploaded_and_not_made_again(node,
     def fail(self: SharedFolder) -> None:
         raise ConnectionError("no bucket")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConnectionError):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SharedFolder, "publish", fail)
-        prepare(corpus, CONTEXT)
+        with pytest.raises(ConnectionError):
+            prepare(corpus, CONTEXT)
     node("second")
     assert PreparedCorpus.open(corpus.place(CONTEXT)) is None
     node("first")
@@ -114,7 +115,8 @@ def test_another_node_waits_for_the_one_that_prepares(node, texts):
     assert prepare(corpus, CONTEXT).rows
 
 
-def test_a_streamed_corpus_grows_for_all_nodes_and_goes_on_when_its_node_is_gone(node, texts):
+def test_a_streamed_corpus_grows_for_all_nodes_and_goes_on_when_its_node_is_gone(node, texts, monkeypatch):
+    monkeypatch.setattr(sources, "SHARD_BYTES", 1)  # every file is a shard
     corpus = corpus_of(texts, segment_tokens=20_000)
     node("alone")
     node_of_its_own = prepare(corpus_of(texts, segment_tokens=20_000, name="whole"), CONTEXT)
