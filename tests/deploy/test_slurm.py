@@ -28,7 +28,7 @@ from haltscale.platform.store import RunState, RunStore
 
 from jobs import BIN, ROOT, command_line
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -109,7 +109,7 @@ class Slurm:
     def log(self) -> str:
         return "\n".join(f"{path}:\n{path.read_text()[-6000:]}" for path in sorted(self.folder.glob("job-*.log")))
 
-    def wait(self, condition: Callable[[], bool], *, job: str = "", seconds: float = 600) -> None:
+    def wait(self, condition: Callable[[], bool], *, job: str = "", seconds: float = 1500) -> None:
         """Until something has happened, as long as the job that is to make it happen has not failed."""
         deadline = time.monotonic() + seconds
         while not condition():
