@@ -135,9 +135,9 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
     _refuse(corpus)
     try:
         with _alone(folder, stop), _owned(corpus.place(context), stop):
+            _remove_outdated(folder, corpus)
             if prepared := there():  # another process may have been faster
                 return prepared
-            _remove_outdated(folder, corpus)
             if origin_of(folder):  # begun by a node that is gone, with what it had on its disk: it is begun again
                 shutil.rmtree(folder)
             if corpus.segment_tokens is None and not PreparedCorpus.open(folder):

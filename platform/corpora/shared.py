@@ -16,6 +16,7 @@ import json
 import os
 import threading
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ class SharedFolder:
             there = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in fs.ls(path, detail=True)}
         except FileNotFoundError:
             there = {}
+        if theirs.get("revision") != mine.get("revision"):
+            there = {}  # prepared anew: all is replaced
         fs.makedirs(path, exist_ok=True)
         files = [file for file in sorted(local.iterdir()) if file.suffix in (".json", ".npy", ".parquet")]
         for file in files:
@@ -148,9 +151,11 @@ class BlockCache:
         self._written = limit  # by this process since it last looked: at first, others' may lie there
         self._lock = threading.Lock()
 
-    def get(self, fs: Any, path: str, size: int, index: int) -> bytes:
-        """Block ``index`` of a file of ``size`` bytes."""
-        name = hashlib.sha256(f"{path}\0{size}".encode()).hexdigest()[:32]
+    def get(self, fs: Any, path: str, info: Mapping[str, Any], index: int) -> bytes:
+        """Block ``index`` of a file, of which the filesystem says ``info``: its size, and what tells its versions."""
+        size = int(info["size"])
+        version = info.get("ETag") or info.get("mtime") or info.get("LastModified")
+        name = hashlib.sha256(f"{path}\0{size}\0{version}".encode()).hexdigest()[:32]
         file = self._folder / name[:2] / f"{name}-{index:08d}"
         begin = index * BLOCK_BYTES
         length = min(BLOCK_BYTES, size - begin)
@@ -210,7 +215,8 @@ class RangedFile(io.RawIOBase):
     def __init__(self, url: str, cache: BlockCache) -> None:
         super().__init__()
         self._fs, self._path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        self._size, self._cache, self._at = int(self._fs.info(self._path)["size"]), cache, 0
+        self._info = self._fs.info(self._path)
+        self._size, self._cache, self._at = int(self._info["size"]), cache, 0
 
     def readable(self) -> bool:
         return True
@@ -231,7 +237,7 @@ class RangedFile(io.RawIOBase):
         done = 0
         while done < length:
             index, skip = divmod(self._at + done, BLOCK_BYTES)
-            piece = self._cache.get(self._fs, self._path, self._size, index)[skip : skip + length - done]
+            piece = self._cache.get(self._fs, self._path, self._info, index)[skip : skip + length - done]
             view[done : done + len(piece)] = piece
             done += len(piece)
         self._at += length

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import write_texts
 
+from haltscale.platform.corpora import corpus as corpus_module
 from haltscale.platform.corpora import shared, sources
 from haltscale.platform.corpora.corpus import Corpus, CorpusError, PreparedCorpus, RowReader
 from haltscale.platform.corpora.prepare import _owned, begin, prepare
@@ -153,6 +154,34 @@ def test_less_never_replaces_more(node, texts):
     assert place.counts() == prepared.counts
 
 
+def test_another_version_of_a_file_is_read_anew(tmp_path):
+    cache = BlockCache(tmp_path, 10**6)
+    for version in (b"old", b"new"):
+        files = Counted(version)
+        assert cache.get(files, "file", {"size": 3, "ETag": version.decode()}, 0) == version
+
+
+def test_what_an_older_version_prepared_is_replaced_for_all_nodes(node, texts, monkeypatch):
+    monkeypatch.setattr(corpus_module, "REVISED", (Source(path=str(texts)).kind,))
+    corpus = corpus_of(texts)
+    node("first")
+    prepared = prepare(corpus, CONTEXT)
+    place, rows = SharedFolder(prepared.url), everything(prepared)
+    node("second")
+    other = prepare(corpus, CONTEXT)
+    (part,) = json.loads((other.folder / "parts.json").read_text())
+    size = place.fs.info(f"{place.path}/{part['file']}")["size"]
+    place.fs.pipe_file(f"{place.path}/{part['file']}", b"x" * size)  # what the older version made of it
+    for home in ("first", "second"):
+        outdated = {**prepared.counts, "revision": 1}
+        (node(home) / "corpora" / prepared.folder.name / "corpus.json").write_text(json.dumps(outdated))
+    place.replace_counts({**prepared.counts, "revision": 1})
+    node("first")
+    assert everything(prepare(corpus, CONTEXT)) == rows
+    node("second")
+    assert everything(prepare(corpus, CONTEXT, run=refuse)) == rows
+
+
 class Counted:
     """A filesystem of one file, which counts what is asked of it."""
 
@@ -191,12 +220,12 @@ def test_the_cache_keeps_what_was_used_last(tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "BLOCK_BYTES", 16)
     files, cache = Counted(bytes(range(256))), BlockCache(tmp_path, 64)
     for index in (0, 1, 2, 3):
-        cache.get(files, "file", 256, index)
+        cache.get(files, "file", {"size": 256}, index)
     asked = files.asked
-    cache.get(files, "file", 256, 0)
+    cache.get(files, "file", {"size": 256}, 0)
     assert files.asked == asked
-    cache.get(files, "file", 256, 9)  # over the bound: 1 and 2 are the oldest
-    cache.get(files, "file", 256, 0)
+    cache.get(files, "file", {"size": 256}, 9)  # over the bound: 1 and 2 are the oldest
+    cache.get(files, "file", {"size": 256}, 0)
     assert files.asked == asked + 1
-    cache.get(files, "file", 256, 1)
+    cache.get(files, "file", {"size": 256}, 1)
     assert files.asked == asked + 2
