@@ -51,24 +51,28 @@ on() { # replaces a subshell by a command on one node, which gets the node's add
 # shellcheck disable=SC2016
 address=$(on "$head" bash -c 'echo "$address"')
 
+export RAY_ADDRESS=$address:$port
 rays=()
+alive='import ray, sys; ray.init(logging_level="ERROR"); sys.exit(sum(n["Alive"] for n in ray.nodes()) < int(sys.argv[1]))'
+wait_for() { # so many nodes
+  until (on "$head" python -c "$alive" "$1"); do
+    for ray in "${rays[@]}"; do kill -0 "$ray"; done # one that did not start ends the job
+    sleep 2
+  done
+}
+
 # shellcheck disable=SC2016
 on "$head" bash -c 'exec ray start --head --node-ip-address="$address" "$@"' ray \
   --port="$port" --ray-client-server-port="$((port + 1))" --include-dashboard=false --dashboard-port="$((port + 2))" \
   --temp-dir="/tmp/ray-$SLURM_JOB_ID" "${resources[@]}" &
 rays+=($!)
+wait_for 1 # the others give up where they find none
 for node in "${nodes[@]:1}"; do
   # shellcheck disable=SC2016
   on "$node" bash -c 'exec ray start --node-ip-address="$address" "$@"' ray --address="$address:$port" "${resources[@]}" &
   rays+=($!)
 done
-
-export RAY_ADDRESS=$address:$port
-alive='import ray, sys; ray.init(logging_level="ERROR"); sys.exit(sum(n["Alive"] for n in ray.nodes()) < int(sys.argv[1]))'
-until (on "$head" python -c "$alive" "${#nodes[@]}"); do
-  for ray in "${rays[@]}"; do kill -0 "$ray"; done # one that did not start ends the job
-  sleep 2
-done
+wait_for "${#nodes[@]}"
 
 on "$head" haltscale run "$study" -- "$@" &
 running=$!
