@@ -175,7 +175,7 @@ def test_half_of_the_nodes_are_lost_that_share_a_bucket_only(
     assert len(views[kept].record["attempts"]) == 1, "undisturbed"
     begun, resumed = views[lost].record["attempts"]
     assert (begun["step"], resumed["nodes"]) == (0, [second.id])
-    assert resumed["step"] >= saved >= 12, "nothing is lost but steps since the last checkpoint"
+    assert resumed["step"] >= saved >= 8, "nothing is lost but steps since the last checkpoint"
     for key in keys:
         assert [row["step"] for row in rows(store, key)] == list(range(1, 49))
     prepared = [home for home in (tmp_path / "home", *homes) if list(home.rglob("part-*.parquet"))]
