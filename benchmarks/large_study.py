@@ -33,13 +33,20 @@ OPERATIONS = ("cat_file", "cat_ranges", "pipe_file", "put_file", "ls", "info", "
 
 @contextmanager
 def counted(fs: Any) -> Iterator[Counter[str]]:
-    """Counts calls of a filesystem's class; of `cat_ranges` each file, since each is a request."""
+    """Counts calls of a filesystem's class from outside; of `cat_ranges` each file, since each is a request."""
     kind, counts, former = type(fs), Counter[str](), {}
+    here = threading.local()
 
     def counting(name: str, function: Any) -> Any:
         def call(self: Any, *arguments: Any, **more: Any) -> Any:
+            if getattr(here, "inside", False):
+                return function(self, *arguments, **more)
             counts[name] += len(arguments[0]) if name == "cat_ranges" else 1
-            return function(self, *arguments, **more)
+            here.inside = True
+            try:
+                return function(self, *arguments, **more)
+            finally:
+                here.inside = False
 
         return call
 
