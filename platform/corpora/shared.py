@@ -17,7 +17,6 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +43,17 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place)
 
 
-@dataclass(frozen=True)
 class SharedFolder:
-    """A corpus's folder in object storage."""
+    """A corpus's folder in object storage, by its URL."""
 
-    url: str
-
-    @property
-    def fs(self) -> Any:
-        """Its filesystem; other processes write too, so that listings are never remembered."""
-        return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
-
-    @property
-    def path(self) -> str:
-        return str(fsspec.core.url_to_fs(self.url, use_listings_cache=False)[1])
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.fs: Any
+        self.fs, self.path = fsspec.core.url_to_fs(url, use_listings_cache=False)  # other processes write too
 
     @property
     def is_local(self) -> bool:
+        """Whether it is a folder after all, as ``file://`` names one."""
         return "file" in self.fs.protocol
 
     @property
