@@ -1,7 +1,10 @@
 # Everything that the README promises, in one file. Needs Linux, Python 3.11+, git, make and g++; the rest is installed.
 
 PYTHON ?= python3
-VENV ?= .venv
+# `make test RAY=newest` (or a version) tests with another Ray than the pinned one, in an environment of its own
+RAY ?=
+VENV ?= .venv$(if $(RAY),-ray-$(RAY))
+OTHER_RAY = ray[data,default,train,tune]$(if $(filter-out newest,$(RAY)),==$(RAY))
 BIN := $(VENV)/bin
 # litgpt's own requirements exclude today's huggingface-hub; what is measured needs these only
 LITGPT := litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0
@@ -13,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # All of them, so that constraints.txt covers whatever can be installed.
 EXTRAS := corpora,dev,harness,s3,tuning,wandb
 
-.PHONY: constraints help study dashboard test test-slow fuzz bench check typed browser down clean
+.PHONY: constraints help study dashboard test test-slow fuzz bench check typed browser slurm image down clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what the tests need"
 	$(PIP_INSTALL) --editable '.[corpora,dev,s3,tuning]'
+	$(if $(RAY),$(BIN)/python -m pip install --quiet --upgrade '$(OTHER_RAY)')
 	@touch $@
 
 study: $(VENV)/.installed ## run the quickstart on a local Ray head and show its results
@@ -47,11 +51,19 @@ browser: # the page tests need a Chromium; without one, and without the right to
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
 	|| echo "no Chromium found: the browser tests will be skipped (install it with your package manager)"
 
+slurm: # the tests of deploy/slurm.sh need Debian's Slurm; without it, and without the right to install it, they are skipped and say so
+	@PATH=$$PATH:/usr/sbin command -v slurmctld slurmd munged >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null 2>&1 \
+	|| echo "no Slurm found: its tests will be skipped (install slurm-wlm and munge with your package manager)"
+
+image: ## build the container image (TORCH_INDEX=https://download.pytorch.org/whl/cu128 for CUDA)
+	docker build -f deploy/Dockerfile -t haltscale $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
+
 test: $(VENV)/.installed-dev browser ## install what is missing and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not (slow or gpu or ray or browser)'
 	$(BIN)/python -m pytest -m '(ray or browser) and not (slow or gpu)'
 
-test-slow: $(VENV)/.installed-dev browser ## run the long tests
+test-slow: $(VENV)/.installed-dev browser slurm ## run the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 fuzz: $(VENV)/.installed-dev ## search for failures for a night (FUZZ_EXAMPLES=200 for a few minutes)

@@ -123,13 +123,13 @@ def _evaluate(options: argparse.Namespace, store: RunStore) -> None:
 def _evaluation_of(options: argparse.Namespace, store: RunStore, reference: Reference) -> Evaluation:
     """The evaluation that the command line requests of one model."""
     from haltscale.platform.evaluation.evaluation_jobs import Evaluation, EvaluationError
-    from haltscale.platform.inference.model_ref import own_corpus
+    from haltscale.platform.inference.model_ref import own_corpus_place
 
     try:
         shots = tuple(int(count) for count in options.shots.split(","))
     except ValueError:
         raise EvaluationError(f"--shots must be integers such as 0,5 (got {options.shots!r})") from None
-    corpora = options.corpus or ([] if reference.folder else [own_corpus(store, reference.study, reference.key)])
+    corpora = options.corpus or ([] if reference.folder else [own_corpus_place(store, reference.study, reference.key)])
     if not corpora and not options.tasks:
         raise EvaluationError("nothing to evaluate on: name tasks with --tasks, or a prepared corpus with --corpus")
     return Evaluation(

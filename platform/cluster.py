@@ -284,6 +284,7 @@ def submit_study(client: JobSubmissionClient, entrypoint: Sequence[str], study: 
         name: value for name, value in {
             "HALTSCALE_HOME": os.environ.get("HALTSCALE_HOME") or (_is_local(client) and str(haltscale_home())),
             "HALTSCALE_STORE": os.environ.get("HALTSCALE_STORE"),
+            "HALTSCALE_CORPORA": os.environ.get("HALTSCALE_CORPORA"),
             "HALTSCALE_GIT_COMMIT": provenance.git_commit(),  # there, the files have no repository
         }.items() if value
     }

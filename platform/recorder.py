@@ -46,6 +46,17 @@ class RunRecorder:
             self._lease.release()
             self._lease = None
 
+    @property
+    def is_told_to_save(self) -> bool:
+        """Whether the run will be ended from outside and has not saved since it was told (see ``lease.py``); only the
+        rank that writes knows."""
+        return self._lease is not None and self._lease.noticed
+
+    def has_saved(self) -> None:
+        """All ranks have saved, as they were told."""
+        if self._lease and self._lease.noticed:
+            self._lease.heed()
+
     def _path(self, name: str) -> str:
         return self.store.path(self.study, self.key, name)
 

@@ -26,9 +26,15 @@ def submit(
     *entrypoint: str,
     working_dir: str | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
+    home: bool = True,
 ) -> subprocess.Popen[str]:
-    """`ray job submit` with this session's haltscale home, and more variables for the job and its workers."""
-    environment = json.dumps({"env_vars": {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"], **variables}})
+    """`ray job submit` with this session's haltscale home, and more variables for the job and its workers.
+
+    Args:
+        home: false where each node has a home of its own.
+    """
+    shared = {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"]} if home else {}
+    environment = json.dumps({"env_vars": {**shared, **variables}})
     command = [str(BIN / "ray"), "job", "submit", "--address", head.dashboard, "--runtime-env-json", environment]
     command += ["--working-dir", working_dir] if working_dir else []
     return subprocess.Popen(

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from haltscale.platform.corpora.corpus import WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
+from haltscale.platform.corpora.corpus import SHARED_WAIT_SECONDS, WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.corpora.pipeline import Preparation, Runner
 from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result
+from haltscale.platform.corpora.shared import SharedFolder, origin_of, shared_root
 from haltscale.platform.corpora.streamed import StreamedPreparation
 from haltscale.platform.durable import write_json
+from haltscale.platform.lease import Lease, LeaseHeldError
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ def begin(
     if prepared and prepared.counts.pop("problem", None):  # it is tried again: those who wait do not see the old one
         with contextlib.suppress(OSError):
             write_json(prepared.folder / "corpus.json", prepared.counts)
+            if prepared.url:
+                SharedFolder(prepared.url).replace_counts(prepared.counts)
     stop = threading.Event()
     failures: list[Exception] = []
 
@@ -122,20 +126,28 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
 
     def there() -> PreparedCorpus | None:
         prepared = _opened(corpus, context)
+        if prepared and prepared.url and not SharedFolder(prepared.url).counts():
+            return None  # prepared here, but not uploaded yet
         return prepared if prepared and (prepared.is_complete or (rows is not None and prepared.has(rows))) else None
 
     if prepared := there():
         return prepared
     _refuse(corpus)
     try:
-        with _alone(folder, stop):
+        with _alone(folder, stop), _owned(corpus.place(context), stop):
+            _remove_outdated(folder, corpus)
             if prepared := there():  # another process may have been faster
                 return prepared
-            _remove_outdated(folder, corpus)
-            if corpus.segment_tokens is None:
+            if origin_of(folder):  # begun by a node that is gone, with what it had on its disk: it is begun again
+                shutil.rmtree(folder)
+            if corpus.segment_tokens is None and not PreparedCorpus.open(folder):
                 prepared = Preparation(corpus, context, folder, run).publish()
-            else:
+            elif corpus.segment_tokens is not None:
                 prepared = StreamedPreparation(corpus, context, folder, run, rows=rows, stop=stop).publish()
+            if shared_root():
+                SharedFolder(corpus.place(context)).publish()
+            prepared = _opened(corpus, context)
+            assert prepared is not None, "just published"
             for line in prepared.losses():
                 log.warning("corpus %s: source %s", corpus.name, line)
             return prepared
@@ -159,7 +171,7 @@ def _opened(corpus: Corpus, context: int) -> PreparedCorpus | None:
     Raises:
         CorpusError: it is damaged.
     """
-    prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
+    prepared = PreparedCorpus.open(corpus.place(context), corpus.weights)
     if prepared is None or prepared.is_outdated(corpus):
         return None
     prepared.check_parts()
@@ -174,6 +186,30 @@ def _remove_outdated(folder: Path, corpus: Corpus) -> None:
     aside = folder.with_name(f"{folder.name}.outdated")
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def _owned(place: str, stop: threading.Event) -> Iterator[None]:
+    """One preparation at a time of a corpus that nodes share, by a lease; nothing to do where they share a folder."""
+    if not shared_root():
+        yield
+        return
+    shared, is_logged = SharedFolder(place), False
+    lease = Lease(shared, shared.path)
+    while True:
+        try:
+            lease.acquire()
+            break
+        except LeaseHeldError as error:
+            if not is_logged:
+                log.info("waiting for %s: %s", place, error)
+            is_logged = True
+            if stop.wait(SHARED_WAIT_SECONDS):
+                raise CorpusError(shared.local.name, ["another node prepares it"]) from None
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from haltscale.platform.corpora.shard_jobs import (
     training_documents,
     write_dropped,
 )
+from haltscale.platform.corpora.shared import SharedFolder, shared_root
 from haltscale.platform.durable import write_json
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class StreamedPreparation(Preparation):
                 problem = problem.removeprefix(f"corpus {self.corpus.name}: ")
                 with contextlib.suppress(OSError):  # of a full disk
                     write_json(self.folder / "corpus.json", {**known.counts, "problem": problem})
+                    if shared_root():
+                        SharedFolder(self.corpus.place(self.context)).publish()
             elif isinstance(error, CorpusError):
                 shutil.rmtree(self.partial)
             raise
@@ -278,6 +281,8 @@ class StreamedPreparation(Preparation):
         if not self.known and (is_complete or self.rows >= self.segment):
             self.reveal()
         self.known = PreparedCorpus.open(self.folder)
+        if self.known and shared_root():
+            SharedFolder(self.corpus.place(self.context)).publish()
 
 
 class _Shard:

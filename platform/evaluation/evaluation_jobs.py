@@ -94,7 +94,7 @@ def open_corpus(folder: str | Path, loaded: LoadedModel) -> PreparedCorpus:
     Raises:
         EvaluationError: there is none, or its tokens are not the model's.
     """
-    corpus = PreparedCorpus.open(Path(folder))
+    corpus = PreparedCorpus.open(folder)
     if corpus is None:
         raise EvaluationError(
             f"{folder} does not contain a prepared corpus (corpus.json); a study prepares its own when it runs"

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from haltscale.platform.evaluation.evaluation_jobs import Evaluation  # noqa: E402
 from haltscale.platform.ray_connection import connected  # noqa: E402
 
-ENVIRONMENT = ("HALTSCALE_HOME", "HALTSCALE_TASKS")
+ENVIRONMENT = ("HALTSCALE_HOME", "HALTSCALE_CORPORA", "HALTSCALE_TASKS")
 """What the parts need of this process's environment: where corpora and tasks are."""
 
 

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,6 +35,7 @@ from haltscale.platform.schedule import share
 from haltscale.platform.store import Cause, RunState, RunStore
 from haltscale.platform.training.engine import full_weights, open_process_group, readable, snapshot, start
 from haltscale.platform.training.loop import Hooks, train
+from haltscale.platform.training.metrics import sum_over_ranks
 from haltscale.platform.training.monitors import RunCappedError, TrainingDivergedError, memory_explained
 from haltscale.platform.training.progress import Progress
 from haltscale.platform.training.sinks import open_sinks
@@ -57,6 +57,7 @@ class RunSpec:
     identity: dict[str, Any]
     execution: dict[str, Any]
     corpus_folder: str
+    """The prepared corpus's place: a folder that every node has, or a URL."""
     corpus_weights: dict[str, float | None]
     """Of the corpus's sources, where they are mixed."""
     role: str = "comparison"
@@ -188,9 +189,12 @@ def _train_run(spec: RunSpec, around: Surroundings) -> None:
     METHODS.named(spec.identity["method"])  # the study's own: one that is given by its path has to be imported here too
     run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
     torch.set_num_threads(execution.cpus_per_worker)
-    corpus = PreparedCorpus.open(Path(spec.corpus_folder), spec.corpus_weights)
+    corpus = PreparedCorpus.open(spec.corpus_folder, spec.corpus_weights)
     if corpus is None:
-        raise FileNotFoundError(f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem")
+        raise FileNotFoundError(
+            f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem, or set"
+            " HALTSCALE_CORPORA to a place in object storage"
+        )
 
     open_process_group()
     store = RunStore(spec.store)
@@ -240,8 +244,10 @@ def _train(
 
         def save(progress: Progress) -> None:
             checkpoints.write(snapshot(engine), progress.to_dict())
-            if is_preempted:
+            if sum_over_ranks(int(notice()), world):
                 checkpoints.wait()
+                sum_over_ranks(0, world)  # the others have waited too
+                recorder.has_saved()
             prune(progress)
             around.report({"step": progress.step})
 
@@ -257,7 +263,7 @@ def _train(
             while run.steps is None or first < run.steps:  # how many steps a budget in FLOPs buys is not known yet
                 last = first + STEPS_PER_STREAM if run.steps is None else run.steps
                 yield from stream(
-                    corpus.folder,
+                    corpus.place,
                     seed=run.seed,
                     mixture=corpus.mixture,
                     batch=run.batch_sequences,
@@ -274,7 +280,10 @@ def _train(
             write(row)
             is_preempted = around.is_preempted()
 
-        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
+        def notice() -> bool:
+            return is_preempted or recorder.is_told_to_save
+
+        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=notice)
         sinks = open_sinks(
             execution.sinks if rank == 0 else (),
             study=spec.study,

@@ -18,7 +18,7 @@ import pandas as pd
 from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError
 from haltscale.platform.store import RunState, RunStore, StoreError
-from haltscale.platform.sweeps import report
+from haltscale.platform.sweeps import notice, report
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
                 claims = pd.DataFrame([{"claim": each.claim, "source": each.source} for each in chosen.targets])
                 report.show(claims, title=f"{chosen.name}: its targets")
             return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR2, lambda *_: notice.save_and_end(store, chosen.name))  # SIGUSR1 is Tune's
         results = chosen.run(store, retry_failed=options.retry_failed, adopt=options.adopt)
     except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")

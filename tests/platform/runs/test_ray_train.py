@@ -24,7 +24,7 @@ from haltscale.platform.sweeps.study import Study
 def stream_here(folder: Path, *, first_step: int, steps: int, **read: Any) -> Iterator[ray_data.Batch]:
     """`ray_data.stream` without Ray."""
     for step in range(first_step, steps):
-        rows = ray_data._read_window({"first": np.array([step]), "steps": np.array([1])}, folder=str(folder), **read)
+        rows = ray_data._read_window({"first": np.array([step]), "steps": np.array([1])}, place=str(folder), **read)
         tokens = np.stack(rows["tokens"].to_numpy(zero_copy_only=False)).reshape(read["batch"], -1).astype(np.int64)
         yield ray_data.Batch(step=step, seq_ids=np.array(rows["seq_ids"][0].as_py()), tokens=tokens)
 
