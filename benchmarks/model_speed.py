@@ -1,19 +1,21 @@
 """Speed of the models, side by side in one run, as medians of interleaved repeats.
 
-    python benchmarks/model_speed.py [tax llama litgpt decode prompt rate methods where] [--repeats 9] [--threads 2]
+    python benchmarks/model_speed.py [tax llama litgpt decode prompt rate small methods where] [--repeats 9] [--threads 2]
     python benchmarks/model_speed.py tax llama rate --device cuda --size 410m --length 2048 --dtype bf16 [--compile]
 
 tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly.
-        Aim: at least 0.85 on 2 cores; on a GPU, at 410m and 2,048 tokens in bf16, at least 0.80.
+        Aim: at least 0.90 on 2 cores; on a GPU, at 410m and 2,048 tokens in bf16, at least 0.80.
 llama   tokens per second of vanilla over transformers' Llama of the same size, forward and backward.
-        Aim: at least 1.0 on CPU; on a GPU, with --compile, at least 1.2 over transformers uncompiled.
-litgpt  the same over litgpt's GPT, where it is installed. Aim: at least 1.0.
-decode  time per decoded token, adaptive over vanilla, divided by adaptive's mean passes, alone and in a batch whose
-        sequences halt at different depths. Aim: at most 1.15.
+        Aim: at least 1.1 on CPU; on a GPU, with --compile, at least 1.2 over transformers uncompiled.
+litgpt  the same over litgpt's GPT, where it is installed. Aim: at least 1.1.
+decode  time for each pass of each sequence while adaptive decodes, over the plain model's time per token in as large a
+        batch; and of 8 sequences that halt at different depths over 8 that take all steps. Aim: at most 1.15.
 prompt  time until a prompt of 1,000 tokens is read and its next token is known, over one forward pass of it without a
         gradient, for every method. Aim: at most 1.3.
 rate    vanilla's realised FLOP/s, forward and backward, over the machine's matrix rate, measured on square matrices in
         the same type. Aim: on a GPU at 410m at least 0.45.
+small   the same for whole training steps (optimizer included) of the two smallest models, the better of two batches, in
+        float32 and in bf16.
 methods a training step of every method over vanilla's, at the options' defaults, and adaptive's over PonderLM-2's at
         equal latent steps (one of every token): the reason for masking in parallel.
 where   which operators the time of a training step goes to, for vanilla and adaptive: what limits the tax.
@@ -34,8 +36,9 @@ import torch
 from figures import Figure, interleaved, show
 from setting import Setting, add_arguments, setting_from
 
-from haltscale.model import METHODS, AdaptiveOptions, LanguageModel, Method
+from haltscale.model import METHODS, SIZES, AdaptiveOptions, LanguageModel, Method
 from haltscale.model.generation import generate
+from haltscale.platform.memory import keep_freed_memory
 
 DECODED = 128
 PROMPT = 1000
@@ -83,7 +86,7 @@ def tax(setting: Setting) -> None:
             Figure(
                 name=f"tax, {name}",
                 values=ratios,
-                at_least=0.80 if setting.device.type == "cuda" else 0.85,
+                at_least=0.80 if setting.device.type == "cuda" else 0.90,
                 detail=f"adaptive {a:.1f} / vanilla {v:.1f} realised GFLOP/s at {1 + trace.mean_steps:.2f} passes",
             )
         )
@@ -109,7 +112,7 @@ def llama(setting: Setting) -> None:
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, labels=tokens, shift_labels=tokens, use_cache=False).loss
 
-    over_peer(setting, "transformers' Llama", model, loss, at_least=1.2 if setting.compiled else 1.0)
+    over_peer(setting, "transformers' Llama", model, loss, at_least=1.2 if setting.compiled else 1.1)
 
 
 def litgpt(setting: Setting) -> None:
@@ -143,7 +146,7 @@ def litgpt(setting: Setting) -> None:
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         return chunked_cross_entropy(model(tokens), tokens, chunk_size=0)
 
-    over_peer(setting, "litgpt's GPT", model, loss, at_least=1.0)
+    over_peer(setting, "litgpt's GPT", model, loss, at_least=1.1)
 
 
 def over_peer(
@@ -259,14 +262,16 @@ def prompt(setting: Setting) -> None:
         )
 
 
+def matrix_rate(setting: Setting) -> tuple[int, Callable[[], float]]:
+    """GFLOP/s of square matrices in the setting's type, the best of three, and their size."""
+    size = 8192 if setting.device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
+    return size, lambda: 2 * size**3 / min(timed(lambda: a @ b)[0] for _ in range(3)) / 1e9
+
+
 def rate(setting: Setting) -> None:
     """Vanilla against the machine's matrix rate."""
-    tokens, size = setting.tokens(), 8192 if setting.device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
-
-    def product() -> float:
-        return 2 * size**3 / min(timed(lambda: a @ b)[0] for _ in range(3)) / 1e9
-
+    tokens, (size, product) = setting.tokens(), matrix_rate(setting)
     v, m, ratios = interleaved(training_step(setting.vanilla(), tokens), product, setting.repeats)
     show(
         Figure(
@@ -276,6 +281,43 @@ def rate(setting: Setting) -> None:
             detail=f"{v:.1f} realised / matrix product of {size} {m:.1f} GFLOP/s",
         )
     )
+
+
+def small(setting: Setting) -> None:
+    """Training steps of the smallest models against the machine's matrix rate."""
+    for name in ("0.6m", "1.8m"):
+        for dtype, called in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            here = replace(setting, shape=SIZES[name], dtype=dtype)
+            model = here.vanilla()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+            def stepped(
+                sequences: int, model: LanguageModel = model, step: Callable[[], Any] = optimizer.step
+            ) -> float:
+                tokens = here.tokens(sequences)
+
+                def work() -> Any:
+                    out = model(tokens, tokens)
+                    out.loss.backward()
+                    step()
+                    model.zero_grad()
+                    return out.trace
+
+                seconds, trace = timed(work)
+                return model.flops(trace.counts).training.realised / seconds / 1e9
+
+            def best(stepped: Callable[[int], float] = stepped) -> float:
+                return max(stepped(8), stepped(32))
+
+            size, product = matrix_rate(here)
+            v, m, ratios = interleaved(best, product, setting.repeats)
+            show(
+                Figure(
+                    name=f"training step over the machine's matrix rate, {name}, {called}",
+                    values=ratios,
+                    detail=f"{v:.1f} realised / matrix product of {size} {m:.1f} GFLOP/s",
+                )
+            )
 
 
 def methods(setting: Setting) -> None:
@@ -353,6 +395,7 @@ def main() -> None:
         "decode": decode,
         "prompt": prompt,
         "rate": rate,
+        "small": small,
         "methods": methods,
         "where": where,
     }
@@ -371,6 +414,7 @@ def main() -> None:
     if arguments.cpu_time:
         CLOCK[0], arguments.threads = time.process_time, 1
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as training does
     torch.manual_seed(0)
     setting = setting_from(arguments, threads=arguments.threads)
     for name in arguments.names or known:
