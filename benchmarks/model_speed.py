@@ -1,6 +1,6 @@
 """Speed of the models, side by side in one run, as medians of interleaved repeats.
 
-    python benchmarks/model_speed.py [tax llama litgpt decode prompt rate small methods where] [--repeats 9] [--threads 2]
+    python benchmarks/model_speed.py [tax llama litgpt decode prompt rate small methods where] [--repeats 9]
     python benchmarks/model_speed.py tax llama rate --device cuda --size 410m --length 2048 --dtype bf16 [--compile]
 
 tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly.
@@ -56,13 +56,16 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return CLOCK[0]() - start, result
 
 
-def training_step(model: LanguageModel, tokens: torch.Tensor) -> Callable[[], float]:
-    """Realised GFLOP/s of one forward and backward."""
+def training_step(
+    model: LanguageModel, tokens: torch.Tensor, optimize: Callable[[], Any] = lambda: None
+) -> Callable[[], float]:
+    """Realised GFLOP/s of one forward and backward, and of what follows them."""
 
     def step() -> float:
         def work() -> Any:
             out = model(tokens, tokens)
             out.loss.backward()
+            optimize()
             model.zero_grad()
             return out.trace
 
@@ -283,6 +286,10 @@ def rate(setting: Setting) -> None:
     )
 
 
+def _best(steps: list[Callable[[], float]]) -> float:
+    return max(step() for step in steps)
+
+
 def small(setting: Setting) -> None:
     """Training steps of the smallest models against the machine's matrix rate."""
     for name in ("0.6m", "1.8m"):
@@ -291,26 +298,9 @@ def small(setting: Setting) -> None:
             model = here.vanilla()
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-            def stepped(
-                sequences: int, model: LanguageModel = model, step: Callable[[], Any] = optimizer.step
-            ) -> float:
-                tokens = here.tokens(sequences)
-
-                def work() -> Any:
-                    out = model(tokens, tokens)
-                    out.loss.backward()
-                    step()
-                    model.zero_grad()
-                    return out.trace
-
-                seconds, trace = timed(work)
-                return model.flops(trace.counts).training.realised / seconds / 1e9
-
-            def best(stepped: Callable[[int], float] = stepped) -> float:
-                return max(stepped(8), stepped(32))
-
+            steps = [training_step(model, here.tokens(sequences), optimizer.step) for sequences in (8, 32)]
             size, product = matrix_rate(here)
-            v, m, ratios = interleaved(best, product, setting.repeats)
+            v, m, ratios = interleaved(partial(_best, steps), product, setting.repeats)
             show(
                 Figure(
                     name=f"training step over the machine's matrix rate, {name}, {called}",
