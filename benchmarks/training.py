@@ -1,4 +1,4 @@
-"""Tokens per second in the platform over a bare DeepSpeed loop (aims: 0.98 on one, 0.95 on more), and that over bare PyTorch.
+"""Tokens per second in the platform over a bare DeepSpeed loop (aims: 0.98, 0.95 on 2), and that over bare PyTorch.
 
     python benchmarks/training.py                                  stages 0 to 3, 1 and 2 workers, all three arms
     python benchmarks/training.py --stages 1 --workers 1           the main figure
