@@ -148,8 +148,9 @@ def _windows(
     if not windows:
         return
     read = {"folder": folder, "seed": seed, "mixture": mixture, "batch": batch, "rank": rank, "world": world}
-    with ThreadPoolExecutor(1, thread_name_prefix="stream") as beside:
-        others = _read_by_ray(windows[1:], read) if len(windows) > 1 else iter(())
+    others = _read_by_ray(windows[1:], read) if len(windows) > 1 else iter(())
+    beside = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    try:
         second = beside.submit(next, others, None)
         first = {name: np.array([number]) for name, number in windows[0].items()}
         yield from _batches(_read_window(first, **read), batch=batch, world=world)
@@ -157,6 +158,8 @@ def _windows(
             yield from _batches(window, batch=batch, world=world)
         for window in others:
             yield from _batches(window, batch=batch, world=world)
+    finally:
+        beside.shutdown(wait=False)  # a budget of FLOPs may end a run before its second window is there
 
 
 def _read_by_ray(windows: list[dict[str, int]], read: dict[str, Any]) -> Iterator[pa.Table]:
