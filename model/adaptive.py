@@ -12,7 +12,7 @@ what is read (`mixture`), and what the gates learn from and when (`gate_target`,
 `router_*`, `prior_steps`). The defaults are the paper's method. The switches of loop_options.py come on top.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from haltscale.model.backbone import Rope
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.kernels import at_least_float32
@@ -415,6 +416,29 @@ class AdaptiveModel(LanguageModel):
         forced = self.replay.decode(tokens_B, state, self.budget_share) if self.replay else None
         hidden_Bd, steps_B, state.extra = self.latent_loop.decode(self.embed(tokens_B), rope, state, forced)
         return hidden_Bd, steps_B
+
+    def decode_pass(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        if self.options.mixture.heads_every_state or self.device.type != "cpu":
+            return super().decode_pass(tokens, state)  # accelerators would rather attend once than row by row
+        return self._decode_by_depth(tokens, state)
+
+    @torch.no_grad()
+    def _decode_by_depth(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        begun = list(tokens)
+        token_N = torch.tensor([tokens[b] for b in begun], dtype=torch.long, device=self.device)
+        if begun:
+            self._check_room(token_N, [state.positions[b] for b in begun])
+            state.cache.make_room(max(state.positions[b] for b in begun) + 1)
+            state.counts.tokens += len(begun)
+        forced = self.replay.decode(token_N, state, self.budget_share, begun) if self.replay else []
+
+        def rope(rows: list[int]) -> Rope:
+            return self.rope_at([state.positions[b] for b in rows])
+
+        done, hidden_Fd, steps = self.latent_loop.advance(self.embed(token_N), begun, state, rope, forced)
+        for b in done:
+            state.positions[b] += 1
+        return done, self.decode_logits(hidden_Fd, state), torch.tensor(steps)
 
     def decode_logits(self, hidden_Bd: Tensor, state: DecodingState) -> Tensor:
         if not self.options.mixture.heads_every_state:

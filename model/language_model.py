@@ -8,7 +8,7 @@ the head read at each position (`hidden_states`)? The rest is here.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -314,16 +314,29 @@ class LanguageModel(nn.Module):
         """
         if len(tokens_B) != state.batch:
             raise ValueError(f"{len(tokens_B)} tokens: the decoding state was started for {state.batch} sequences")
-        longest = max(state.positions)
-        if longest >= self.config.context:
-            raise ValueError(f"the model's context of {self.config.context} tokens is full")
-        self._check_vocabulary(tokens_B)
-        state.cache.make_room(longest + 1)
+        self._check_room(tokens_B, state.positions)
+        state.cache.make_room(max(state.positions) + 1)
         state.counts.tokens += state.batch
         hidden_Bd, steps_B = self.decode_hidden_states(tokens_B, state)
         logits_BV = self.decode_logits(hidden_Bd, state)
         state.positions = [position + 1 for position in state.positions]
         return logits_BV, steps_B
+
+    @torch.no_grad()
+    def decode_pass(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        """Go on reading single tokens, which sequences need not do in step: (the sequences, ascending, whose tokens are
+        read, logits [F, V] of the next ones, latent steps [F] that were taken).
+
+        tokens: the next token of each sequence that has none in reading; before the first call, of all. Where a method
+        can (`AdaptiveModel`), this is one pass of all sequences, each at its own depth; otherwise all of `decode_step`.
+        """
+        logits_BV, steps_B = self.decode_step(torch.tensor([tokens[b] for b in state.everyone]).to(self.device), state)
+        return state.everyone, logits_BV, steps_B
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embedding.weight.device
 
     @torch.no_grad()
     def read_prompts(
@@ -389,6 +402,12 @@ class LanguageModel(nn.Module):
     def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
         """Go on decoding some of a state's sequences alone: the others are finished, and cost nothing any more."""
         state.keep(rows)
+
+    def _check_room(self, tokens: Tensor, positions: Sequence[int]) -> None:
+        """Refuse tokens that cannot be read at these positions."""
+        if max(positions) >= self.config.context:
+            raise ValueError(f"the model's context of {self.config.context} tokens is full")
+        self._check_vocabulary(tokens)
 
     def _check_vocabulary(self, tokens: Tensor) -> None:
         """Refuse tokens that the model does not have, on CPUs; elsewhere that would cost a trip to the device, and the

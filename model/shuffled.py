@@ -10,6 +10,7 @@ The router's own run comes first, without gradient (the routing run). Its FLOPs 
 adaptive.py, by the mixture of the second run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, PromptStates
-from haltscale.model.language_model import LoopOutput
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 from haltscale.model.step_source import StepsFrom
 
@@ -108,6 +109,9 @@ class ShuffledModel(AdaptiveModel):
         for b, steps, length in zip(rows, found, valid_BT.sum(1).tolist(), strict=True):
             own_steps[b] += steps[:length]
         return loop_output
+
+    def decode_pass(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        return LanguageModel.decode_pass(self, tokens, state)  # the scout goes first
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         routing, own_steps = state.extra

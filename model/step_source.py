@@ -143,14 +143,19 @@ class Replay:
         edges_TK = table[place_T].to(tokens_BT.device)
         return (draws_BT[..., None] >= edges_TK).sum(2)
 
-    def decode(self, tokens_B: Tensor, state: DecodingState, share: float) -> list[int]:
-        """Latent steps of the next token of each sequence; remembers the text in the state."""
-        device, row = tokens_B.device, self._row(share)
-        position_B1 = torch.tensor(state.positions, device=device)[:, None]
-        draws_B1, text_B1 = draws(tokens_B[:, None], self.seed, position=position_B1, text_B1=state.text)
-        state.text = text_B1
-        edges_BK = torch.tensor([self._at(row, t) for t in state.positions], dtype=torch.float64, device=device)
-        steps: list[int] = (draws_B1 >= edges_BK).sum(1).tolist()
+    def decode(self, tokens_N: Tensor, state: DecodingState, share: float, rows: list[int] | None = None) -> list[int]:
+        """Latent steps of the next token of each sequence, or of some; remembers their texts in the state."""
+        device, row = tokens_N.device, self._row(share)
+        rows = state.everyone if rows is None else rows
+        positions = [state.positions[b] for b in rows]
+        if state.text is None:
+            state.text = torch.zeros(state.batch, 1, dtype=torch.long, device=device)
+        position_N1 = torch.tensor(positions, dtype=torch.long, device=device)[:, None]
+        draws_N1, text_N1 = draws(tokens_N[:, None], self.seed, position=position_N1, text_B1=state.text[rows])
+        state.text[rows] = text_N1
+        edges = [self._at(row, t) for t in positions]
+        edges_NK = torch.tensor(edges, dtype=torch.float64, device=device).view(len(rows), -1)
+        steps: list[int] = (draws_N1 >= edges_NK).sum(1).tolist()
         return steps
 
     def read(self, tokens_BT: Tensor, lengths_B: Tensor, state: DecodingState, rows: list[int]) -> None:

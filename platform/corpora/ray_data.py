@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -144,23 +145,45 @@ def stream(
 def _windows(
     first_step: int, steps: int, *, place: str, seed: int, mixture: Mixture, batch: int, rank: int, world: int
 ) -> Iterator[Batch]:
-    """:func:`stream` of rows that are all there."""
-    quiet_ray_data()
+    """:func:`stream` of rows that are all there.
+
+    The first window is read here. Meanwhile Ray starts a process for the others, which takes seconds: longer than many
+    a small run trains.
+    """
     row_tokens = _reader(place).read(np.array([0])).shape[1]
     each = min(64, max(1, WINDOW_TOKENS * world // (batch * row_tokens)))
     windows = [{"first": first, "steps": min(each, steps - first)} for first in range(first_step, steps, each)]
     if not windows:
         return
     read = {"place": place, "seed": seed, "mixture": mixture, "batch": batch, "rank": rank, "world": world}
+    others = _read_by_ray(windows[1:], read) if len(windows) > 1 else iter(())
+    beside = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    try:
+        second = beside.submit(next, others, None)
+        first = {name: np.array([number]) for name, number in windows[0].items()}
+        yield from _batches(_read_window(first, **read), batch=batch, world=world)
+        if (window := second.result()) is not None:
+            yield from _batches(window, batch=batch, world=world)
+        for window in others:
+            yield from _batches(window, batch=batch, world=world)
+    finally:
+        beside.shutdown(wait=False)  # a budget of FLOPs may end a run before its second window is there
+
+
+def _read_by_ray(windows: list[dict[str, int]], read: dict[str, Any]) -> Iterator[pa.Table]:
+    quiet_ray_data()
     dataset = ray.data.from_items(windows, override_num_blocks=len(windows))
     dataset = dataset.map_batches(_read_window, batch_size=None, fn_kwargs=read, num_cpus=DATA_CPUS)
     dataset.context.execution_options.preserve_order = True
-    for window in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
-        seq_ids = np.stack(window["seq_ids"].to_numpy(zero_copy_only=False))
-        tokens = np.stack(window["tokens"].to_numpy(zero_copy_only=False))
-        for index, step in enumerate(window["step"].to_pylist()):
-            share = tokens[index].reshape(batch // world, -1).astype(np.int64)
-            yield Batch(step=step, seq_ids=seq_ids[index], tokens=share)
+    return iter(dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"))
+
+
+def _batches(window: pa.Table, *, batch: int, world: int) -> Iterator[Batch]:
+    seq_ids = np.stack(window["seq_ids"].to_numpy(zero_copy_only=False))
+    tokens = np.stack(window["tokens"].to_numpy(zero_copy_only=False))
+    for index, step in enumerate(window["step"].to_pylist()):
+        share = tokens[index].reshape(batch // world, -1).astype(np.int64)
+        yield Batch(step=step, seq_ids=seq_ids[index], tokens=share)
 
 
 @lru_cache(maxsize=2)

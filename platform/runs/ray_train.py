@@ -6,7 +6,6 @@ Ray. A run resumes from its last checkpoint by itself: after a worker's death, a
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.initial_model import InitialModelError
-from haltscale.platform.memory import release_freed_memory
+from haltscale.platform.memory import collect_garbage
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.runs.branching import branch_point
 from haltscale.platform.runs.finalize import evaluate_run, finish
@@ -137,16 +136,17 @@ def fit_here(spec: RunSpec, *, report: Callable[[dict[str, Any]], object]) -> No
         raise ValueError(f"workers must be 1 to train in one process (got {execution.workers}): use fit")
     node = ray.get_runtime_context().get_node_id()
     for left in reversed(range(execution.max_failures + 1)):
+        ended = False
         try:
             _train_run(spec, Surroundings(rank=0, world=1, report=report, nodes=lambda: [node]))
+            ended = True
             return
         except Exception:
             if not left:
                 raise
             log.exception("%s: failed; trying again from its last checkpoint, %d times more", spec.label, left)
         finally:
-            gc.collect()  # DeepSpeed's engine is full of cycles, and the next run needs its memory
-            release_freed_memory()
+            collect_garbage(settled=ended)  # DeepSpeed's engine is full of cycles, and the next run needs its memory
 
 
 def _nodes(world: int) -> list[str]:
