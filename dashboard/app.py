@@ -25,6 +25,7 @@ def draw() -> None:
             for index, entry in enumerate(entries)
         ]
     )
+    st.session_state["page-name"] = page.url_path or entries[0]["page"].stem
     if layout.sidebar():
         page.run()
     else:

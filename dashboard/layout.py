@@ -6,17 +6,20 @@ something new may have been written, without a reload and without touching the r
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from haltscale.dashboard import data, figures, style
+from haltscale.dashboard import data, export, figures, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView
 
@@ -24,6 +27,7 @@ ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""
 IDLE_SECONDS = 10.0
 MOST_PILLS = 8
+PARQUET = "application/vnd.apache.parquet"
 PLOTLY = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 SUBMIT = "make study"
 DEMO = "haltscale dashboard --demo"
@@ -94,6 +98,8 @@ def live(body: Callable[[StudyView], None]) -> None:
     When what the sidebar offers has changed (a new study, method or size), or training begins or ends, the whole page
     runs once, so that its choices and its pace follow.
     """
+    if st.session_state.get("only", st.session_state["page-name"]) != st.session_state["page-name"]:
+        return
     known = _pulse(st.session_state["just-read"])
 
     @st.fragment(run_every=ACTIVE_SECONDS if known[-1] else IDLE_SECONDS)
@@ -115,6 +121,7 @@ def live(body: Callable[[StudyView], None]) -> None:
         if chosen.runs.empty:
             st.info("No run passes the filters in the sidebar.", icon=":material/filter_alt_off:")
             return
+        st.session_state["shown"] = chosen
         body(chosen)
 
     follow()
@@ -225,25 +232,95 @@ def download(title: str, content: str | Callable[[], bytes], name: str, mime: st
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure that a page has drawn, for whoever collects them."""
+
+    key: str
+    figure: go.Figure
+    behind: pd.DataFrame
+    about: export.Provenance
+    alt: str
+
+
+_collected: list[list[Drawn]] = []
+
+
+@contextmanager
+def collecting() -> Iterator[list[Drawn]]:
+    """Within it every figure that a page of this process draws is put into a list, without its downloads."""
+    drawn: list[Drawn] = []
+    _collected.append(drawn)
+    try:
+        yield drawn
+    finally:
+        _collected.remove(drawn)
+
+
 def chart(figure: go.Figure, behind: pd.DataFrame, *, key: str, title: str, alt: str) -> None:
-    """A figure with what it takes to use it elsewhere: the data behind it as CSV and Parquet, itself as HTML and PNG.
+    """A figure with what it takes to use it elsewhere: the data behind it, and pictures at the widths of a paper.
 
     Args:
-        behind: the data as numbers, with units in the column names where they have one.
+        behind: the data as numbers, with units in the column names where they have one; of the runs ``key``, where they
+            are not all that are shown.
         key: names the figure on its page and its files.
         title: of the figure as a page of its own.
         alt: what a reader who does not see the figure should know.
     """
     name = f"{st.session_state['study']}-{key}"
     # The camera in the figure's own tool bar: a vector drawing, made by the reader's browser.
-    picture = {"format": "svg", "filename": name, "scale": 1}
-    st.plotly_chart(figure, key=key, config={**PLOTLY, "toImageButtonOptions": picture}, alt=alt)
+    camera = {"format": "svg", "filename": name, "scale": 1}
+    st.plotly_chart(figure, key=key, config={**PLOTLY, "toImageButtonOptions": camera}, alt=alt)
+    about = provenance(behind, title)
+    if _collected:
+        _collected[-1].append(Drawn(key=key, figure=figure, behind=behind, about=about, alt=alt))
+        return
     with st.container(horizontal_alignment="right"), st.popover("Download", icon=":material/download:"):
-        download("Data, CSV", lambda: csv(behind).encode(), f"{name}.csv", "text/csv")
-        download("Data, Parquet", lambda: parquet(behind), f"{name}.parquet", "application/vnd.apache.parquet")
+        download("Data, CSV", lambda: export.csv(behind), f"{name}.csv", "text/csv")
+        download("Data, Parquet", lambda: export.parquet(behind, about), f"{name}.parquet", PARQUET)
         download("Figure, HTML", lambda: figures.as_html(figure, title), f"{name}.html", "text/html")
-        if figures.draws_png():
-            download("Figure, PNG", lambda: figures.as_png(figure, title), f"{name}.png", "image/png")
+        if not export.can_draw():
+            st.caption(plain(export.NEEDS))
+            return
+        for width in export.Width:
+            for kind in export.FORMATS:
+                download(
+                    f"{kind.upper()}, {width.named}",
+                    partial(export.picture, figure, kind, width, about),
+                    f"{name}-{width}.{kind}",
+                    export.MIME[kind],
+                )
+        download(
+            "All of these, ZIP",
+            lambda: export.archive(lambda: export.files(name, figure, behind, about)),
+            f"{name}.zip",
+            "application/zip",
+        )
+
+
+def provenance(behind: pd.DataFrame, title: str) -> export.Provenance:
+    """What a figure of this page is made of: the runs named in its data, else all that are shown."""
+    runs = st.session_state["shown"].runs
+    if "key" in behind:
+        runs = runs[runs["key"].isin(behind["key"])]
+    return export.Provenance(
+        study=str(st.session_state["study"]),
+        title=title,
+        keys=list(runs["key"]),
+        commits=sorted(set(runs["git_commit"])),
+        view=address(),
+    )
+
+
+def query() -> dict[str, list[str]]:
+    """What stands behind the ? of this page's address, always with the study."""
+    found = {name: st.query_params.get_all(name) for name in st.query_params}
+    return {"study": [str(st.session_state["study"])], **found}
+
+
+def address() -> str:
+    """This page and its choices, without the host."""
+    return f"{st.session_state['page-name']}?{urlencode(query(), doseq=True)}"
 
 
 def table(frame: pd.DataFrame, *, key: str, alt: str, **options: Any) -> None:
@@ -251,16 +328,11 @@ def table(frame: pd.DataFrame, *, key: str, alt: str, **options: Any) -> None:
     st.dataframe(frame, hide_index=True, placeholder="–", key=key, alt=alt, **options)
 
 
-def csv(frame: pd.DataFrame) -> str:
-    """A table as CSV."""
-    return str(frame.to_csv(index=False))
-
-
-def parquet(frame: pd.DataFrame) -> bytes:
-    """A table as Parquet."""
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    return buffer.getvalue()
+def table_files(frame: pd.DataFrame, *, name: str, title: str) -> None:
+    """Downloads of a table."""
+    about = provenance(frame, title)
+    download("CSV", lambda: export.csv(frame), f"{name}.csv", "text/csv")
+    download("Parquet", lambda: export.parquet(frame, about), f"{name}.parquet", PARQUET)
 
 
 LATEST = "latest"

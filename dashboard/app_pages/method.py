@@ -46,13 +46,7 @@ def body(view: StudyView) -> None:
         st.header("Download the study", anchor=False)
         every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
         with st.container(horizontal=True):
-            layout.download("Runs, CSV", lambda: layout.csv(every).encode(), f"{view.name}-all.csv", "text/csv")
-            layout.download(
-                "Runs, Parquet",
-                lambda: layout.parquet(every),
-                f"{view.name}-all.parquet",
-                "application/vnd.apache.parquet",
-            )
+            layout.table_files(every, name=f"{view.name}-all", title=f"Runs of {view.name}")
             layout.download("Records, JSON", lambda: records(view), f"{view.name}-records.json", "application/json")
         st.caption("The whole study as one page that needs no server:")
         st.code(f"haltscale report {view.name} --out {view.name}.html", language=None)
