@@ -87,6 +87,15 @@ class StudyView:
         tokens = self.runs["tokens"].max()
         return bool(pd.notna(tokens) and tokens < DEMO_TOKENS)
 
+    @property
+    def limits(self) -> str:
+        """What runs of minutes can show and what they cannot."""
+        longest = style.compact(float(self.runs["tokens"].max()))
+        return (
+            f"These runs train on at most {longest} tokens each. Runs this short show the machinery and the halting, "
+            "not the method's gain: extra passes begin to pay at far larger budgets."
+        )
+
 
 TEXT = ("key", "label", "state", "method", "size", "series", "note", "role", "git_commit")
 OPTIONS = ("lam", "beta", "l_max", "tau")

@@ -38,6 +38,7 @@ DPI = 300
 ROOMY = 1.5
 """Figures are laid out this much larger than on paper, and scaled down: text of 10.5 pt becomes 7 pt."""
 TEXT_POINTS = 7
+LEAST_HIGH = 200
 CSS_DPI = 96
 MOST_KEYS = 500
 NEEDS = (
@@ -177,7 +178,7 @@ def picture(figure: go.Figure, kind: str, width: Width, about: Provenance) -> by
 def _height(figure: go.Figure, across: int) -> int:
     """On the screen a figure has most of the page's width; narrower ones keep more of their height than of that."""
     high = float(figure.layout.height or 450)
-    return round(high * max(min(across / 1100, 1.0), 0.0) ** 0.35)
+    return max(round(high * min(across / 1100, 1.0) ** 0.35), LEAST_HIGH)
 
 
 def on_paper(figure: go.Figure) -> go.Figure:
@@ -197,7 +198,9 @@ def _svg(drawn: bytes, about: Provenance, inches: float) -> bytes:
     head = re.match(r"(?:<\?xml[^>]*\?>)?\s*<svg[^>]*>", text)
     if head is None:
         raise ExportError("the browser drew no SVG")
-    opened = re.sub(r' height="([\d.]+)"', lambda m: f' height="{float(m[1]) / ROOMY / CSS_DPI:.4f}in"', head[0], count=1)
+    tall = re.search(r' height="([\d.]+)"', head[0])
+    high = float(tall[1]) / ROOMY / CSS_DPI if tall else inches
+    opened = re.sub(r' height="[\d.]+"', f' height="{high:.4f}in"', head[0], count=1)
     opened = re.sub(r' width="[\d.]+"', f' width="{inches:.4f}in"', opened, count=1)
     said = html.escape(_without_controls(about.text()), quote=False)
     titled = f"<title>{html.escape(_without_controls(about.title))}</title><metadata>{said}</metadata>"

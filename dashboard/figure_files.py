@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from haltscale.dashboard import export, headless
 from haltscale.dashboard.export import ExportError, Width
+from haltscale.dashboard.notes import Notes
 from haltscale.platform.durable import write_durably
 from haltscale.platform.store import RunStore, StoreError
 
@@ -33,7 +35,7 @@ VIEWS: tuple[tuple[str, Mapping[str, str]], ...] = (
 
 
 def charts(store: RunStore, study: str) -> Iterator[headless.Chart]:
-    """Every figure of the pages over a study, each once.
+    """Every figure of the pages over a study, each once, and those of its pinned views.
 
     Raises:
         StoreError: there is no such study.
@@ -47,6 +49,9 @@ def charts(store: RunStore, study: str) -> Iterator[headless.Chart]:
             if chart.name not in seen:
                 seen.add(chart.name)
                 yield chart
+    for place, note in enumerate(Notes(store, study).all()[0], start=1):
+        for chart in headless.draw(store.root, note.page, {**note.query, "study": study}).charts:
+            yield replace(chart, name=f"pinned-{place}-{chart.name}")
 
 
 def write(

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,28 @@ class Chart:
     behind: pd.DataFrame
     about: Provenance
     alt: str
-    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """Words of a page."""
+
+    kind: str
+    """title, header, subheader, markdown, caption, info, warning or error."""
+    text: str
+    """Markdown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """A page as it stands at an address."""
 
-    title: str
-    charts: list[Chart]
-    said: list[str] = field(default_factory=list)
-    """Headings of verdicts, and what is refused, in the page's order; Markdown."""
+    parts: list[Chart | Said | pd.DataFrame]
+    """What it shows, downwards."""
+
+    @property
+    def charts(self) -> list[Chart]:
+        return [part for part in self.parts if isinstance(part, Chart)]
 
 
 def names() -> list[str]:
@@ -70,7 +81,8 @@ def draw(root: str, page: str, query: Mapping[str, str | Sequence[str]]) -> Page
 
     if page not in names():
         raise StoreError(f"the page must be one of {', '.join(names())} (got {page!r})")
-    logging.getLogger("streamlit.runtime.scriptrunner_utils.script_run_context").setLevel(logging.ERROR)
+    for name in ("scriptrunner_utils.script_run_context", "caching.cache_data_api"):  # both say: there is no server
+        logging.getLogger(f"streamlit.runtime.{name}").setLevel(logging.ERROR)
     with _alone, _store_at(root), layout.collecting() as drawn:
         app = AppTest.from_file(str(APP), default_timeout=SECONDS)
         for name, value in query.items():
@@ -80,15 +92,11 @@ def draw(root: str, page: str, query: Mapping[str, str | Sequence[str]]) -> Page
         app.switch_page(f"app_pages/{page}.py").run()
         if app.exception:
             raise StoreError(f"the page {page} cannot be drawn ({app.exception[0].message})")
-        captions, said = _read(app.main)
         charts = [
-            Chart(
-                name=f"{page}-{one.key}", figure=one.figure, behind=one.behind, about=one.about, alt=one.alt,
-                caption=captions.get(place, ""),
-            )
-            for place, one in enumerate(drawn)
-        ]  # fmt: skip
-        return Page(title=str(app.title[0].value) if app.title else page, charts=charts, said=said)
+            Chart(name=f"{page}-{one.key}", figure=one.figure, behind=one.behind, about=one.about, alt=one.alt)
+            for one in drawn
+        ]
+        return Page(parts=list(_read(app.main, iter(charts))))
 
 
 @contextmanager
@@ -104,24 +112,18 @@ def _store_at(root: str) -> Iterator[None]:
             os.environ["HALTSCALE_STORE"] = before
 
 
-def _read(block: Any) -> tuple[dict[int, str], list[str]]:
-    """The caption behind each figure, by the figure's place, and what the page says in words."""
-    captions: dict[int, str] = {}
-    said: list[str] = []
-    seen = -1
+WORDS = ("title", "header", "subheader", "markdown", "caption", "info", "warning", "error")
 
-    def walk(node: Any) -> None:
-        nonlocal seen
-        for child in node.children.values():
-            kind = getattr(child, "type", "")
-            if kind == "plotly_chart":
-                seen += 1
-            elif kind == "caption" and seen >= 0 and seen not in captions:
-                captions[seen] = str(child.value)
-            elif kind in ("info", "warning", "error"):
-                said.append(str(child.value))
-            if hasattr(child, "children"):
-                walk(child)
 
-    walk(block)
-    return captions, said
+def _read(block: Any, charts: Iterator[Chart]) -> Iterator[Chart | Said | pd.DataFrame]:
+    """What a page shows, in its order; a chart is drawn where the page drew one."""
+    for child in block.children.values():
+        kind = str(getattr(child, "type", ""))
+        if kind == "plotly_chart":
+            yield next(charts)
+        elif kind in WORDS:
+            yield Said(kind=kind, text=str(child.value))
+        elif kind in ("arrow_data_frame", "dataframe"):
+            yield child.value
+        elif hasattr(child, "children"):
+            yield from _read(child, charts)

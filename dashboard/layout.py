@@ -22,6 +22,7 @@ import streamlit as st
 from haltscale.dashboard import data, export, figures, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView
+from haltscale.dashboard.notes import MOST_TEXT, MOST_TITLE, NoteError, Notes
 
 ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""
@@ -85,7 +86,8 @@ def _load() -> StudyView:
     return store().view(str(st.session_state["study"]))
 
 
-def _filtered(view: StudyView) -> StudyView:
+def filtered(view: StudyView) -> StudyView:
+    """The runs of a study that pass the sidebar's filters."""
     return data.select(view, **{name: st.session_state.get(name) or () for name in data.FACETS})
 
 
@@ -117,7 +119,7 @@ def live(body: Callable[[StudyView], None]) -> None:
         if view.runs.empty:
             st.info("This study has planned no runs.", icon=":material/hourglass_empty:")
             return
-        chosen = _filtered(view)
+        chosen = filtered(view)
         if chosen.runs.empty:
             st.info("No run passes the filters in the sidebar.", icon=":material/filter_alt_off:")
             return
@@ -181,9 +183,16 @@ def label(text: object) -> str:
 
 def heading(view: StudyView, title: str, says: str = "") -> None:
     """A page's title, in a line what it answers, the study's question, and how the study is going."""
-    st.title(title, anchor=False)
-    if says:
+    if _collected:
+        st.title(title, anchor=False)
         st.caption(says)
+        return
+    left, right = st.columns([5, 1], vertical_alignment="top")
+    left.title(title, anchor=False)
+    if says:
+        left.caption(says)
+    with right, st.container(horizontal_alignment="right"):
+        pin(view)
     counts = view.runs["state"].value_counts()
     badges = " ".join(
         f":{color}-badge[{style.STATE_ICONS[state]} {counts[state]} {state}]"
@@ -192,6 +201,25 @@ def heading(view: StudyView, title: str, says: str = "") -> None:
     )
     question = f"{plain(view.question)}  \n" if view.question else ""
     st.markdown(question + badges)
+
+
+def pin(view: StudyView) -> None:
+    """The link to this view, and a form that pins it to the study's report."""
+    with st.popover("Link and pin", icon=":material/push_pin:"):
+        st.caption("The link to this view, with all that is chosen:")
+        st.code(f"{st.context.url or ''}?{urlencode(query(), doseq=True)}", language=None, wrap_lines=True)
+        with st.form("pin", clear_on_submit=True, border=False):
+            title = st.text_input("Title", key="pin-title", max_chars=MOST_TITLE)
+            text = st.text_area("Text", key="pin-text", max_chars=MOST_TEXT)
+            pinned = st.form_submit_button("Pin to the report", icon=":material/push_pin:")
+        if pinned:
+            page = str(st.session_state["page-name"])
+            try:
+                Notes(store(), view.name).add(title=title, text=text, page=page, query=query())
+            except (NoteError, OSError) as error:
+                st.error(plain(error), icon=":material/error:")
+            else:
+                st.success("Pinned. The page Report lists it.", icon=":material/check_circle:")
 
 
 def owner(view: StudyView) -> None:
@@ -216,13 +244,9 @@ def flops_kind() -> FlopsKind:
 
 
 def honest(view: StudyView) -> None:
-    """Say what runs of minutes can show and what they cannot."""
-    if view.demo:
-        longest = style.compact(float(view.runs["tokens"].max()))
-        st.caption(
-            f":material/info: These runs train on at most {longest} tokens each. Runs this short show the machinery "
-            "and the halting, not the method's gain: extra passes begin to pay at far larger budgets."
-        )
+    """Say what runs of minutes can show and what they cannot; a report says it once."""
+    if view.demo and not _collected:
+        st.caption(f":material/info: {view.limits}")
 
 
 def download(title: str, content: str | Callable[[], bytes], name: str, mime: str) -> None:
@@ -255,6 +279,11 @@ def collecting() -> Iterator[list[Drawn]]:
         yield drawn
     finally:
         _collected.remove(drawn)
+
+
+def is_collecting() -> bool:
+    """Whether the page is drawn for a report or for files: nobody can press anything."""
+    return bool(_collected)
 
 
 def chart(figure: go.Figure, behind: pd.DataFrame, *, key: str, title: str, alt: str) -> None:

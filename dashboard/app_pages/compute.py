@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import answer, data, fits, law_figures, layout, outside, style
+from haltscale.dashboard import answer, data, fits, law_figures, layout, outside, several, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
 from haltscale.dashboard.law_figures import Axis, Join, Measure
@@ -154,6 +154,8 @@ def lowest(shown: pd.DataFrame) -> str:
 
 def overlay() -> pd.DataFrame | None:
     """Points from elsewhere, from a file of the reader's."""
+    if layout.is_collecting():
+        return None
     with st.expander("Results from elsewhere", icon=":material/add_chart:"):
         st.caption(
             "A CSV file with the columns label, flops (training FLOPs, counted as above), loss (nats/token) and "
@@ -170,38 +172,68 @@ def overlay() -> pd.DataFrame | None:
 
 
 def together(view: StudyView, kind: FlopsKind, axis: Axis, measure: Measure, join: Join) -> None:
-    """Other studies beside this one, on the same axes."""
+    """Other studies in one figure with this one, and a comparison across them, where their corpora agree."""
     names = [name for name in store().studies() if name != view.name]
     if not names:
         return
+    st.header("With other studies", anchor=False)
     chosen = st.multiselect(
-        "Beside other studies",
+        "Other studies",
         names,
         key="studies",
         bind="query-params",
         max_selections=MOST_STUDIES,
         placeholder="None",
-        help="A panel per study on the same axes. The filters of the sidebar are of the first study only.",
+        help="Studies of the same corpus share a figure and can be compared. The filters of the sidebar hold for all.",
     )
-    views = {view.name: view.runs} | {name: store().view(name).runs for name in chosen}
-    views = {name: one[(one["role"] != "tuning")] for name, one in views.items()}
-    views = {name: one for name, one in views.items() if len(one) and len(plotted(one, kind))}
-    if len(views) < 2:
+    if not chosen:
         return
-    x = axis.column(kind)
-    every = pd.concat([plotted(one, kind)[[x, "loss"]] for one in views.values()])
-    every = every[every[x].gt(0)]
-    for column, (name, one) in zip(st.columns(len(views)), views.items(), strict=True):
-        with column, st.container(border=True):
-            st.subheader(layout.plain(name), anchor=False)
-            layout.chart(
-                law_figures.scaling(one, kind, axis=axis, measure=measure, join=join, ranges=(every[x], every["loss"])),
-                one[[*data.TEXT, *data.NUMBERS]],
-                key=f"beside-{name}",
-                title=f"{name}: {measure.axis} against {axis.named(kind)}",
-                alt=f"{measure.axis} against {axis.named(kind)} of {name}; lowest loss {lowest(plotted(one, kind))}",
-            )
-    st.caption("Losses of studies with other texts or tokenizers say nothing about each other: compare bits per byte.")
+    kept, refused = several.agreeing(view, [layout.filtered(store().view(name)) for name in chosen])
+    layout.refused(refused, "Not compared")
+    if len(kept) < 2:
+        return
+    runs = several.joined(kept)
+    shown = plotted(runs, kind)
+    if shown.empty:
+        nothing()
+        return
+    with st.container(border=True):
+        layout.chart(
+            law_figures.together(runs, kind, axis=axis, measure=measure, join=join),
+            shown[["study", *data.TEXT, *data.NUMBERS]],
+            key=f"together-{kind}-{axis.column(kind)}",
+            title=f"{', '.join(one.name for one in kept)}: {measure.axis} against {axis.named(kind)}",
+            alt=f"{measure.axis} against {axis.named(kind)} of {len(shown)} runs of {len(kept)} studies; lowest loss "
+            f"{lowest(shown)}",
+        )
+        st.caption(
+            "Colour says the method; marker and dash, the study. The studies have one corpus and tokenizer (the "
+            "fingerprints agree), so their losses compare."
+        )
+    across({one.name: one for one in kept}, view.name)
+
+
+def across(views: dict[str, StudyView], first: str) -> None:
+    """An arm of one study against an arm of another, at equal compute or tokens."""
+    sides = [(name, arm) for name, one in views.items() for arm in answer.arms(one)]
+    names = {f"{arm} · {study}": (study, arm) for study, arm in sides}
+    own = [name for name, (study, _) in names.items() if study == first]
+    pair = answer.default_pair(views[first])
+    start = own.index(f"{pair[0]} · {first}") if pair else 0
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        one = st.selectbox("Arm", own, index=start, key="across-arm", bind="query-params", width=300)
+        others = [name for name, (study, _) in names.items() if study != first]
+        arm = names[str(one)][1]
+        same = next((place for place, name in enumerate(others) if names[name][1] == arm), 0)
+        other = st.selectbox("Compared with", others, index=same, key="across-with", bind="query-params", width=300)
+        x = st.selectbox(
+            "At equal", list(answer.EQUAL), key="across-equal", bind="query-params", width=240,
+            format_func=answer.EQUAL.__getitem__,
+        )  # fmt: skip
+    found = several.across(views, names[str(one)], names[str(other)], str(x))
+    st.markdown(f"**{layout.plain(answer.headline(found))}**")
+    if text := answer.support(found):
+        st.markdown(layout.plain(text))
 
 
 def parameters(laws: dict[str, analysis.LawFit]) -> None:
