@@ -64,7 +64,7 @@ class Notes:
                 found.append(_read(path))
             except FileNotFoundError:  # removed by another reader
                 continue
-            except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 damaged.append(path.name)
         return sorted(found, key=lambda note: (note.order, note.written_at, note.id)), damaged
 
