@@ -37,6 +37,9 @@ if __name__ == "__main__":
 else:
     from starlette.middleware import Middleware
 
+    from haltscale.dashboard import fits
     from haltscale.dashboard.guard import Guard
+
+    fits.fitter.apart = True
 
     app = st.App(__file__, middleware=[Middleware(Guard)])

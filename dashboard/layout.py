@@ -7,7 +7,7 @@ something new may have been written, without a reload and without touching the r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from haltscale.dashboard import data, export, figures, style
+from haltscale.dashboard import data, export, figures, fits, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView
 from haltscale.dashboard.notes import MOST_TEXT, MOST_TITLE, NoteError, Notes
@@ -27,6 +27,7 @@ from haltscale.dashboard.notes import MOST_TEXT, MOST_TITLE, NoteError, Notes
 ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""
 IDLE_SECONDS = 10.0
+FITTING_SECONDS = 1.0
 MOST_PILLS = 8
 PARQUET = "application/vnd.apache.parquet"
 PLOTLY = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
@@ -123,8 +124,10 @@ def live(body: Callable[[StudyView], None]) -> None:
         if chosen.runs.empty:
             st.info("No run passes the filters in the sidebar.", icon=":material/filter_alt_off:")
             return
-        st.session_state["shown"] = chosen
+        st.session_state["shown"], st.session_state["pending"] = chosen, False
         body(chosen)
+        if st.session_state["pending"]:
+            _watch_fits()
 
     follow()
 
@@ -381,6 +384,27 @@ def choose_step(found: list[int], *, key: str) -> int:
         bind="query-params",
     )
     return found[-1] if choice == LATEST else int(choice)
+
+
+def fitting(pending: Sequence[str]) -> None:
+    """Say what is being fitted, and draw the page again when it is there."""
+    if not pending:
+        return
+    st.caption(f":material/hourglass_top: Fitting: {plain(', '.join(pending))} …")
+    st.session_state["pending"] = True
+
+
+def _watch_fits() -> None:
+    """Draw the page again when a fit has arrived."""
+    left = fits.fitter.left()
+
+    @st.fragment(run_every=FITTING_SECONDS)
+    def watch() -> None:
+        now = fits.fitter.left()
+        if now < left or not now:
+            st.rerun()
+
+    watch()
 
 
 def refused(refusals: Mapping[str, str], what: str = "Not fitted") -> None:

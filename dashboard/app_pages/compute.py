@@ -17,6 +17,7 @@ ICON = ":material/insights:"
 ORDER = 1
 VIEWS = ("Loss", "IsoFLOP", "Multipliers", "Value of a latent step", "Size and data")
 MOST_STUDIES = 3
+UNFINISHED = ["running", "planned", "stalled", "stopped", "failed", "capped"]
 
 
 def body(view: StudyView) -> None:
@@ -40,20 +41,25 @@ def body(view: StudyView) -> None:
     elif part == "IsoFLOP":
         isoflop(view, runs, kind)
     elif part == "Multipliers":
-        multipliers(runs, kind)
+        multipliers(view, runs, kind)
     elif part == "Value of a latent step":
-        worth(runs)
+        worth(view, runs)
     else:
-        surface(runs)
+        surface(view, runs)
     unfinished(view)
     layout.honest(view)
 
 
+def provisional(view: StudyView) -> str:
+    """What stands before the caption of every fit of an unfinished grid: it may still change."""
+    count = int(view.runs["state"].isin(UNFINISHED).sum())
+    return f"**Provisional: {count} of {len(view.runs)} runs are not finished.** " if count else ""
+
+
 def unfinished(view: StudyView) -> None:
-    """Say that fits and lines may still change."""
-    count = int(view.runs["state"].isin(["running", "planned", "stalled", "stopped"]).sum())
-    if count:
-        st.caption(f":material/hourglass_top: Provisional: {count} of {len(view.runs)} runs are not finished.")
+    """Say that lines may still change."""
+    if text := provisional(view):
+        st.caption(f":material/hourglass_top: {text}")
 
 
 def highlighted(view: StudyView) -> list[str] | None:
@@ -112,7 +118,9 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
         refused: dict[str, str] = {}
         place = st.container()
         if draw_laws and on_flops:
-            laws, refused = fits.power_laws(runs, flops)
+            fitted = fits.power_laws(runs, flops)
+            laws, refused = fitted.found, fitted.refused
+            layout.fitting(fitted.pending)
         points = overlay()
         with place:
             layout.chart(
@@ -135,13 +143,13 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             st.caption(
                 "A marker per run (hollow: no result yet, at its last evaluation), lines through the means over seeds; "
                 "bars are one standard error over the validation tokens. Lower and further left is better."
-                + (" Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
+                + (f" {provisional(view)}Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
                 + (" The grey staircase is what no run beats." if draw_frontier and on_flops else "")
             )
     layout.refused(refused)
     if laws:
-        parameters(laws)
-        extrapolation(runs, flops)
+        parameters(view, laws)
+        extrapolation(view, runs[runs["method"].isin(list(laws))], flops)
     noise(runs)
     together(view, kind, axis, measure, join)
 
@@ -236,7 +244,7 @@ def across(views: dict[str, StudyView], first: str) -> None:
         st.markdown(layout.plain(text))
 
 
-def parameters(laws: dict[str, analysis.LawFit]) -> None:
+def parameters(view: StudyView, laws: dict[str, analysis.LawFit]) -> None:
     """The laws in numbers."""
     st.header(r"$L(C) = E + A\,C^{-\alpha}$", anchor=False)
     rows = [
@@ -250,6 +258,8 @@ def parameters(laws: dict[str, analysis.LawFit]) -> None:
         for method, law in laws.items()
     ]
     layout.table(pd.DataFrame(rows), key="law-table", alt="Parameters of the fitted laws with their 95 % intervals")
+    if text := provisional(view):
+        st.caption(text)
 
 
 def told(one: Estimate) -> str:
@@ -260,9 +270,10 @@ def told(one: Estimate) -> str:
     return f"{style.three(one.value)} [{low}, {high}]"
 
 
-def extrapolation(runs: pd.DataFrame, x: str) -> None:
+def extrapolation(view: StudyView, runs: pd.DataFrame, x: str) -> None:
     """Whether the laws predict what they have not seen."""
-    found, refused = fits.held_out(runs, x)
+    predicted = fits.held_out(runs, x)
+    found, refused = predicted.found, predicted.refused
     st.header("Does the law predict a budget that it has not seen?", anchor=False)
     if found:
         with st.container(border=True):
@@ -275,10 +286,12 @@ def extrapolation(runs: pd.DataFrame, x: str) -> None:
                 alt="; ".join(f"{m}: mean error {style.three(100 * one.error)} %" for m, one in found.items()),
             )
             st.caption(
-                "Each budget is predicted from all the others; stars are predicted from smaller budgets only. Mean "
+                provisional(view)
+                + "Each budget is predicted from all the others; stars are predicted from smaller budgets only. Mean "
                 "absolute error: "
                 + ", ".join(f"{layout.plain(m)} {style.three(100 * one.error)} %" for m, one in found.items())
             )
+    layout.fitting(predicted.pending)
     layout.refused(refused)
 
 
@@ -327,6 +340,9 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
         format_func=layout.label,
     )  # fmt: skip
     found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")
+    if isinstance(found, fits.Pending):
+        layout.fitting([str(method)])
+        return
     if isinstance(found, Refusal):
         layout.refused({str(method): found.reason})
         return
@@ -341,7 +357,8 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             )
             growth = found.exponent
             st.caption(
-                "Parabolas of the log loss in the log parameters; a star is a budget's best size with its 95 % "
+                provisional(view)
+                + "Parabolas of the log loss in the log parameters; a star is a budget's best size with its 95 % "
                 "interval. "
                 + (
                     f"The best size grows with C^{told(growth)}."
@@ -360,15 +377,18 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
                     for row in found.minima.to_dict("records")
                 ),
             )
-            st.caption("Best size (left) and the tokens that it leaves (right) at the budgets with a minimum.")
+            st.caption(
+                f"{provisional(view)}Best size (left) and the tokens that it leaves (right) at the budgets with a minimum."
+            )
     layout.refused({f"{style.power(float(f'{p.budget:.2g}'))} FLOPs": p.problem for p in found.profiles if p.problem})
-    surfaces, _ = fits.surfaces(runs[runs["method"] == method])
-    for law in surfaces.values():
+    surfaces = fits.surfaces(runs[runs["method"] == method])
+    layout.fitting(surfaces.pending)
+    for law in surfaces.found.values():
         if warning := analysis.disagreement(found, law):
             st.warning(layout.plain(warning), icon=":material/warning:")
 
 
-def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
+def multipliers(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
     """What one method is worth in another's compute, and in its parameters."""
     methods = list(dict.fromkeys(runs["method"]))
     if len(methods) < 2:
@@ -385,7 +405,9 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
     )
     for x, title in ((f"flops_{kind}", f"Equivalent compute ({kind} FLOPs)"), ("parameters", "Equivalent parameters")):
         st.header(title, anchor=False)
-        laws, refused = fits.power_laws(runs, x)
+        fitted = fits.power_laws(runs, x)
+        laws, refused = fitted.found, fitted.refused
+        layout.fitting(fitted.pending)
         found = {}
         for method, law in laws.items():
             if method != reference and reference in laws:
@@ -406,14 +428,15 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
                     alt="; ".join(f"{method}: {told(one.mean)} times" for method, one in found.items()),
                 )
                 st.caption(
-                    f"How many times as much {layout.plain(reference)} needs for the same loss, where runs of both"
+                    provisional(view)
+                    + f"How many times as much {layout.plain(reference)} needs for the same loss, where runs of both"
                     " reach it; above 1 the method is the cheaper one. Geometric means: "
                     + ", ".join(f"{layout.plain(m)} {layout.plain(told(one.mean))}" for m, one in found.items())
                 )
         layout.refused(refused)
 
 
-def worth(runs: pd.DataFrame) -> None:
+def worth(view: StudyView, runs: pd.DataFrame) -> None:
     """phi: what a further pass is worth, in new parameters."""
     st.markdown(
         r"$L = E + A\,(N_\text{once} + r^{\varphi} N_\text{rec})^{-a} + B\,D^{-b}$, "
@@ -421,6 +444,9 @@ def worth(runs: pd.DataFrame) -> None:
         "pass of the stack is worth as many new parameters, **0** where it is worth nothing."
     )
     found = fits.recurrence(runs)
+    if isinstance(found, fits.Pending):
+        layout.fitting(["φ"])
+        return
     if isinstance(found, Refusal):
         layout.refused({"φ": found.reason})
         return
@@ -436,8 +462,8 @@ def worth(runs: pd.DataFrame) -> None:
             title="What a pass is worth",
             alt="; ".join(f"{method}: {told(one)}" for method, one in found.phi.items()),
         )
-        if found.note:
-            st.caption(layout.plain(found.note.capitalize() + "."))
+        if text := provisional(view) + (layout.plain(found.note.capitalize() + ".") if found.note else ""):
+            st.caption(text)
     layout.refused({method: one.problem for method, one in found.phi.items() if one.problem})
     rows = [
         {"method": method, "control": control, "φ minus the control's": told(found.advantage(method, control))}
@@ -456,9 +482,11 @@ def worth(runs: pd.DataFrame) -> None:
         st.caption(f"{', '.join(old)}: these differ from a router in more than where the steps are; no verdict.")
 
 
-def surface(runs: pd.DataFrame) -> None:
+def surface(view: StudyView, runs: pd.DataFrame) -> None:
     """L(N, D): the surface, observed against fitted."""
-    laws, refused = fits.surfaces(runs)
+    fitted = fits.surfaces(runs)
+    laws, refused = fitted.found, fitted.refused
+    layout.fitting(fitted.pending)
     if laws:
         rows = [
             {"method": method, **{name: told(one) for name, one in law.estimates.items()}}
@@ -474,7 +502,9 @@ def surface(runs: pd.DataFrame) -> None:
                 title="L(N, D): observed against fitted loss",
                 alt="Observed against fitted loss, and residuals against parameters",
             )
-            st.caption("Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend.")
+            st.caption(
+                f"{provisional(view)}Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend."
+            )
     layout.refused(refused)
 
 

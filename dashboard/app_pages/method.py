@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, layout, style
+from haltscale.dashboard import data, fit_jobs, layout, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView, mapping, number, words
 from haltscale.platform import analysis
@@ -34,7 +34,7 @@ def body(view: StudyView) -> None:
         st.header("How laws are fitted", anchor=False)
         st.markdown(
             f"- Sum of Huber losses (δ = {DELTA:g}) of log-residuals; {STARTS} starts of L-BFGS.\n"
-            f"- {100 * LEVEL:.0f} % intervals of a bootstrap over runs, {fits.BOOTSTRAPS} resamples here.\n"
+            f"- {100 * LEVEL:.0f} % intervals of a bootstrap over runs, {fit_jobs.BOOTSTRAPS} resamples here.\n"
             f"- Refused under {MIN_RUNS} runs, {MIN_BUDGETS} different values of an input, or a range below "
             f"a factor of {MIN_RANGE:g}.\n"
             "- Runs that are not finished, that diverged, or that only tuned hyperparameters never enter.\n"
