@@ -378,7 +378,8 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
                 ),
             )
             st.caption(
-                f"{provisional(view)}Best size (left) and the tokens that it leaves (right) at the budgets with a minimum."
+                provisional(view)
+                + "Best size (left) and the tokens that it leaves (right) at the budgets with a minimum."
             )
     layout.refused({f"{style.power(float(f'{p.budget:.2g}'))} FLOPs": p.problem for p in found.profiles if p.problem})
     surfaces = fits.surfaces(runs[runs["method"] == method])
@@ -503,7 +504,8 @@ def surface(view: StudyView, runs: pd.DataFrame) -> None:
                 alt="Observed against fitted loss, and residuals against parameters",
             )
             st.caption(
-                f"{provisional(view)}Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend."
+                provisional(view)
+                + "Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend."
             )
     layout.refused(refused)
 
