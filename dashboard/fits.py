@@ -24,7 +24,7 @@ from haltscale.platform.analysis import HeldOut, IsoFlop, LawFit, RecurrenceFit,
 
 LIVE = (
     *("label", "series", "rank", "shade", "note", "heartbeat", "seconds_left", "step", "steps", "straggling"),
-    *("steps_histogram", "need", "finished_at", "git_commit", "nominal", "epochs"),
+    *("steps_histogram", "need", "finished_at", "git_commit", "nominal", "epochs", "by_document"),
 )
 """What changes while other runs train, or is only drawn: it must not make an analysis fit again."""
 MOST_KEPT = 256
@@ -178,7 +178,7 @@ def seed_noise(runs: pd.DataFrame) -> SeedNoise | Refusal:
 
 def documents(study: str, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Nats by held-out document of the finished runs that record them, by key."""
-    keys = [str(key) for key in runs.loc[runs["state"] == "finished", "key"]]
+    keys = [str(key) for key in runs.loc[runs["state"].eq("finished") & runs["by_document"].eq(True), "key"]]
     found = {}
     for key, view in store().views(study, keys).items():
         frame = analysis.document_frame(view.record)

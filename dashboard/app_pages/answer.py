@@ -138,12 +138,14 @@ def targets(view: StudyView) -> None:
 
 def replays(view: StudyView, arm: str) -> None:
     """Whether the router's choice of tokens matters: the arm against its replay controls."""
+    if not any(is_control(name) for name in answer.arms(view)):
+        return
     try:
         pairs = report.control_differences(store(), view.name)
     except UNREADABLE as error:
         st.warning(layout.plain(error), icon=":material/broken_image:")
         return
-    if pairs.empty or not any(is_control(name) for name in answer.arms(view)):
+    if pairs.empty:
         return
     pairs = pairs[~pairs["control"].str.contains("old control") & pairs["control"].isin(["shuffled", "fixed"])]
     if pairs.empty:
