@@ -510,25 +510,33 @@ def asked_for(runs: pd.DataFrame) -> list[str]:
 
 def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
     """What the fields of a run's identity are that differ among the runs of its label; three at most."""
-    fields = runs[[*OPTIONS, *asked_for(runs)]].map(written)
     found = [""] * len(runs)
-    for places in fields.reset_index(drop=True).groupby(labels).groups.values():
-        same = fields.iloc[list(places)]
-        differing = [name for name in same if same[name].nunique() > 1][:3]
-        for place, row in zip(places, same[differing].to_dict("records"), strict=True):
-            found[int(place)] = " · ".join(f"{name} {value}" for name, value in row.items() if value)
+    by_label: dict[str, list[int]] = {}
+    for place, label in enumerate(labels):
+        by_label.setdefault(label, []).append(place)
+    shared = [places for places in by_label.values() if len(places) > 1]
+    if not shared:
+        return found
+    fields = runs[[*OPTIONS, *asked_for(runs)]].map(written)
+    names, texts = list(fields), fields.to_numpy()
+    codes = np.column_stack([pd.factorize(fields[name])[0] for name in names])
+    for places in shared:
+        own = codes[places]
+        differing = np.flatnonzero((own != own[0]).any(axis=0))[:3]
+        for place in places:
+            found[place] = " · ".join(f"{names[one]} {texts[place, one]}" for one in differing if texts[place, one])
     return found
 
 
 def series_names(runs: pd.DataFrame) -> list[str]:
     """The line that each run belongs to: its method and lam, plus every other option that varies within the method."""
     symbols = style.SYMBOLS
-    values = runs.groupby("method")[list(symbols)].nunique()
+    values = runs.groupby("method")[list(symbols)].nunique().to_dict()
     names = []
     for run in runs[["method", *symbols]].to_dict("records"):
         parts = [shown(str(run["method"]))]
         for name, symbol in symbols.items():
-            if pd.notna(run[name]) and (name == "lam" or values.loc[run["method"], name] > 1):
+            if pd.notna(run[name]) and (name == "lam" or values[name][run["method"]] > 1):
                 parts.append(f"{symbol} {run[name]:g}")
         names.append(" · ".join(parts))
     return names
