@@ -1,6 +1,7 @@
 """The jobs that an analyst comes for, in a real browser: light, dark and on a phone."""
 
 import os
+from itertools import pairwise
 
 import pytest
 from pages import TITLES
@@ -84,12 +85,18 @@ def test_every_page_fits_a_phone_has_its_headings_in_order_and_says_what_it_answ
             levels = page.evaluate(
                 "[...document.querySelectorAll('[data-testid=stMain] :is(h1, h2, h3, h4)')].map(h => +h.tagName[1])"
             )
-            if levels[:1] != [1] or any(b - a > 1 for a, b in zip(levels, levels[1:], strict=False)):
+            if levels[:1] != [1] or any(b - a > 1 for a, b in pairwise(levels)):
                 wrong.append(f"{name}: headings {levels}")
             if page.locator("h1").first.inner_text() != title:
                 wrong.append(f"{name}: title {page.locator('h1').first.inner_text()}")
             if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
                 wrong.append(f"{name}: wider than the screen")
-            if not page.get_by_test_id("stCaptionContainer").first.inner_text().rstrip().endswith("?"):
+            if (
+                not page.get_by_test_id("stMain")
+                .get_by_test_id("stCaptionContainer")
+                .first.inner_text()
+                .rstrip()
+                .endswith("?")
+            ):
                 wrong.append(f"{name}: does not say what it answers")
     assert not wrong, "\n".join(wrong)
