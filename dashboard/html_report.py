@@ -203,7 +203,11 @@ def _runs(view: StudyView) -> list[str]:
 def _meaning(view: StudyView) -> list[str]:
     kinds = "".join(f"<li>FLOPs, {kind}: {_text(kind.meaning)}.</li>" for kind in FlopsKind)
     commits = ", ".join(sorted({commit[:12] for commit in view.runs["git_commit"] if commit}))
-    corpus = ", ".join(f"{name} {value}" for name, value in view.corpus.items())
+    corpus = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in view.corpus.items()
+        if isinstance(value, str | int | float)
+    )
     return [
         "<h2>What the numbers mean</h2>",
         f"<ul>{kinds}<li>Loss: nats per token on held-out documents.</li>",

@@ -91,12 +91,7 @@ def test_every_page_fits_a_phone_has_its_headings_in_order_and_says_what_it_answ
                 wrong.append(f"{name}: title {page.locator('h1').first.inner_text()}")
             if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
                 wrong.append(f"{name}: wider than the screen")
-            if (
-                not page.get_by_test_id("stMain")
-                .get_by_test_id("stCaptionContainer")
-                .first.inner_text()
-                .rstrip()
-                .endswith("?")
-            ):
+            says = page.get_by_test_id("stMain").get_by_test_id("stCaptionContainer").first.inner_text()
+            if not says.rstrip().endswith("?"):
                 wrong.append(f"{name}: does not say what it answers")
     assert not wrong, "\n".join(wrong)
