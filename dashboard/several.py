@@ -69,4 +69,4 @@ def across(views: Mapping[str, StudyView], one: tuple[str, str], other: tuple[st
     every = joined(list(views.values()))
     noise = fits.seed_noise(fits.settled(analysed(every)))
     view = replace(views[one[0]], runs=both, document={})
-    return answer.answer(view, *names, x, noise=noise)
+    return answer.answer(view, names[0], names[1], x, noise=noise)

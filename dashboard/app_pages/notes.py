@@ -59,7 +59,7 @@ def one(notes: Notes, note: Note, place: int, count: int) -> None:
                 )  # fmt: skip
             for by, label, icon in ((-1, "Up", ":material/arrow_upward:"), (1, "Down", ":material/arrow_downward:")):
                 if st.button(label, icon=icon, key=f"move-{note.id}-{by}", disabled=not 0 <= place + by < count):
-                    done(lambda by=by: notes.move(note, by))  # type: ignore[misc]
+                    done(lambda by=by: notes.move(note, by))
             with st.popover("Edit", icon=":material/edit:"), st.form(f"edit-{note.id}", border=False):
                 title = st.text_input("Title", note.title, max_chars=MOST_TITLE, key=f"title-{note.id}")
                 text = st.text_area("Text", note.text, max_chars=MOST_TEXT, key=f"text-{note.id}")
