@@ -33,6 +33,7 @@ def draw() -> None:
             for index, entry in enumerate(entries)
         ]
     )
+    st.session_state["page-name"] = page.url_path or entries[0]["page"].stem
     if layout.sidebar():
         page.run()
     else:
@@ -44,6 +45,9 @@ if __name__ == "__main__":
 else:
     from starlette.middleware import Middleware
 
+    from haltscale.dashboard import fits
     from haltscale.dashboard.guard import Guard
+
+    fits.fitter.apart = True
 
     app = st.App(__file__, middleware=[Middleware(Guard)])

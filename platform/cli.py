@@ -31,9 +31,16 @@ EXAMPLES = {
     "list": "haltscale list --json",
     "dashboard": "haltscale dashboard --port 8501",
     "report": "haltscale report quickstart --out quickstart.html",
+    "figures": "haltscale figures quickstart --out figures --width single --format pdf",
     **cli_models.EXAMPLES,
 }
 """One for each verb; ``haltscale VERB --help`` shows it."""
+DASHBOARD = {
+    "dashboard": "haltscale.dashboard",
+    "report": "haltscale.dashboard.html_report",
+    "figures": "haltscale.dashboard.figure_files",
+}
+"""Verbs of the dashboard's modules, which parse their own arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,9 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli_models.add_verbs(verb)
     verb("dashboard", "open the dashboard (--store, --port, --demo)", add_help=False)
     verb("report", "a study as one HTML file (STUDY, --out, --store)", add_help=False)
+    verb("figures", "a study's figures as SVG, PDF, PNG and data (STUDY, --out, --store)", add_help=False)
 
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.verb not in ("dashboard", "report"):
+    if rest and options.verb not in DASHBOARD:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -139,9 +147,8 @@ def _dispatch(options: argparse.Namespace) -> None:
             _list(as_json=options.json)
         case "evaluate" | "generate" | "serve" | "export":
             _model_verb(options)
-        case "dashboard" | "report":
-            module = "haltscale.dashboard" if options.verb == "dashboard" else "haltscale.dashboard.html_report"
-            os.execv(sys.executable, [sys.executable, "-m", module, *options.rest])
+        case "dashboard" | "report" | "figures":
+            os.execv(sys.executable, [sys.executable, "-m", DASHBOARD[options.verb], *options.rest])
 
 
 def _model_verb(options: argparse.Namespace) -> None:

@@ -63,6 +63,11 @@ PART_BYTES = 1 << 18
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
+def is_name(text: str) -> bool:
+    """Whether a study or a run can be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 class RunState(StrEnum):
     """Where a run stands, derived from what its folder holds."""
 

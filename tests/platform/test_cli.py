@@ -212,7 +212,7 @@ def test_an_interrupted_follower_leaves_the_job_alone(head, monkeypatch, capsys)
     assert "haltscale cancel quickstart" in capsys.readouterr().out
 
 
-HANDED_ON = ("dashboard", "report")
+HANDED_ON = ("dashboard", "report", "figures")
 """Verbs that become another program, help and all; their help: tests/dashboard/test_launch.py."""
 
 
