@@ -220,7 +220,7 @@ def targets() -> tuple[Target, ...]:
     ]  # fmt: skip
     found += [
         Target(
-            claim="on repeated text a loop beats more epochs of the plain model at equal FLOPs",
+            claim=f"on repeated text {arm} beats more epochs of the plain model at equal FLOPs",
             source="arXiv 2609.19107", arm=arm, reference="vanilla", reference_options={"size": SIZE}, high=0.0,
         )
         for arm in ("looped", "looped/injected")

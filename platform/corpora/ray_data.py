@@ -155,7 +155,14 @@ def _windows(
     windows = [{"first": first, "steps": min(each, steps - first)} for first in range(first_step, steps, each)]
     if not windows:
         return
-    read = {"place": place, "seed": seed, "mixture": mixture, "batch": batch, "rank": rank, "world": world}
+    read: dict[str, Any] = {
+        "place": place,
+        "seed": seed,
+        "mixture": mixture,
+        "batch": batch,
+        "rank": rank,
+        "world": world,
+    }
     others = _read_by_ray(windows[1:], read) if len(windows) > 1 else iter(())
     beside = ThreadPoolExecutor(1, thread_name_prefix="stream")
     try:

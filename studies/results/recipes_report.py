@@ -6,6 +6,7 @@ python studies/results/recipes_report.py --write    put them into recipes.md, be
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def switches(store: RunStore) -> str:
     return "\n\n".join(parts)
 
 
-def _figures(row: dict[str, Any]) -> list[str]:
+def _figures(row: Mapping[Any, Any]) -> list[str]:
     apart = "–"
     if row["difference"] == row["difference"]:
         apart = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
