@@ -48,7 +48,7 @@ class RunRecorder:
 
     @property
     def is_told_to_save(self) -> bool:
-        """Whether the run will be ended from outside and has not saved since it was told (see ``lease.py``); only the
+        """Whether the run will be ended from outside and has not saved since the notice (see ``lease.py``); only the
         rank that writes knows."""
         return self._lease is not None and self._lease.noticed
 

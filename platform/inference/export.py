@@ -162,7 +162,7 @@ def write_code(folder: Path, method: str = Method.ADAPTIVE) -> None:
     relative imports.
 
     Raises:
-        ExportError: the method is another package's, and a file of it imports what an export cannot take along.
+        ExportError: the method is another package's, and a file of it imports what an export cannot include.
     """
     entry = METHODS[method].model.__module__
     own = entry.partition(".")[0]

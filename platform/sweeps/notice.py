@@ -1,4 +1,4 @@
-"""A study that is told of its end: its runs save what they have, then it ends as by SIGTERM.
+"""A study that gets notice of its end: its runs save what they have, then it ends as by SIGTERM.
 
 SIGUSR2 tells it: deploy/slurm.sh sends that some time before a job's time limit, and whoever else knows of an end can.
 """
