@@ -37,7 +37,8 @@ def test_constraints_cover_what_is_installed() -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "no local versions such as +cpu"
     unpinned = {"haltscale", "pip", "setuptools", "wheel"}
     unpinned |= {"litgpt", "lightning", "lightning-utilities", "torchmetrics"}  # of the benchmarks; see the Makefile
-    installed = {normalised(found.name) for found in importlib.metadata.distributions()}
+    found = [one for one in importlib.metadata.distributions() if "_vendor" not in str(one.locate_file(""))]
+    installed = {normalised(one.name) for one in found}
     assert installed - unpinned <= set(pinned) | {name for name in installed if name.startswith(("nvidia-", "triton"))}
 
 

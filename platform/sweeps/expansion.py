@@ -136,7 +136,8 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int, *, on_gpu: bool = Fal
             problems.append("some controls are given twice: call controls(of=...) once for each run")
     known = [run for _, run in runs if isinstance(run, RunConfig)]
     tuned = [run for _, run in runs if isinstance(run, RunTuned)]
-    if taken := {each.how.seed for each in tuned} & {run.seed for run in [*known, *(each.run for each in tuned)]}:
+    seeds = [run.seed for run in [*known, *(each.run for each in tuned)]]  # whatever a study gives, hashable or not
+    if taken := {each.how.seed for each in tuned if each.how.seed in seeds}:
         problems.append(
             f"seed {min(taken)} is that of tuning runs and of a compared run, which would be the best of several draws:"
             " give tuned(..., seed=...) another one"

@@ -66,7 +66,8 @@ def forget() -> None:
     from haltscale.dashboard import layout
 
     METHODS.refresh()
-    METHODS.pop("blend", None)
+    for name in ("blend", f"{PACKAGE}.method:ENTRY"):
+        METHODS.pop(name, None)
     layout._other_pages.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
