@@ -1,7 +1,10 @@
 # Everything that the README promises, in one file. Needs Linux, Python 3.11+, git, make and g++; the rest is installed.
 
 PYTHON ?= python3
-VENV ?= .venv
+# `make test RAY=newest` (or a version) tests with another Ray than the pinned one, in an environment of its own
+RAY ?=
+VENV ?= .venv$(if $(RAY),-ray-$(RAY))
+OTHER_RAY = ray[data,default,train,tune]$(if $(filter-out newest,$(RAY)),==$(RAY))
 BIN := $(VENV)/bin
 # litgpt's own requirements exclude today's huggingface-hub; what is measured needs these only
 LITGPT := litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0
@@ -10,7 +13,10 @@ GROUPS ?=
 FUZZ_EXAMPLES ?= 20000
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help study dashboard test test-slow gpu fuzz bench check typed browser down clean
+# All of them, so that constraints.txt covers whatever can be installed.
+EXTRAS := corpora,dev,harness,s3,tuning,wandb
+
+.PHONY: constraints help study dashboard test test-slow gpu fuzz bench check typed browser slurm image down clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what the tests need"
 	$(PIP_INSTALL) --editable '.[corpora,dev,s3,tuning]'
+	$(if $(RAY),$(BIN)/python -m pip install --quiet --upgrade '$(OTHER_RAY)')
 	@touch $@
 
 study: $(VENV)/.installed ## run the quickstart on a local Ray head and show its results
@@ -44,11 +51,19 @@ browser: # the page tests need a Chromium; without one, and without the right to
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
 	|| echo "no Chromium found: the browser tests will be skipped (install it with your package manager)"
 
+slurm: # the tests of deploy/slurm.sh need Debian's Slurm; without it, and without the right to install it, they are skipped and say so
+	@PATH=$$PATH:/usr/sbin command -v slurmctld slurmd munged >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null 2>&1 \
+	|| echo "no Slurm found: its tests will be skipped (install slurm-wlm and munge with your package manager)"
+
+image: ## build the container image (TORCH_INDEX=https://download.pytorch.org/whl/cu128 for CUDA)
+	docker build -f deploy/Dockerfile -t haltscale $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
+
 test: $(VENV)/.installed-dev browser ## install what is missing and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not (slow or gpu or ray or browser)'
 	$(BIN)/python -m pytest -m '(ray or browser) and not (slow or gpu)'
 
-test-slow: $(VENV)/.installed-dev browser ## run the long tests
+test-slow: $(VENV)/.installed-dev browser slurm ## run the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 gpu: $(VENV)/.installed-dev ## on a machine with a CUDA device: prove that it is right there, and how fast
@@ -63,6 +78,15 @@ bench: $(VENV)/.installed-dev ## measure everything and write benchmarks/RESULTS
 	@$(PIP_INSTALL) --no-deps $(LITGPT) || echo "litgpt cannot be installed: it will not be measured"
 	$(BIN)/python benchmarks/run.py $(GROUPS)
 
+constraints: ## update constraints.txt to the newest versions that fit together (torch stays; edit its line to change it)
+	$(PYTHON) -m venv --clear $(VENV)-constraints
+	$(VENV)-constraints/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-constraints/bin/python -m pip install --quiet '.[$(EXTRAS)]' setuptools-scm
+	{ grep '^#' constraints.txt; \
+	  $(VENV)-constraints/bin/python -m pip freeze --exclude haltscale | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia|cuda|triton)' | sort -f; \
+	} > constraints.new && mv constraints.new constraints.txt
+	rm -rf $(VENV)-constraints
+
 # Type checker and import linter read the rooms under their import name.
 typed:
 	@mkdir -p .typed/haltscale
@@ -75,4 +99,4 @@ check: $(VENV)/.installed-dev typed ## lint, types, import contracts
 	PYTHONPATH=.typed $(BIN)/lint-imports --no-logo
 
 clean: ## remove what make installed (results stay)
-	rm -rf $(VENV) .typed build *.egg-info
+	rm -rf $(VENV) $(VENV)-constraints .typed build *.egg-info

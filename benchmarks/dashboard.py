@@ -1,6 +1,6 @@
 """How fast the dashboard is on a generated store: first paint of each page, a filter, a search, a live look.
 
-python benchmarks/dashboard.py [--runs 1000] [--events 10000000]
+python benchmarks/dashboard.py [--runs 1000] [--events 10000000] [--large 10000]
 
 Every figure is a median over repeats. "First paint" and "filter" are of one process, in Streamlit's own test runner:
 what the server does, without the browser's drawing. "In Chromium", where there is one, is the whole way from the
@@ -47,8 +47,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1_000)
     parser.add_argument("--events", type=int, default=10_000_000)
+    parser.add_argument("--large", type=int, default=10_000, help="runs of a second store, opened with its index")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
+        os.environ |= {"HALTSCALE_STORE": folder, "HALTSCALE_HOME": home}
+        from generated_store import generate
+
+        generate(Path(folder), runs=options.large, logged=5)
+        opened(options.repeats)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HALTSCALE_STORE"] = folder
         from generated_store import generate
@@ -59,6 +66,35 @@ def main() -> None:
         print(f"store: {len(keys)} runs, {options.events:,} token events, written in {seconds:.0f} s")
         measure(Path(folder), options.repeats)
         in_browser(Path(folder), options.repeats)
+
+
+def opened(repeats: int) -> None:
+    """A large study, as a server that has just started opens it: without an index, and with the one of the last."""
+    import streamlit as st
+
+    from haltscale.dashboard import cached_store, data
+    from haltscale.platform.store import RunStore
+
+    cached_store.store().view("generated")  # imports, and the files into the machine's memory
+    store, cold, warm, looks, changed = cached_store.store(), [], [], [], []
+    for path in (Path(os.environ["HALTSCALE_HOME"]) / "cache" / "index").rglob("*.pickle"):
+        size = path.stat().st_size
+    for _ in range(repeats):
+        cold.append(timed(data.load_study, RunStore(), "generated"))
+        st.cache_resource.clear()
+        fresh = cached_store.store()
+        warm.append(timed(fresh.view, "generated"))
+        looks.append(timed(fresh.view, "generated"))
+        key = str(fresh.view("generated").runs["key"].iloc[0])
+        path = store.path("generated", key, "record.json")
+        store.write_json(path, store.read_json(path))
+        changed.append(timed(fresh.view, "generated"))
+    count = len(store.run_keys("generated"))
+    show(Figure(name=f"{count} runs without an index", values=cold, unit="s"))
+    show(Figure(name=f"{count} runs with their index", values=warm, unit="s", at_most=3, detail=f"{size / 1e6:.0f} MB"))
+    show(Figure(name="times as fast with the index", values=[a / b for a, b in zip(cold, warm, strict=True)]))
+    show(Figure(name=f"{count} runs, another look", values=looks, unit="s", at_most=1))
+    show(Figure(name=f"{count} runs, a look after one has changed", values=changed, unit="s", at_most=3))
 
 
 def measure(root: Path, repeats: int) -> None:

@@ -1,10 +1,13 @@
 """What telemetry costs beside an evaluation pass without it, and what it takes on disk.
 
     python benchmarks/evaluation.py [--tokens 1000000] [--repeats 3] [--threads 2] [--size 1.8m]
+    python benchmarks/evaluation.py --workers 2 [--tokens 200000] [--repeats 3] [--size 1.8m]
 
 overhead  seconds of one pass over held-out text that writes events, cube and summary, over one that adds up losses,
           steps and FLOPs from the forward pass alone. Aim: at most 1.1 at a million tokens.
 bytes     of the events file per token. Aim: at most 40.
+workers   how many times as fast several processes of one thread share the reading as one does it alone, with the same
+          numbers. Aim: at least 0.9 for each worker.
 
 Text and router weights are random: halting is ragged, and the numbers compress worse than a trained model's.
 """
@@ -14,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +28,7 @@ from haltscale.model import IGNORE_INDEX, Flops, LanguageModel
 from haltscale.platform.corpora.corpus import HeldOutDocument
 from haltscale.platform.evaluation.evaluate_split import share_by_step
 from haltscale.platform.evaluation.halting_summary import summarise_halting
-from haltscale.platform.evaluation.held_out import batches, read_events
+from haltscale.platform.evaluation.held_out import Tally, batches, read_events
 from haltscale.platform.evaluation.telemetry import DECILES, EventsFile, EventsWriter, Quantiles, build_cube, write_cube
 from haltscale.platform.evaluation.token_kinds import TokenClass, TokenKinds
 from haltscale.platform.memory import keep_freed_memory
@@ -80,16 +84,64 @@ def with_telemetry(model: LanguageModel, setting: Setting, tokens: int, folder: 
     return time.perf_counter() - began
 
 
+def shared(rank: int, world: int, setting: Setting, tokens: int, store: str, results: Any) -> None:
+    """What one of several processes does: reads its share, and alone the whole, in turn; rank 0 tells how long it
+    took, together and alone."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = setting.ragged()
+
+    def read(workers: int) -> tuple[float, Tally]:
+        torch.distributed.barrier()
+        began, tally = time.perf_counter(), Tally()
+        if rank < workers:
+            asked = {"context": setting.length, "batch_rows": setting.sequences, "by_step": share_by_step(tokens)}
+            for events in read_events(model, text(setting, tokens), **asked, rank=rank, world=workers):
+                tally.add(events)
+        return time.perf_counter() - began, tally
+
+    for _ in range(setting.repeats + 1):
+        (together, shares), (alone, whole) = read(world), read(1)
+        if rank == 0:
+            if shares.row(text_bytes=1) != whole.row(text_bytes=1):
+                raise SystemExit("several workers read other numbers than one")
+            results.put((together, alone))
+
+
+def with_workers(setting: Setting, tokens: int, world: int) -> None:
+    """Evaluation shared by several processes over one."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world, setting, tokens, f"{folder}/store", results)
+        torch.multiprocessing.spawn(shared, arguments, nprocs=world)
+    pairs = [results.get() for _ in range(setting.repeats + 1)][1:]
+    together, alone = (sorted(times)[len(times) // 2] for times in zip(*pairs, strict=True))
+    show(
+        Figure(
+            name=f"evaluation on {world} workers, times as fast as on 1",
+            values=[one / many for many, one in pairs],
+            at_least=0.9 * world,
+            detail=f"{together:.1f} s / {alone:.1f} s, {tokens:,} tokens, the same numbers",
+        )
+    )
+
+
 def main() -> None:
     """Parse and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="measure sharing by so many instead")
     add_arguments(parser, sequences=16, repeats=3)
     parser.set_defaults(size="1.8m")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as evaluations and training do
+    if arguments.workers > 1:
+        with_workers(setting_from(arguments, threads=1), arguments.tokens, arguments.workers)
+        return
     setting = setting_from(arguments, threads=arguments.threads)
     model = setting.ragged()
     with tempfile.TemporaryDirectory() as name:

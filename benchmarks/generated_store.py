@@ -82,8 +82,14 @@ def loss_of(point: dict[str, Any], progress: float = 1.0) -> float:
     return 1.75 + 60 * effective**-0.3 + 900 * seen**-0.34
 
 
-def write_run(folder: Path, study: str, key: str, point: dict[str, Any], random: np.random.Generator) -> None:
-    """A finished run, as a trainer would have left it, without weights."""
+def write_run(
+    folder: Path, study: str, key: str, point: dict[str, Any], random: np.random.Generator, logged: int = ROWS
+) -> None:
+    """A finished run, as a trainer would have left it, without weights.
+
+    Args:
+        logged: training steps; five of them with an evaluation, or all where they are fewer.
+    """
     folder.mkdir(parents=True)
     identity = {**point, "context": CONTEXT, "batch_tokens": 65536, "learning_rate": 3e-3}
     symbols = {"lam": "λ", "beta": "β", "l_max": "l_max"}
@@ -91,7 +97,8 @@ def write_run(folder: Path, study: str, key: str, point: dict[str, Any], random:
     label = " · ".join([point["method"], point["size"], *options])
     noise = float(random.normal(0, 0.004))
     steps = point["tokens"] // 65536
-    rows = [row(point, (index + 1) / ROWS, noise, steps, random) for index in range(ROWS)]
+    rows = [row(point, (index + 1) / logged, noise, steps, random) for index in range(logged)]
+    every = max(logged // 5, 1)
     evaluations = [
         {
             **rows[index],
@@ -99,7 +106,7 @@ def write_run(folder: Path, study: str, key: str, point: dict[str, Any], random:
             "loss_standard_error": 0.006,
             "perplexity": math.exp(rows[index]["loss"]),
         }
-        for index in range(ROWS // 5 - 1, ROWS, ROWS // 5)
+        for index in range(every - 1, logged, every)
     ]
     result = evaluations[-1]
     write(
@@ -241,10 +248,13 @@ def write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps({"schema": SCHEMA_VERSION, **document}))
 
 
-def generate(root: Path, *, runs: int, events: int = 0, telling: int = 10, study: str = "generated") -> list[str]:
+def generate(
+    root: Path, *, runs: int, events: int = 0, telling: int = 10, study: str = "generated", logged: int = ROWS
+) -> list[str]:
     """Write a study of finished runs; returns their keys.
 
     Args:
+        logged: training steps of each run.
         events: held-out tokens with telemetry, in all.
         telling: adaptive runs that share them.
     """
@@ -253,7 +263,7 @@ def generate(root: Path, *, runs: int, events: int = 0, telling: int = 10, study
     told = 0
     for index, point in enumerate(points(runs)):
         keys.append(f"{point['method']}-{point['size']}-{index:05d}")
-        write_run(root / study / keys[-1], study, keys[-1], point, random)
+        write_run(root / study / keys[-1], study, keys[-1], point, random, logged)
         if events and told < telling and point["method"] == "adaptive":
             told += 1
             write_telemetry(root / study / keys[-1], point, point["tokens"] // 65536, events // telling, random)
@@ -275,8 +285,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=1_000)
     parser.add_argument("--events", type=int, default=10_000_000)
+    parser.add_argument("--logged", type=int, default=ROWS, help="training steps with metrics of each run")
     options = parser.parse_args()
-    keys = generate(options.folder, runs=options.runs, events=options.events)
+    keys = generate(options.folder, runs=options.runs, events=options.events, logged=options.logged)
     print(f"{len(keys)} runs in {options.folder}; HALTSCALE_STORE={options.folder} haltscale dashboard")
 
 

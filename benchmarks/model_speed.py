@@ -1,19 +1,21 @@
 """Speed of the models, side by side in one run, as medians of interleaved repeats.
 
-    python benchmarks/model_speed.py [tax llama litgpt decode prompt rate methods where] [--repeats 9] [--threads 2]
+    python benchmarks/model_speed.py [tax llama litgpt decode prompt rate small methods where] [--repeats 9]
     python benchmarks/model_speed.py tax llama rate --device cuda --size 410m --length 2048 --dtype bf16 [--compile]
 
 tax     realised FLOP/s of adaptive over vanilla, forward and backward: what is lost by computing raggedly.
-        Aim: at least 0.85 on 2 cores; on a GPU, at 410m and 2,048 tokens in bf16, at least 0.80.
+        Aim: at least 0.90 on 2 cores; on a GPU, at 410m and 2,048 tokens in bf16, at least 0.80.
 llama   tokens per second of vanilla over transformers' Llama of the same size, forward and backward.
-        Aim: at least 1.0 on CPU; on a GPU, with --compile, at least 1.2 over transformers uncompiled.
-litgpt  the same over litgpt's GPT, where it is installed. Aim: at least 1.0.
-decode  time per decoded token, adaptive over vanilla, divided by adaptive's mean passes, alone and in a batch whose
-        sequences halt at different depths. Aim: at most 1.15.
+        Aim: at least 1.1 on CPU; on a GPU, with --compile, at least 1.2 over transformers uncompiled.
+litgpt  the same over litgpt's GPT, where it is installed. Aim: at least 1.1.
+decode  time for each pass of each sequence while adaptive decodes, over the plain model's time per token in as large a
+        batch; and of 8 sequences that halt at different depths over 8 that take all steps. Aim: at most 1.15.
 prompt  time until a prompt of 1,000 tokens is read and its next token is known, over one forward pass of it without a
         gradient, for every method. Aim: at most 1.3.
 rate    vanilla's realised FLOP/s, forward and backward, over the machine's matrix rate, measured on square matrices in
         the same type. Aim: on a GPU at 410m at least 0.45.
+small   the same for whole training steps (optimizer included) of the two smallest models, the better of two batches, in
+        float32 and in bf16.
 methods a training step of every method over vanilla's, at the options' defaults, and adaptive's over PonderLM-2's at
         equal latent steps (one of every token): the reason for masking in parallel.
 where   which operators the time of a training step goes to, for vanilla and adaptive: what limits the tax.
@@ -34,8 +36,9 @@ import torch
 from figures import Figure, interleaved, show
 from setting import Setting, add_arguments, setting_from
 
-from haltscale.model import METHODS, AdaptiveOptions, LanguageModel, Method
+from haltscale.model import METHODS, SIZES, AdaptiveOptions, LanguageModel, Method
 from haltscale.model.generation import generate
+from haltscale.platform.memory import keep_freed_memory
 
 DECODED = 128
 PROMPT = 1000
@@ -53,13 +56,16 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return CLOCK[0]() - start, result
 
 
-def training_step(model: LanguageModel, tokens: torch.Tensor) -> Callable[[], float]:
-    """Realised GFLOP/s of one forward and backward."""
+def training_step(
+    model: LanguageModel, tokens: torch.Tensor, optimize: Callable[[], Any] = lambda: None
+) -> Callable[[], float]:
+    """Realised GFLOP/s of one forward and backward, and of what follows them."""
 
     def step() -> float:
         def work() -> Any:
             out = model(tokens, tokens)
             out.loss.backward()
+            optimize()
             model.zero_grad()
             return out.trace
 
@@ -83,7 +89,7 @@ def tax(setting: Setting) -> None:
             Figure(
                 name=f"tax, {name}",
                 values=ratios,
-                at_least=0.80 if setting.device.type == "cuda" else 0.85,
+                at_least=0.80 if setting.device.type == "cuda" else 0.90,
                 detail=f"adaptive {a:.1f} / vanilla {v:.1f} realised GFLOP/s at {1 + trace.mean_steps:.2f} passes",
             )
         )
@@ -109,7 +115,7 @@ def llama(setting: Setting, show: Callable[[Figure], None] = show) -> None:
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, labels=tokens, shift_labels=tokens, use_cache=False).loss
 
-    over_peer(setting, "transformers' Llama", model, loss, at_least=1.2 if setting.compiled else 1.0, show=show)
+    over_peer(setting, "transformers' Llama", model, loss, at_least=1.2 if setting.compiled else 1.1, show=show)
 
 
 def litgpt(setting: Setting) -> None:
@@ -143,7 +149,7 @@ def litgpt(setting: Setting) -> None:
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         return chunked_cross_entropy(model(tokens), tokens, chunk_size=0)
 
-    over_peer(setting, "litgpt's GPT", model, loss, at_least=1.0)
+    over_peer(setting, "litgpt's GPT", model, loss, at_least=1.1)
 
 
 def over_peer(
@@ -194,33 +200,48 @@ def over_peer(
 
 
 def decode(setting: Setting) -> None:
-    """Decoding time per token and pass."""
+    """Decoding time per pass: over the plain model's, and where sequences halt at different depths over those of a
+    model whose sequences all take all steps."""
     vanilla, adaptive = setting.vanilla().eval(), setting.ragged().eval()
-    for batch in (1, 4):
+    uneven = setting.model(Method.ADAPTIVE, AdaptiveOptions(tau=0.3, router_bias=0.0)).eval()  # 2 to 3 passes a token
+    deep = setting.model(Method.ADAPTIVE, AdaptiveOptions(tau=0.0, router_bias=8.0)).eval()
+    for batch, model, peer, name, at_most in (
+        (1, adaptive, vanilla, "vanilla's", 1.15),
+        (4, adaptive, vanilla, "vanilla's", 1.15),
+        (8, uneven, vanilla, "vanilla's", None),
+        (8, uneven, deep, "that of a batch at one depth", 1.15),
+    ):
         tokens = setting.tokens(batch)
-        passes: list[float] = []
-
-        def run(model: LanguageModel, tokens: torch.Tensor = tokens, passes: list[float] = passes) -> float:
-            state = model.start_decoding(len(tokens))
-
-            def work() -> None:
-                for t in range(DECODED):
-                    model.decode_step(tokens[:, t], state)
-
-            seconds = timed(work)[0]
-            if model is adaptive:
-                passes.append(state.counts.mean_passes)
-            return seconds / DECODED * 1e3
-
-        a, b, ratios = interleaved(partial(run, adaptive), partial(run, vanilla), setting.repeats)
+        mine, others = (partial(_decoding, each, tokens) for each in (model, peer))
+        a, b, ratios = interleaved(mine, others, setting.repeats)
         show(
             Figure(
-                name=f"decode, batch {batch}, time per pass over vanilla's",
-                values=[ratio / passes[-1] for ratio in ratios],
-                at_most=1.15,
-                detail=f"adaptive {a:.2f} / vanilla {b:.2f} ms per token at {passes[-1]:.2f} passes",
+                name=f"decode, batch {batch}, time per pass over {name}",
+                values=ratios,
+                at_most=at_most,
+                detail=f"adaptive {a:.3f} / {b:.3f} ms for each sequence's pass",
             )
         )
+
+
+def _decoding(model: LanguageModel, tokens: torch.Tensor) -> float:
+    """Milliseconds for each pass of each sequence, while all sequences decode."""
+    state = model.start_decoding(len(tokens))
+    ended = False
+
+    def work() -> None:
+        nonlocal ended
+        read = [0] * len(tokens)
+        due = dict(enumerate(tokens[:, 0].tolist()))
+        while not ended:
+            done, _, _ = model.decode_pass(due, state)
+            for b in done:
+                read[b] += 1
+            ended = max(read) == DECODED
+            due = {b: int(tokens[b, read[b]]) for b in done} if not ended else {}
+
+    seconds = timed(work)[0]
+    return seconds / sum(state.counts.rows) * 1e3
 
 
 def prompt(setting: Setting) -> None:
@@ -251,14 +272,16 @@ def prompt(setting: Setting) -> None:
         )
 
 
+def matrix_rate(setting: Setting) -> tuple[int, Callable[[], float]]:
+    """GFLOP/s of square matrices in the setting's type, the best of three, and their size."""
+    size = 8192 if setting.device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
+    return size, lambda: 2 * size**3 / min(timed(lambda: a @ b)[0] for _ in range(3)) / 1e9
+
+
 def rate(setting: Setting) -> None:
     """Vanilla against the machine's matrix rate."""
-    tokens, size = setting.tokens(), 8192 if setting.device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
-
-    def product() -> float:
-        return 2 * size**3 / min(timed(lambda: a @ b)[0] for _ in range(3)) / 1e9
-
+    tokens, (size, product) = setting.tokens(), matrix_rate(setting)
     v, m, ratios = interleaved(training_step(setting.vanilla(), tokens), product, setting.repeats)
     show(
         Figure(
@@ -268,6 +291,30 @@ def rate(setting: Setting) -> None:
             detail=f"{v:.1f} realised / matrix product of {size} {m:.1f} GFLOP/s",
         )
     )
+
+
+def _best(steps: list[Callable[[], float]]) -> float:
+    return max(step() for step in steps)
+
+
+def small(setting: Setting) -> None:
+    """Training steps of the smallest models against the machine's matrix rate."""
+    for name in ("0.6m", "1.8m"):
+        for dtype, called in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            here = replace(setting, shape=SIZES[name], dtype=dtype)
+            model = here.vanilla()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+            steps = [training_step(model, here.tokens(sequences), optimizer.step) for sequences in (8, 32)]
+            size, product = matrix_rate(here)
+            v, m, ratios = interleaved(partial(_best, steps), product, setting.repeats)
+            show(
+                Figure(
+                    name=f"training step over the machine's matrix rate, {name}, {called}",
+                    values=ratios,
+                    detail=f"{v:.1f} realised / matrix product of {size} {m:.1f} GFLOP/s",
+                )
+            )
 
 
 def methods(setting: Setting) -> None:
@@ -345,6 +392,7 @@ def main() -> None:
         "decode": decode,
         "prompt": prompt,
         "rate": rate,
+        "small": small,
         "methods": methods,
         "where": where,
     }
@@ -363,6 +411,7 @@ def main() -> None:
     if arguments.cpu_time:
         CLOCK[0], arguments.threads = time.process_time, 1
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as training does
     torch.manual_seed(0)
     setting = setting_from(arguments, threads=arguments.threads)
     for name in arguments.names or known:

@@ -26,7 +26,7 @@ KEPT = FOLDER / "results.json"
 
 COMMANDS: dict[str, list[str]] = {
     "models": [
-        "benchmarks/model_speed.py tax llama litgpt decode prompt rate methods",
+        "benchmarks/model_speed.py tax llama litgpt decode prompt rate small methods",
         "benchmarks/model_memory.py",
     ],
     "data": ["benchmarks/data.py --repeats 4"],
@@ -34,8 +34,15 @@ COMMANDS: dict[str, list[str]] = {
         "benchmarks/training.py --repeats 2",
         "benchmarks/training.py --method adaptive --stages 1 --workers 1 --repeats 2",
     ],
-    "evaluation": ["benchmarks/evaluation.py --repeats 2"],
-    "studies": ["benchmarks/studies.py", "benchmarks/sweep.py"],
+    "evaluation": [
+        "benchmarks/evaluation.py --repeats 2",
+        "benchmarks/evaluation.py --workers 2 --tokens 200000 --repeats 4",
+    ],
+    "studies": [
+        "benchmarks/studies.py",
+        "benchmarks/sweep.py",
+        "benchmarks/sweep.py --tokens 750000 --repeats 1 --at-most 1.06",
+    ],
     "laws": ["benchmarks/scaling_laws.py time coverage"],
     "dashboard": ["benchmarks/dashboard.py --repeats 2"],
 }

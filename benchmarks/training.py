@@ -1,4 +1,4 @@
-"""Tokens per second in the platform over a bare DeepSpeed loop (aim: at least 0.95), and that over bare PyTorch.
+"""Tokens per second in the platform over a bare DeepSpeed loop (aims: 0.98, 0.95 on 2), and that over bare PyTorch.
 
     python benchmarks/training.py                                  stages 0 to 3, 1 and 2 workers, all three arms
     python benchmarks/training.py --stages 1 --workers 1           the main figure
@@ -239,7 +239,10 @@ def compare(options: argparse.Namespace, stage: int) -> None:
         setting = f"{what}, {workers} worker{'s' if workers > 1 else ''}"
         detail = "last: " + ", ".join(f"{arm} {rate:,.0f}" for arm, rate in measured[-1].items()) + " tokens/s"
         show(Figure(name=f"platform, {setting}", values=[each["platform"] for each in measured], unit="tokens/s"))
-        for arm, over, aim in (("platform", "deepspeed", 0.95), ("deepspeed", "pytorch", None)):
+        for arm, over, aim in (
+            ("platform", "deepspeed", 0.98 if workers == 1 else 0.95),
+            ("deepspeed", "pytorch", None),
+        ):
             values = [each[arm] / each[over] for each in measured]
             show(Figure(name=f"{arm} over {over}, {setting}", values=values, at_least=aim, detail=detail))
     first, last = options.workers[0], options.workers[-1]

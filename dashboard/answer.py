@@ -21,8 +21,6 @@ from haltscale.platform.arms import OLD_CONTROLS, is_control, shown
 PLAIN = "vanilla"
 EQUAL = {f"flops_{kind}": f"{kind} training FLOPs" for kind in FlopsKind} | {"tokens": "training tokens"}
 """What two runs of a point have in common, and how it is called."""
-CLAIM = ("claim", "source", "verdict", "figure", "reason")
-VERDICTS = ("holds", "does not hold", "not decided")
 
 
 def named(view: StudyView) -> Counter[str]:
@@ -53,7 +51,7 @@ def default_pair(view: StudyView) -> tuple[str, str] | None:
         by_arm[str(method)] += count.get(str(key), 0)
     subjects = [name for name in names if by_arm[name]]
     others = [name for name in names if name != PLAIN and not is_control(name)]
-    routed = [name for name in others if name not in (*OLD_CONTROLS, *data.UNROUTED)]
+    routed = [name for name in others if name in set(runs["method"][runs["routed"]])]
     arm = max(subjects, key=lambda name: by_arm[name]) if subjects else (routed or others or names)[0]
     rest = [name for name in names if name != arm]
     return arm, PLAIN if PLAIN in rest else rest[0]
@@ -235,11 +233,11 @@ def missing(view: StudyView, found: Answer) -> list[str]:
     return lines
 
 
-def claims(view: StudyView) -> pd.DataFrame:
-    """The study's targets and whether they hold, from ``claims`` of its study.json; empty where it has none."""
-    rows = view.document.get("claims")
-    rows = rows if isinstance(rows, list) else []
-    found = [{name: words(mapping(row).get(name)) for name in CLAIM} for row in rows if mapping(row).get("claim")]
-    for row in found:
-        row["verdict"] = row["verdict"] if row["verdict"] in VERDICTS else "not decided"
-    return pd.DataFrame(found, columns=[*CLAIM])
+def claims(view: StudyView, documents: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The study's targets with their outcomes (:func:`haltscale.platform.analysis.judge`); empty where it has none.
+
+    Args:
+        documents: nats by held-out document, by key.
+    """
+    targets = analysis.targets_of(view.document)
+    return analysis.judge(targets, data.analysed(comparable(view)), documents=documents, prefer=named(view))

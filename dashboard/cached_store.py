@@ -17,12 +17,22 @@ import pandas as pd
 import streamlit as st
 
 from haltscale.dashboard import data
+from haltscale.dashboard.row_index import RowIndex
 from haltscale.platform.documents import NOTHING, StoreError, parse_lines
-from haltscale.platform.store import RunStore, default_root
+from haltscale.platform.store import RunStore, default_root, is_name
 
 MOST_DOCUMENTS = 20_000
 MOST_LINES = 2_000
 """Metrics and evaluations kept; the longest unused go first."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A study as it was at the last look, and what it was made of."""
+
+    rows: list[dict[str, Any]]
+    document: Mapping[str, Any]
+    runs: pd.DataFrame
 
 
 @dataclass
@@ -32,7 +42,8 @@ class Kept:
     documents: OrderedDict[str, tuple[str, dict[str, Any] | StoreError]] = field(default_factory=OrderedDict)
     lines: OrderedDict[str, tuple[str, int, list[dict[str, Any]]]] = field(default_factory=OrderedDict)
     """Stamp, bytes read, rows."""
-    rows: data.Memo = field(default_factory=dict)
+    indexes: dict[str, RowIndex] = field(default_factory=dict)
+    studies: dict[str, Seen] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -119,12 +130,47 @@ class Shelf(RunStore):
         return known[2]
 
     def view(self, study: str) -> data.StudyView:
-        """A study with all its runs."""
-        return data.load_study(self, study, self._kept.rows)
+        """A study with all its runs. Only what is new or changed is read, and what is the same is not made again."""
+        if not self._local:
+            return data.load_study(self, study)
+        problems, document = data.study_document(self, study)
+        with self._kept.lock:
+            index = self._kept.indexes.get(study) or self._kept.indexes.setdefault(study, RowIndex(self, study))
+            seen = self._kept.studies.get(study)
+        try:
+            rows, more = data.study_rows(self, study, self.run_keys(study), index)
+        except OSError as error:
+            found = (data.Problem(where=study, what=str(error)),)
+            return data.StudyView(name=study, runs=data.empty_runs(), problems=found)
+        if seen is None or seen.document != document or not _same(seen.rows, rows):
+            seen = Seen(rows=rows, document=document, runs=data.runs_frame(rows, document))
+            with self._kept.lock:
+                self._kept.studies[study] = seen
+        return data.as_view(self, study, document, seen.runs, [*problems, *more])
+
+    def present(self, study: str) -> list[str]:
+        if not self._local:
+            return super().present(study)
+        try:
+            with os.scandir(self.path(study)) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        except OSError:
+            return []
+        return sorted(name for name in names if is_name(name))
+
+    def _halting_steps(self, study: str, key: str, name: str) -> list[int]:
+        if self._local and not os.path.isdir(self.path(study, key, "halting")):
+            return []
+        return super()._halting_steps(study, key, name)
 
     def events(self, study: str, key: str, step: int) -> pd.DataFrame:
         """The probe's events, checked; see :func:`haltscale.dashboard.data.probe`."""
         return _probe(self.root, study, key, step, self.stamp(self.probe_path(study, key, step)))
+
+
+def _same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    """Whether two lists hold the very same rows."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _keep(kept: OrderedDict[str, Any], path: str, value: Any, most: int) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,8 @@ import pandas as pd
 from haltscale.dashboard import style
 from haltscale.platform import run_table
 from haltscale.platform.analysis.runs import budgets_of, parameters_named
-from haltscale.platform.arms import OLD_CONTROLS, arm, controls_of, is_control, shown
+from haltscale.platform.arms import arm, controls_of, is_control, shown
+from haltscale.platform.documents import RUN
 from haltscale.platform.run_table import mapping, number, words
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
 
@@ -67,9 +68,10 @@ class StudyView:
     """Seconds since 1970."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
     runs: pd.DataFrame
-    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``steps_histogram``,
-    ``need`` (``NeedTally.result``; empty where the need for steps is not known), and the fields of the runs'
-    identities."""
+    """One row per run in the study's order; its columns are :data:`TEXT`, :data:`NUMBERS`, ``routed`` (whether a router
+    of its own chooses its steps), ``steps_histogram``, ``by_document`` (whether its record has the nats of held-out
+    documents), ``need`` (``NeedTally.result``; empty where the need for steps is not known), and the fields of the
+    runs' identities."""
     problems: tuple[Problem, ...] = ()
     document: Mapping[str, Any] = field(default_factory=dict)
     """Its study.json."""
@@ -86,6 +88,15 @@ class StudyView:
         """Whether every run is too short to say anything about the method's gain."""
         tokens = self.runs["tokens"].max()
         return bool(pd.notna(tokens) and tokens < DEMO_TOKENS)
+
+    @property
+    def limits(self) -> str:
+        """What runs of minutes can show and what they cannot."""
+        longest = style.compact(float(self.runs["tokens"].max()))
+        return (
+            f"These runs train on at most {longest} tokens each. Runs this short show the machinery and the halting, "
+            "not the method's gain: extra passes begin to pay at far larger budgets."
+        )
 
 
 TEXT = ("key", "label", "state", "method", "size", "series", "note", "role", "git_commit")
@@ -125,8 +136,6 @@ NUMBERS = (
     ),
     *("needy_accuracy", "needy_steps", "need_rank_correlation"),
 )
-UNROUTED = ("looped", "pause", "ponder", "ponder2")
-"""Methods that take steps and have no router: every token gets as many."""
 FACETS = ("method", "size", "nominal", "lam", "beta", "l_max", "seed")
 """What the runs can be filtered by."""
 
@@ -259,6 +268,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "series": "",
         "note": "",
         "role": words(view.spec.get("role")) or "comparison",
+        "routed": run_table.routed(record or view.spec, identity),
         "git_commit": words(record.get("git_commit")),
         "seed": number(identity.get("seed")),
         "tokens": number(identity.get("tokens")),
@@ -281,6 +291,7 @@ def run_row(view: RunView, evaluated: pd.DataFrame, trained: pd.DataFrame) -> di
         "badly_steps": number(halting.get("badly_predicted_mean_steps")),
         "steps_histogram": fractions(record.get("steps_histogram") if record else last.get("steps_histogram")),
         "need": mapping(record.get("need") if record else last.get("need")),
+        "by_document": bool(mapping(record.get("held_out_by_document"))),
     }
     row |= {name: number(value) for name, value in run_table.need_figures(row["need"]).items()}
     if math.isnan(row["passes"]):
@@ -319,32 +330,72 @@ def silence(seconds: float | None) -> str:
 
 def empty_runs() -> pd.DataFrame:
     """A runs frame with every column and no row."""
-    columns = dict.fromkeys((*TEXT, "steps_histogram", "need"), "object") | dict.fromkeys(NUMBERS, "float64")
+    columns = (
+        dict.fromkeys((*TEXT, "steps_histogram", "need", "by_document"), "object")
+        | {"routed": "bool"}
+        | dict.fromkeys(NUMBERS, "float64")
+    )
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
 
 
-Memo = dict[tuple[str, str], tuple[RunView, dict[str, Any]]]
-"""Rows of finished runs that were made before, with the documents that they were made of."""
+class Index(Protocol):
+    """Rows of runs that have not changed since they were made; see :mod:`haltscale.dashboard.row_index`."""
+
+    def known(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]: ...
+
+    def stamps(self, key: str, *, with_record: bool) -> tuple[Any, ...]: ...
+
+    def keep(self, made: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]], keys: Sequence[str]) -> None: ...
 
 
-def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyView:
-    """Read a study and all its runs. A study or run that cannot be read shows up in ``problems``.
+def study_rows(
+    store: RunStore, name: str, keys: Sequence[str], index: Index | None = None
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """The rows of a study's runs, and what could not be read.
 
     Args:
-        memo: rows of finished runs are taken from here while their documents stay the same, and put here.
+        index: rows are taken from it while the files of their runs stay the same, and put into it.
     """
-    problems, document = [], {}
+    known = {} if index is None else index.known(keys)
+    wanted = [key for key in keys if key not in known]
+    before = {} if index is None else {key: index.stamps(key, with_record=False) for key in wanted}
+    views = store.views(name, wanted)
+    made = {key: _row(store, view) for key, view in views.items()}
+    if index is not None:
+        index.keep(
+            {
+                key: (before[key][: len(RUN)] if view.record else before[key], made[key])
+                for key, view in views.items()
+                if not view.problem
+            },
+            keys,
+        )
+    problems = [Problem(where=view.key, what=view.problem) for view in views.values() if view.problem]
+    return [known[key] if key in known else made[key] for key in keys], problems
+
+
+def load_study(store: RunStore, name: str) -> StudyView:
+    """Read a study and all its runs. A study or run that cannot be read shows up in ``problems``."""
+    problems, document = study_document(store, name)
+    try:
+        rows, more = study_rows(store, name, store.run_keys(name))
+    except OSError as error:
+        return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
+    return as_view(store, name, document, runs_frame(rows, document), [*problems, *more])
+
+
+def study_document(store: RunStore, name: str) -> tuple[list[Problem], Mapping[str, Any]]:
+    """A study's own document, and why it cannot be read in full."""
+    document: Mapping[str, Any] = {}
     try:
         document, problem = store.study(name), store.study_problem(name)
     except StoreError as error:
         problem = str(error)
-    if problem:
-        problems.append(Problem(where=name, what=problem))
-    try:
-        views = list(store.runs(name))
-    except OSError as error:
-        return StudyView(name=name, runs=empty_runs(), problems=(Problem(where=name, what=str(error)),))
-    rows = [_row(store, view, {} if memo is None else memo) for view in views]
+    return [Problem(where=name, what=problem)] if problem else [], document
+
+
+def runs_frame(rows: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> pd.DataFrame:
+    """The runs as the pages draw them: the rows, with what depends on all of them."""
     frame = pd.DataFrame(rows) if rows else empty_runs()
     frame["nominal"] = nominal_budgets(frame)
     frame["epochs"] = frame["tokens_done"] / number(mapping(document.get("corpus")).get("train_tokens"))
@@ -355,14 +406,20 @@ def load_study(store: RunStore, name: str, memo: Memo | None = None) -> StudyVie
     frame["shade"] = frame.groupby("method")["rank"].transform(
         lambda ranks: (ranks.rank(method="dense") - 1) / max(ranks.nunique() - 1, 1)
     )
-    problems += [Problem(where=view.key, what=view.problem) for view in views if view.problem]
+    return frame
+
+
+def as_view(
+    store: RunStore, name: str, document: Mapping[str, Any], runs: pd.DataFrame, problems: Sequence[Problem]
+) -> StudyView:
+    """A study with its runs, and who is running it now."""
     return StudyView(
         name=name,
         question=words(document.get("question")),
         note=words(document.get("note")),
         planned_at=number(document.get("planned_at")),
         corpus=mapping(document.get("corpus")),
-        runs=frame,
+        runs=runs,
         problems=tuple(problems),
         document=mapping(document),
         owner=_owner(store, name),
@@ -378,16 +435,11 @@ def _owner(store: RunStore, name: str) -> str:
     return "" if holder is None or holder.is_dead() else holder.description
 
 
-def _row(store: RunStore, view: RunView, memo: Memo) -> dict[str, Any]:
+def _row(store: RunStore, view: RunView) -> dict[str, Any]:
     if not view.record:
         return run_row(view, evaluations(store, view.study, view.key), metrics(store, view.study, view.key))
     # A record says it all: the telemetry of finished runs is read only by the pages that draw it.
-    known = memo.get((view.study, view.key))
-    if known and known[0].record is view.record and known[0].spec is view.spec and known[0].problem == view.problem:
-        return known[1]
-    row = run_row(view, _NONE, _NONE)
-    memo[view.study, view.key] = (view, row)
-    return row
+    return run_row(view, _NONE, _NONE)
 
 
 _NONE = pd.DataFrame()
@@ -454,31 +506,39 @@ def written(value: object) -> str:
 
 def asked_for(runs: pd.DataFrame) -> list[str]:
     """The columns of what runs were asked for, beside :data:`OPTIONS`, size, seed and budget."""
-    known = {*TEXT, *NUMBERS, "steps_histogram", "need", "configuration", "setting", "code"}
+    known = {*TEXT, *NUMBERS, "routed", "steps_histogram", "need", "by_document", "configuration", "setting", "code"}
     return [str(name) for name in runs if name not in known]
 
 
 def _differences(runs: pd.DataFrame, labels: list[str]) -> list[str]:
     """What the fields of a run's identity are that differ among the runs of its label; three at most."""
-    fields = runs[[*OPTIONS, *asked_for(runs)]].map(written)
     found = [""] * len(runs)
-    for places in fields.reset_index(drop=True).groupby(labels).groups.values():
-        same = fields.iloc[list(places)]
-        differing = [name for name in same if same[name].nunique() > 1][:3]
-        for place, row in zip(places, same[differing].to_dict("records"), strict=True):
-            found[int(place)] = " · ".join(f"{name} {value}" for name, value in row.items() if value)
+    by_label: dict[str, list[int]] = {}
+    for place, label in enumerate(labels):
+        by_label.setdefault(label, []).append(place)
+    shared = [places for places in by_label.values() if len(places) > 1]
+    if not shared:
+        return found
+    fields = runs[[*OPTIONS, *asked_for(runs)]].map(written)
+    names, texts = list(fields), fields.to_numpy()
+    codes = np.column_stack([pd.factorize(fields[name])[0] for name in names])
+    for places in shared:
+        own = codes[places]
+        differing = np.flatnonzero((own != own[0]).any(axis=0))[:3]
+        for place in places:
+            found[place] = " · ".join(f"{names[one]} {texts[place, one]}" for one in differing if texts[place, one])
     return found
 
 
 def series_names(runs: pd.DataFrame) -> list[str]:
     """The line that each run belongs to: its method and lam, plus every other option that varies within the method."""
     symbols = style.SYMBOLS
-    values = runs.groupby("method")[list(symbols)].nunique()
+    values = runs.groupby("method")[list(symbols)].nunique().to_dict()
     names = []
     for run in runs[["method", *symbols]].to_dict("records"):
         parts = [shown(str(run["method"]))]
         for name, symbol in symbols.items():
-            if pd.notna(run[name]) and (name == "lam" or values.loc[run["method"], name] > 1):
+            if pd.notna(run[name]) and (name == "lam" or values[name][run["method"]] > 1):
                 parts.append(f"{symbol} {run[name]:g}")
         names.append(" · ".join(parts))
     return names
@@ -522,17 +582,12 @@ def analysed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(tokens=runs["tokens_done"], passes_per_token=runs["passes"])
 
 
-def routes(method: object) -> bool:
-    """Whether an arm has a router of its own that chooses the steps of its tokens."""
-    return not (is_control(str(method)) or method in (*OLD_CONTROLS, *UNROUTED, "vanilla"))
-
-
 def telling(runs: pd.DataFrame, keys: Collection[str]) -> str:
     """The run that a page about halting opens with, of some keys: one whose steps a router gives, finished if possible,
     else one that takes steps, else any; of several the last in the study's order."""
     known = runs[runs["key"].isin(list(keys))]
     steps = known[known["l_max"].gt(0)]
-    routed = steps[steps["method"].map(routes).astype(bool)]
+    routed = steps[steps["routed"]]
     for choice in (routed[routed["state"] == "finished"], routed, steps[steps["state"] == "finished"], steps, known):
         if len(choice):
             return str(choice["key"].iloc[-1])

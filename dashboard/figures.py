@@ -7,12 +7,8 @@ and grid lines are left to the page's theme, which follows the reader's light or
 from __future__ import annotations
 
 import html
-import importlib.util
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -333,23 +329,6 @@ def layout(figure: go.Figure, *, height: int, legend_title: str = "", top: int =
 def as_html(figure: go.Figure, title: str) -> bytes:
     """A page of its own that works without a network: the drawing library is inside."""
     return str(_alone(figure, title).to_html(include_plotlyjs=True, full_html=True)).encode()
-
-
-def as_png(figure: go.Figure, title: str) -> bytes:
-    """A picture, twice the figure's size; needs :func:`draws_png`."""
-    os.environ.setdefault("BROWSER_PATH", _browser() or "")
-    return bytes(_alone(figure, title).to_image(format="png", width=1100, height=figure.layout.height, scale=2))
-
-
-def draws_png() -> bool:
-    """Whether this machine can make pictures: Plotly needs kaleido and a browser for them."""
-    return importlib.util.find_spec("kaleido") is not None and _browser() is not None
-
-
-@cache
-def _browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _alone(figure: go.Figure, title: str) -> go.Figure:

@@ -1,22 +1,27 @@
-"""A study as one HTML file that needs no server and no network: ``haltscale report STUDY --out FILE.html``."""
+"""A study as one HTML file that needs no server and no network: ``haltscale report STUDY --out FILE.html``.
+
+It has the views that were pinned to the study, in order, and where there are none the main pages.
+"""
 
 from __future__ import annotations
 
 import argparse
 import html
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from haltscale.dashboard import data, figures, halting_figures, law_figures, style, sweep_figures
+from haltscale.dashboard import data, export, headless, style
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
-from haltscale.platform import analysis
-from haltscale.platform.analysis import Estimate, LawFit, Refusal
+from haltscale.dashboard.notes import Note, Notes
 from haltscale.platform.store import RunStore, StoreError
+from haltscale.platform.sweeps.report import judged_targets
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -48,6 +53,13 @@ COLUMNS = {
     "flops_paper": "FLOPs, paper",
     "wall_seconds": "training, s",
 }
+VIEWS: tuple[tuple[str, Mapping[str, str]], ...] = (
+    ("answer", {}),
+    ("compute", {"fits": "true", "frontier": "true"}),
+    ("sensitivity", {}),
+    ("halting", {}),
+)
+"""The pages of a report without pinned views."""
 MOST_RUNS = 2_000
 MOST_ROWS = 40
 
@@ -65,8 +77,18 @@ def document(store: RunStore, study: str) -> str:
     for problem in view.problems:
         if problem.where == study and view.runs.empty:
             raise StoreError(problem.what)
-    parts = [*_head(view), *_scaling(view), *_sweep(view), *_halting(view), *_runs(view), *_meaning(view)]
-    body = "\n".join(parts)
+    notes, damaged = Notes(store, study).all()
+    parts = [*_head(view), *_targets(store, study)]
+    for note in notes:
+        parts += _pinned(store, note, study)
+    for name in damaged:
+        parts.append(f'<p class="refused">The note {_text(name)} cannot be read and is left out.</p>')
+    if not notes and plotted(view.runs, FlopsKind.REALISED).empty:
+        parts.append("<p>No run has been evaluated yet.</p>")
+    elif not notes:
+        for page, query in VIEWS:
+            parts += _view(store, study, page, query)
+    body = "\n".join([*parts, *_runs(view), *_meaning(view)])
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(study)} · haltscale</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -88,16 +110,27 @@ def _head(view: StudyView) -> list[str]:
         f"<p><strong>{_text(view.question)}</strong></p>" if view.question else "",
         f"<p>{_text(states) or 'no runs'}; {flops} realised training FLOPs, {hours} h of training.</p>",
         f'<p class="muted">{_text(view.note)}</p>' if view.note else "",
+        f'<p class="muted">{_text(view.limits)}</p>' if view.demo else "",
         *(f'<p class="refused">{_text(p.where)}: {_text(p.what)}</p>' for p in view.problems),
     ]
 
 
-def _figure(figure: go.Figure, caption: str) -> str:
-    copy = go.Figure(figure).update_layout(template="plotly_white", margin={"l": 60, "r": 30, "t": 90, "b": 60})
-    drawn = copy.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
-    return (
-        f'<figure role="group" aria-label="{_text(caption)}">{drawn}<figcaption>{_text(caption)}</figcaption></figure>'
+def _targets(store: RunStore, study: str) -> list[str]:
+    """What the study set out to show or to reproduce, and whether it did."""
+    rows = judged_targets(store, study)
+    if rows.empty:
+        return []
+    names = {"claim": "target", "verdict": "verdict", "figure": "figure", "reason": "because", "source": "source"}
+    return ["<h2>Targets of the study</h2>", _table(rows[list(names)].rename(columns=names))]
+
+
+def _figure(figure: go.Figure, title: str, caption: str) -> str:
+    copy = export.on_paper(figure).update_layout(
+        font={"size": 13}, margin={"l": 20, "r": 20, "t": 60, "b": 20}, autosize=True
     )
+    drawn = copy.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
+    told = f"<figcaption>{_text(unmarked(caption))}</figcaption>" if caption else ""
+    return f'<figure role="group" aria-label="{_text(title)}">{drawn}{told}</figure>'
 
 
 def _table(frame: pd.DataFrame) -> str:
@@ -110,100 +143,58 @@ def _table(frame: pd.DataFrame) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _refused(reasons: dict[str, str]) -> str:
-    lines = "".join(f"<li>{_text(who)}: {_text(reason)}</li>" for who, reason in reasons.items())
-    return f'<div class="refused">Not fitted:<ul>{lines}</ul></div>' if reasons else ""
+# ---- views -----------------------------------------------------------------------------------------
 
 
-def told(one: Estimate) -> str:
-    """A number with its interval, or why there is none."""
-    if not one.identifiable:
-        return one.problem
-    return f"{style.three(one.value)} [{style.three(one.low)}, {style.three(one.high)}]"
+def _pinned(store: RunStore, note: Note, study: str) -> list[str]:
+    """A pinned view under its own title and text."""
+    text = "".join(f"<p>{_text(part)}</p>" for part in note.text.split("\n") if part.strip())
+    link = f"{note.page}?{urlencode(note.query, doseq=True)}"
+    drawn = _view(store, study, note.page, note.query, pinned=True)
+    return [f"<h2>{_text(note.title)}</h2>", text, *drawn, f'<p class="muted">View: {_text(link)}</p>']
 
 
-def _scaling(view: StudyView) -> list[str]:
-    kind, runs = FlopsKind.REALISED, data.analysed(view.runs)
-    if plotted(view.runs, kind).empty:
-        return ["<p>No run has been evaluated yet.</p>"]
-    laws: dict[str, LawFit] = {}
-    refused: dict[str, str] = {}
-    for method, part in runs.groupby("method", sort=False):
-        found = analysis.fit_power_law(part, f"flops_{kind}")
-        if isinstance(found, Refusal):
-            refused[str(method)] = found.reason
-        else:
-            laws[str(method)] = found
-    figure = law_figures.scaling(view.runs, kind, laws=laws or None, frontier=analysis.pareto(runs, f"flops_{kind}"))
-    parts = [
-        "<h2>Loss against training compute</h2>",
-        _figure(figure, "Validation loss against realised training FLOPs"),
-    ]
-    if laws:
-        rows = [
-            {"method": method, **{name: told(one) for name, one in law.estimates.items()}, "runs": len(law.runs)}
-            for method, law in laws.items()
-        ]
-        parts += ["<h3>L(C) = E + A C^−α, 95 % intervals</h3>", _table(pd.DataFrame(rows))]
-    reference = "vanilla" if "vanilla" in laws else next(iter(laws), "")
-    multipliers = {}
-    for method, law in laws.items():
-        if method != reference:
-            compared = analysis.equivalent(law, laws[reference])
-            if isinstance(compared, Refusal):
-                refused[f"{method} against {reference}"] = compared.reason
-            else:
-                multipliers[method] = compared
-    if multipliers:
-        parts.append(
-            _figure(
-                law_figures.multipliers(multipliers, reference),
-                f"How many times as much realised compute {reference} needs for the same loss: "
-                + "; ".join(f"{method} {told(one.mean)}" for method, one in multipliers.items()),
-            )
-        )
-    phi = analysis.fit_recurrence(runs)
-    if isinstance(phi, Refusal):
-        refused["φ, what a pass is worth"] = phi.reason
-    else:
-        marks = {0.0: "worth nothing", 1.0: "worth a new block"}
-        parts.append(_figure(law_figures.intervals(phi.phi, "φ", marks), f"What a pass is worth. {phi.note}"))
-    noise = analysis.seed_noise(runs)
-    if isinstance(noise, Refusal):
-        refused["seed noise"] = noise.reason
-    else:
-        parts.append(f"<p>Seed noise: {_text(told(noise.deviation))} nats/token.</p>")
-    return [*parts, _refused(refused)]
-
-
-def _sweep(view: StudyView) -> list[str]:
-    parts = []
-    for method, part in view.runs[view.runs["role"] != "tuning"].groupby("method", sort=False):
-        names = [name for name in ("lam", "beta", "l_max") if part[name].nunique() > 1]
-        if len(names) > 1:
-            largest = max(part["size"], key=data.size_order)
-            figure = sweep_figures.heat_maps(
-                part[part["size"] == largest], names[0], names[1], names[2] if len(names) > 2 else None
-            )
-            parts += [
-                f"<h2>Sweep of {_text(method)}, {_text(largest)}</h2>",
-                _figure(figure, "Perplexity and latent steps"),
-            ]
+def _view(
+    store: RunStore, study: str, page: str, query: Mapping[str, str | Sequence[str]], *, pinned: bool = False
+) -> list[str]:
+    """A page as it stands at an address. Under a pinned view's own title it has none."""
+    try:
+        drawn = headless.draw(store.root, page, {**query, "study": study})
+    except StoreError as error:
+        return [f'<p class="refused">{_text(error)}</p>']
+    parts: list[str] = []
+    shown = drawn.parts
+    for place, part in enumerate(shown):
+        if isinstance(part, headless.Chart):
+            behind = shown[place + 1] if place + 1 < len(shown) else None
+            caption = behind.text if isinstance(behind, headless.Said) and behind.kind == "caption" else ""
+            parts.append(_figure(part.figure, part.about.title, caption))
+        elif isinstance(part, pd.DataFrame):
+            parts.append(_table(part.head(MOST_ROWS)))
+        elif part.kind == "caption" and place and isinstance(shown[place - 1], headless.Chart):
+            continue  # stands under its figure
+        elif not (pinned and part.kind == "title"):
+            parts.append(_said(part))
     return parts
 
 
-def _halting(view: StudyView) -> list[str]:
-    counted = data.thinking(view.runs).head(MOST_ROWS)
-    if counted.empty:
-        return []
-    shares = figures.steps_share(counted)
-    parts = ["<h2>Allocation of latent steps</h2>", _figure(shares, "Share of validation tokens by latent steps")]
-    known = counted.dropna(subset=["well_steps", "badly_steps"])
-    if len(known):
-        parts.append(_figure(figures.easy_and_hard(known), "Mean latent steps of well- and badly-predicted tokens"))
-    runs = view.runs[data.sound(view.runs) & view.runs["mean_steps"].gt(0)].head(500)
-    parts.append(_figure(halting_figures.controls(runs), "Loss against mean latent steps"))
-    return parts
+def _said(part: headless.Said) -> str:
+    """Words of a page as HTML."""
+    tag = {"title": "h2", "header": "h3", "subheader": "h4"}.get(part.kind)
+    if tag:
+        return f"<{tag}>{_text(unmarked(part.text))}</{tag}>"
+    lines = unmarked(part.text).split("\n")
+    inner = "".join(f"<p>{_text(line)}</p>" for line in lines if line.strip())
+    look = {"caption": "muted", "markdown": ""}.get(part.kind, "refused")
+    return f'<div class="{look}">{inner}</div>' if look else inner
+
+
+def unmarked(text: str) -> str:
+    """The words of the pages' Markdown: without icons, colours, emphasis and what :func:`layout.plain` put before."""
+    text = re.sub(r"(?<!\\):material/\w+:", "", text)
+    text = re.sub(r"(?<!\\):[a-z]+(?:-badge)?\[([^\]]*)\]", r"\1", text)
+    text = re.sub(r"(?<!\\)(\*\*|\*|`)", "", text)
+    return re.sub(r"\\([^\w\s])", r"\1", text).strip()
 
 
 def _runs(view: StudyView) -> list[str]:
@@ -222,7 +213,11 @@ def _runs(view: StudyView) -> list[str]:
 def _meaning(view: StudyView) -> list[str]:
     kinds = "".join(f"<li>FLOPs, {kind}: {_text(kind.meaning)}.</li>" for kind in FlopsKind)
     commits = ", ".join(sorted({commit[:12] for commit in view.runs["git_commit"] if commit}))
-    corpus = ", ".join(f"{name} {value}" for name, value in view.corpus.items())
+    corpus = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in view.corpus.items()
+        if isinstance(value, str | int | float)
+    )
     return [
         "<h2>What the numbers mean</h2>",
         f"<ul>{kinds}<li>Loss: nats per token on held-out documents.</li>",
@@ -234,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; an unknown study ends with a sentence and exit code 1."""
     parser = argparse.ArgumentParser(
         prog="haltscale report",
-        description="Write a study as one self-contained HTML file.",
+        description="Write a study as one self-contained HTML file: the views pinned to it in the dashboard, in order, "
+        "else its main pages.",
         epilog="example: haltscale report quickstart --out quickstart.html",
     )
     parser.add_argument("study", help="a study in the store")

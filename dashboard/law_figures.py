@@ -144,7 +144,6 @@ def scaling(
     laws: Mapping[str, LawFit] | None = None,
     frontier: pd.DataFrame | None = None,
     outside: pd.DataFrame | None = None,
-    ranges: tuple[pd.Series, pd.Series] | None = None,
 ) -> go.Figure:
     """Validation loss or perplexity against an axis of the reader's choice, log-log: a marker per run, lines through
     the means over seeds of finished runs. Hollow markers are runs without a result yet, at their last evaluation.
@@ -154,7 +153,6 @@ def scaling(
         laws: by method; each is drawn with its band over the compute of its runs, and dotted up to the page's largest.
         frontier: of :func:`haltscale.platform.analysis.pareto`.
         outside: results from elsewhere (:func:`haltscale.dashboard.outside.read`), drawn hollow, part of no fit.
-        ranges: values that the axes must hold, where several figures share them.
     """
     figure = go.Figure()
     shown, x = plotted(runs, kind), axis.column(kind)
@@ -266,13 +264,58 @@ def scaling(
             hovertemplate="%{hovertext}<extra>from elsewhere, in no fit</extra>",
         )
         across, down = pd.concat([across, outside["flops"]]), pd.concat([down, pd.Series(value)])
-    if ranges is not None:
-        across, down = ranges[0], pd.Series(measure.of(ranges[1]))
     log_axis(figure, "x", across, axis.named(kind))
     log_axis(figure, "y", pd.concat([down * 0.997, down * 1.003]), measure.axis)
     figure.update_xaxes(showgrid=True)
     if len(ends) <= MOST_DIRECT and len(order) > 1:
         _name_ends(figure, ends)
+    return layout(figure, height=540)
+
+
+def together(runs: pd.DataFrame, kind: FlopsKind, *, axis: Axis, measure: Measure, join: Join) -> go.Figure:
+    """Runs of several studies on one pair of axes: colour says the method; marker and dash, which study.
+
+    Args:
+        runs: of :func:`haltscale.dashboard.several.joined`.
+    """
+    figure, x = go.Figure(), axis.column(kind)
+    shown = plotted(runs, kind)
+    shown = shown[shown[x].gt(0)]
+    shown = shown.assign(y=measure.of(shown["loss"]))
+    studies = list(dict.fromkeys(shown["study"]))
+    many = len(shown) > MANY_RUNS
+    for (study, method), members in shown.groupby(["study", "method"], sort=False):
+        place, color = studies.index(study), style.method_color(str(method))
+        marker, dash = style.MARKERS[place % len(style.MARKERS)], style.DASHES[place % len(style.DASHES)]
+        group = f"{html.escape(arms.shown(str(method)))} · {html.escape(str(study))}"
+        every = means(members, x)
+        for series in dict.fromkeys(every["series"]):
+            path = _path(every[every["series"] == series], join)
+            if len(path["x"]):
+                figure.add_scatter(
+                    **path, mode="lines", line={"color": color, "dash": dash, "width": 2}, legendgroup=group,
+                    showlegend=False, hoverinfo="skip", name="means",
+                )  # fmt: skip
+        finished = members["state"].eq("finished")
+        figure.add_scatter(
+            x=members[x],
+            y=members["y"],
+            mode="markers",
+            name=group,
+            legendgroup=group,
+            marker={
+                "color": color,
+                "symbol": [marker if done else f"{marker}-open" for done in finished],
+                "size": 7 if many else 11,
+                "line": {"width": 1.5, "color": color},
+            },
+            customdata=members["key"],
+            hovertext=[_hover(run, kind) for run in members.to_dict("records")],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    log_axis(figure, "x", shown[x], axis.named(kind))
+    log_axis(figure, "y", pd.concat([shown["y"] * 0.997, shown["y"] * 1.003]), measure.axis)
+    figure.update_xaxes(showgrid=True)
     return layout(figure, height=540)
 
 

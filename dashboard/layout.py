@@ -6,24 +6,35 @@ something new may have been written, without a reload and without touching the r
 
 from __future__ import annotations
 
-import io
+import importlib.util
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from haltscale.dashboard import data, figures, style
+from haltscale.dashboard import data, export, figures, fits, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView
+from haltscale.dashboard.notes import MOST_TEXT, MOST_TITLE, NoteError, Notes
+
+log = logging.getLogger(__name__)
 
 ACTIVE_SECONDS = 3.0
 """How often a page looks at the store while a run is being trained."""
 IDLE_SECONDS = 10.0
+FITTING_SECONDS = 1.0
 MOST_PILLS = 8
+PARQUET = "application/vnd.apache.parquet"
 PLOTLY = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 SUBMIT = "make study"
 DEMO = "haltscale dashboard --demo"
@@ -81,7 +92,8 @@ def _load() -> StudyView:
     return store().view(str(st.session_state["study"]))
 
 
-def _filtered(view: StudyView) -> StudyView:
+def filtered(view: StudyView) -> StudyView:
+    """The runs of a study that pass the sidebar's filters."""
     return data.select(view, **{name: st.session_state.get(name) or () for name in data.FACETS})
 
 
@@ -94,6 +106,8 @@ def live(body: Callable[[StudyView], None]) -> None:
     When what the sidebar offers has changed (a new study, method or size), or training begins or ends, the whole page
     runs once, so that its choices and its pace follow.
     """
+    if st.session_state.get("only", st.session_state["page-name"]) != st.session_state["page-name"]:
+        return
     known = _pulse(st.session_state["just-read"])
 
     @st.fragment(run_every=ACTIVE_SECONDS if known[-1] else IDLE_SECONDS)
@@ -111,11 +125,14 @@ def live(body: Callable[[StudyView], None]) -> None:
         if view.runs.empty:
             st.info("This study has planned no runs.", icon=":material/hourglass_empty:")
             return
-        chosen = _filtered(view)
+        chosen = filtered(view)
         if chosen.runs.empty:
             st.info("No run passes the filters in the sidebar.", icon=":material/filter_alt_off:")
             return
+        st.session_state["shown"], st.session_state["pending"] = chosen, False
         body(chosen)
+        if st.session_state["pending"]:
+            _watch_fits()
 
     follow()
 
@@ -174,9 +191,16 @@ def label(text: object) -> str:
 
 def heading(view: StudyView, title: str, says: str = "") -> None:
     """A page's title, in a line what it answers, the study's question, and how the study is going."""
-    st.title(title, anchor=False)
-    if says:
+    if _collected:
+        st.title(title, anchor=False)
         st.caption(says)
+        return
+    left, right = st.columns([5, 1], vertical_alignment="top")
+    left.title(title, anchor=False)
+    if says:
+        left.caption(says)
+    with right, st.container(horizontal_alignment="right"):
+        pin(view)
     counts = view.runs["state"].value_counts()
     badges = " ".join(
         f":{color}-badge[{style.STATE_ICONS[state]} {counts[state]} {state}]"
@@ -185,6 +209,25 @@ def heading(view: StudyView, title: str, says: str = "") -> None:
     )
     question = f"{plain(view.question)}  \n" if view.question else ""
     st.markdown(question + badges)
+
+
+def pin(view: StudyView) -> None:
+    """The link to this view, and a form that pins it to the study's report."""
+    with st.popover("Link and pin", icon=":material/push_pin:"):
+        st.caption("The link to this view, with all that is chosen:")
+        st.code(f"{st.context.url or ''}?{urlencode(query(), doseq=True)}", language=None, wrap_lines=True)
+        with st.form("pin", clear_on_submit=True, border=False):
+            title = st.text_input("Title", key="pin-title", max_chars=MOST_TITLE)
+            text = st.text_area("Text", key="pin-text", max_chars=MOST_TEXT)
+            pinned = st.form_submit_button("Pin to the report", icon=":material/push_pin:")
+        if pinned:
+            page = str(st.session_state["page-name"])
+            try:
+                Notes(store(), view.name).add(title=title, text=text, page=page, query=query())
+            except (NoteError, OSError) as error:
+                st.error(plain(error), icon=":material/error:")
+            else:
+                st.success("Pinned. The page Report lists it.", icon=":material/check_circle:")
 
 
 def owner(view: StudyView) -> None:
@@ -209,13 +252,9 @@ def flops_kind() -> FlopsKind:
 
 
 def honest(view: StudyView) -> None:
-    """Say what runs of minutes can show and what they cannot."""
-    if view.demo:
-        longest = style.compact(float(view.runs["tokens"].max()))
-        st.caption(
-            f":material/info: These runs train on at most {longest} tokens each. Runs this short show the machinery "
-            "and the halting, not the method's gain: extra passes begin to pay at far larger budgets."
-        )
+    """Say what runs of minutes can show and what they cannot; a report says it once."""
+    if view.demo and not _collected:
+        st.caption(f":material/info: {view.limits}")
 
 
 def download(title: str, content: str | Callable[[], bytes], name: str, mime: str) -> None:
@@ -225,25 +264,100 @@ def download(title: str, content: str | Callable[[], bytes], name: str, mime: st
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure that a page has drawn, for whoever collects them."""
+
+    key: str
+    figure: go.Figure
+    behind: pd.DataFrame
+    about: export.Provenance
+    alt: str
+
+
+_collected: list[list[Drawn]] = []
+
+
+@contextmanager
+def collecting() -> Iterator[list[Drawn]]:
+    """Within it every figure that a page of this process draws is put into a list, without its downloads."""
+    drawn: list[Drawn] = []
+    _collected.append(drawn)
+    try:
+        yield drawn
+    finally:
+        _collected.remove(drawn)
+
+
+def is_collecting() -> bool:
+    """Whether the page is drawn for a report or for files: nobody can press anything."""
+    return bool(_collected)
+
+
 def chart(figure: go.Figure, behind: pd.DataFrame, *, key: str, title: str, alt: str) -> None:
-    """A figure with what it takes to use it elsewhere: the data behind it as CSV and Parquet, itself as HTML and PNG.
+    """A figure with what it takes to use it elsewhere: the data behind it, and pictures at the widths of a paper.
 
     Args:
-        behind: the data as numbers, with units in the column names where they have one.
+        behind: the data as numbers, with units in the column names where they have one; of the runs ``key``, where they
+            are not all that are shown.
         key: names the figure on its page and its files.
         title: of the figure as a page of its own.
         alt: what a reader who does not see the figure should know.
     """
     name = f"{st.session_state['study']}-{key}"
     # The camera in the figure's own tool bar: a vector drawing, made by the reader's browser.
-    picture = {"format": "svg", "filename": name, "scale": 1}
-    st.plotly_chart(figure, key=key, config={**PLOTLY, "toImageButtonOptions": picture}, alt=alt)
+    camera = {"format": "svg", "filename": name, "scale": 1}
+    st.plotly_chart(figure, key=key, config={**PLOTLY, "toImageButtonOptions": camera}, alt=alt)
+    about = provenance(behind, title)
+    if _collected:
+        _collected[-1].append(Drawn(key=key, figure=figure, behind=behind, about=about, alt=alt))
+        return
     with st.container(horizontal_alignment="right"), st.popover("Download", icon=":material/download:"):
-        download("Data, CSV", lambda: csv(behind).encode(), f"{name}.csv", "text/csv")
-        download("Data, Parquet", lambda: parquet(behind), f"{name}.parquet", "application/vnd.apache.parquet")
+        download("Data, CSV", lambda: export.csv(behind), f"{name}.csv", "text/csv")
+        download("Data, Parquet", lambda: export.parquet(behind, about), f"{name}.parquet", PARQUET)
         download("Figure, HTML", lambda: figures.as_html(figure, title), f"{name}.html", "text/html")
-        if figures.draws_png():
-            download("Figure, PNG", lambda: figures.as_png(figure, title), f"{name}.png", "image/png")
+        if not export.can_draw():
+            st.caption(plain(export.NEEDS))
+            return
+        for width in export.Width:
+            for kind in export.FORMATS:
+                download(
+                    f"{kind.upper()}, {width.named}",
+                    partial(export.picture, figure, kind, width, about),
+                    f"{name}-{width}.{kind}",
+                    export.MIME[kind],
+                )
+        download(
+            "All of these, ZIP",
+            lambda: export.archive(lambda: export.files(name, figure, behind, about)),
+            f"{name}.zip",
+            "application/zip",
+        )
+
+
+def provenance(behind: pd.DataFrame, title: str) -> export.Provenance:
+    """What a figure of this page is made of: the runs named in its data, else all that are shown."""
+    runs = st.session_state["shown"].runs
+    if "key" in behind:
+        runs = runs[runs["key"].isin(behind["key"])]
+    return export.Provenance(
+        study=str(st.session_state["study"]),
+        title=title,
+        keys=list(runs["key"]),
+        commits=sorted(set(runs["git_commit"])),
+        view=address(),
+    )
+
+
+def query() -> dict[str, list[str]]:
+    """What stands behind the ? of this page's address, always with the study."""
+    found = {name: st.query_params.get_all(name) for name in st.query_params}
+    return {"study": [str(st.session_state["study"])], **found}
+
+
+def address() -> str:
+    """This page and its choices, without the host."""
+    return f"{st.session_state['page-name']}?{urlencode(query(), doseq=True)}"
 
 
 def table(frame: pd.DataFrame, *, key: str, alt: str, **options: Any) -> None:
@@ -251,16 +365,11 @@ def table(frame: pd.DataFrame, *, key: str, alt: str, **options: Any) -> None:
     st.dataframe(frame, hide_index=True, placeholder="–", key=key, alt=alt, **options)
 
 
-def csv(frame: pd.DataFrame) -> str:
-    """A table as CSV."""
-    return str(frame.to_csv(index=False))
-
-
-def parquet(frame: pd.DataFrame) -> bytes:
-    """A table as Parquet."""
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    return buffer.getvalue()
+def table_files(frame: pd.DataFrame, *, name: str, title: str) -> None:
+    """Downloads of a table."""
+    about = provenance(frame, title)
+    download("CSV", lambda: export.csv(frame), f"{name}.csv", "text/csv")
+    download("Parquet", lambda: export.parquet(frame, about), f"{name}.parquet", PARQUET)
 
 
 LATEST = "latest"
@@ -282,6 +391,27 @@ def choose_step(found: list[int], *, key: str) -> int:
     return found[-1] if choice == LATEST else int(choice)
 
 
+def fitting(pending: Sequence[str]) -> None:
+    """Say what is being fitted, and draw the page again when it is there."""
+    if not pending:
+        return
+    st.caption(f":material/hourglass_top: Fitting: {plain(', '.join(pending))} …")
+    st.session_state["pending"] = True
+
+
+def _watch_fits() -> None:
+    """Draw the page again when a fit has arrived."""
+    left = fits.fitter.left()
+
+    @st.fragment(run_every=FITTING_SECONDS)
+    def watch() -> None:
+        now = fits.fitter.left()
+        if now < left or not now:
+            st.rerun()
+
+    watch()
+
+
 def refused(refusals: Mapping[str, str], what: str = "Not fitted") -> None:
     """Say which numbers are not there, and why."""
     if refusals:
@@ -292,10 +422,17 @@ def refused(refusals: Mapping[str, str], what: str = "Not fitted") -> None:
         st.info(f"{what}:\n" + "\n".join(lines), icon=":material/block:")
 
 
+PAGES = "haltscale.pages"
+"""Entry points of this group add pages; their values are modules (``my_package.my_page``)."""
+
+
 def pages(folder: Path) -> list[dict[str, Any]]:
-    """The pages of a folder in order. A page is one file; TITLE, ICON and ORDER at its top say how it is listed."""
+    """The pages of a folder and of other packages, in order. A page is one file; TITLE, ICON and ORDER at its top say
+    how it is listed."""
+    own = [(path, path.stem) for path in sorted(folder.glob("*.py"))]
+    files = [*own, *((path, name) for path, name in _other_pages() if name not in dict(own).values())]
     found = []
-    for path in sorted(folder.glob("*.py")):
+    for path, name in files:
         text = path.read_text(encoding="utf-8")
         # Read, not imported: importing a page would run it.
         facts = dict(re.findall(r'^(TITLE|ICON|ORDER) = "?([^"\n]+?)"?$', text, flags=re.MULTILINE))
@@ -304,6 +441,7 @@ def pages(folder: Path) -> list[dict[str, Any]]:
             found.append(
                 {
                     "page": path,
+                    "url_path": name,
                     "title": facts["TITLE"],
                     "icon": facts.get("ICON", ":material/article:"),
                     "help": " ".join(purpose[1].split()) if purpose else None,
@@ -311,3 +449,24 @@ def pages(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return sorted(found, key=lambda entry: (entry["order"], entry["title"]))
+
+
+@cache
+def _other_pages() -> list[tuple[Path, str]]:
+    """File and name of each page of another package; one that is not there is logged and left out."""
+    found = []
+    for point in sorted(entry_points(group=PAGES)):
+        if path := _page_file(point.value):
+            found.append((path, point.name))
+        else:
+            log.warning("page %r is left out: there is no module %s", point.name, point.value)
+    return found
+
+
+def _page_file(module: str) -> Path | None:
+    """The file of a page's module, which is not imported; None where there is none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None

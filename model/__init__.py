@@ -1,7 +1,8 @@
 """Models: what a method computes, what it costs, how it decodes. PyTorch only.
 
 config.py          what a model is: method, shape, options; the two size ladders
-registry.py        the methods by name; build_model
+methods.py         what a method declares of itself, and where those of other packages are found
+registry.py        the methods of this package; build_model
 parametrisation.py how initial weights and rates change with width and depth: standard, muP, CompleteP
 language_model.py  what all methods share: embedding, head, loss, accounting, initialisation, decode_step
 backbone.py        the Llama stack, and attention plans: who sees whom in a pass
@@ -38,6 +39,7 @@ from haltscale.model.latent_loop import HaltingRule, RouterInput, RouterKind
 from haltscale.model.ledger import Flops, PassCounts, paper_inference_flops, paper_passes, paper_training_flops
 from haltscale.model.loop_options import DepthCurve, Injection, LoopOptions
 from haltscale.model.looped import LoopedOptions
+from haltscale.model.methods import MethodEntry, MethodError
 from haltscale.model.mor import MorOptions, Routing
 from haltscale.model.pause import PauseOptions
 from haltscale.model.ponder import PonderOptions
@@ -45,7 +47,6 @@ from haltscale.model.ponder2 import Ponder2Options
 from haltscale.model.ponder3 import Ponder3Options
 from haltscale.model.registry import (
     METHODS,
-    MethodEntry,
     build_model,
     config_from_dict,
     config_problems,
@@ -77,6 +78,7 @@ __all__ = [
     "LoopedOptions",
     "Method",
     "MethodEntry",
+    "MethodError",
     "MethodOptions",
     "Mixture",
     "ModelConfig",

@@ -4,7 +4,7 @@ PonderLM feeds back the expected embedding of its own guess (ponder.py). Here a 
 a token's state after every pass and says whether another iteration is worth it. Halting is monotone: a token that has
 stopped never comes back. It keeps its last state, and later passes of other tokens see the keys and values that it left
 in its last pass, in training as in decoding. A sparsity loss presses on the lowest k fraction of the gates alone, so
-that easy tokens learn to stop while hard ones are left in peace.
+that easy tokens learn to stop and hard ones are not penalised.
 
 The public description stops there. What it leaves open is decided here, and nowhere else, as follows [R]:
 
@@ -52,7 +52,7 @@ class AdaponderOptions(SourceOptions):
     l_max: int = 3
     """Iterations on top of the first pass. 0 is the plain model."""
     tau: float = 0.1
-    """A token goes on only while its gate is above this."""
+    """A token takes another iteration only while its gate is above this."""
     router_bias: float = 2.0
     """Initial bias of the gates: +2 starts them all at 0.88, open."""
 
@@ -68,7 +68,7 @@ class AdaponderOptions(SourceOptions):
         ]
 
     def canonical(self) -> "AdaponderOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_source())
 
 
@@ -78,7 +78,7 @@ Guess = Callable[[Tensor], Tensor]  # [N, d] states -> [N, d] expected embedding
 class GatedLoop(nn.Module):
     """All iterations, as one module, since ranks differ in what they run (see latent_loop.LatentLoop).
 
-    The guess needs head and embedding, which are not its own: it is asked for equally often whatever the gates say, for
+    The guess needs head and embedding, which are not its own: it is computed equally often whatever the gates are, for
     no rows at all if need be, so that all ranks gather those weights alike.
     """
 
@@ -98,7 +98,7 @@ class GatedLoop(nn.Module):
 
     @staticmethod
     def fed_back(x_Nd: Tensor, gate_N: Tensor, guess_Nd: Tensor) -> Tensor:
-        """The next input of rows that go on."""
+        """The next input of rows that continue."""
         return x_Nd + (gate_N[:, None] * guess_Nd).to(x_Nd.dtype)
 
     def forward(
@@ -205,7 +205,7 @@ class AdaponderModel(LanguageModel):
         self.replay = Replay.of(config.options)
 
     def guess(self, z_Nd: Tensor) -> Tensor:
-        """The expected embedding of the next token, as these states foretell it."""
+        """The expected embedding of the next token, as these states predict it."""
         guess_NV = torch.softmax(at_least_float32(self.lm_head(z_Nd)), dim=1).to(z_Nd.dtype)
         return self.expected_embedding(guess_NV)
 

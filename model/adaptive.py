@@ -1,8 +1,8 @@
-"""Adaptive latent chain-of-thought (arXiv 2602.08220): each token thinks 0 to l_max steps before it speaks.
+"""Adaptive latent chain-of-thought (arXiv 2602.08220): 0 to l_max latent steps per token.
 
 The chain itself is latent_loop.py. The head reads the mixture of a position's states by their exit masses. The loss
-adds lam * mean_t( sg(p_t)^beta * sum_{k>=1} reach[t,k] ), which presses hardest on tokens that the model already
-predicts well (p_t near 1).
+adds lam * mean_t( sg(p_t)^beta * sum_{k>=1} reach[t,k] ), which is largest on tokens that the model already predicts
+well (p_t near 1). This lambda is not PonderNet's, which is a halting probability.
 
 What the paper's public traces leave open is marked [R], a reconstruction, and each such decision has an option here or
 a named place in latent_loop.py, halting.py or backbone.py.
@@ -12,7 +12,7 @@ what is read (`mixture`), and what the gates learn from and when (`gate_target`,
 `router_*`, `prior_steps`). The defaults are the paper's method. The switches of loop_options.py come on top.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from haltscale.model.backbone import Rope
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import DecodingState, PromptStates
 from haltscale.model.kernels import at_least_float32
@@ -59,10 +60,11 @@ class GateTarget(StrEnum):
     GAIN = "gain"
     """Labels: did the next step lower this token's loss, as the head reads single states, by more than `gain_margin`?
     Binary cross-entropy over the executed steps; the masses take the gates as given, so that lam presses on nothing. A
-    position that never goes on yields no labels: see `explore`."""
+    position that takes no step yields no labels: see `explore`."""
     STOPPING = "stopping"
-    """Labels that look ahead: would going on, and stopping at the best of the executed states after it, lower the loss
-    by more than `gain_margin` for each step taken? Where a gain takes several steps, the next one alone shows none."""
+    """Labels that look ahead: would continuing, and stopping at the best of the executed states after it, lower the
+    loss by more than `gain_margin` for each step taken? Where a gain takes several steps, the next one alone shows
+    none."""
 
     @property
     def labels(self) -> bool:
@@ -97,15 +99,16 @@ class AdaptiveOptions(SourceOptions, LoopOptions):
     """Weight of the halting penalty, nats per expected latent step of a token predicted with certainty. Up: more
     pruning, worse cross-entropy."""
     beta: float = 1.0
-    """Exponent of p_t in the penalty [R]. Up: only very well predicted tokens are pressed to stop; less pruning."""
+    """Exponent of p_t in the penalty [R]. Up: only very well predicted tokens are penalised; less pruning."""
     l_max: int = 3
     """Latent steps on top of the ordinary pass; a position has at most l_max + 1 states [R]. 0 is the plain model."""
     tau: float = 1e-2
-    """A position goes on only while more than this much mass would reach the next state [R]. It bounds how much of a
-    token's mixture is cut off. The siblings' 1e-4 needs a router below 0.0001 at the first step before any compute is
-    saved, which short runs never learn; at 0.01, at most 1 % of a token's mass moves to its last state."""
+    """A position takes another step only while the survival probability of the next state exceeds this [R]. It bounds
+    how much of a token's mixture is cut off. The siblings' 1e-4 needs a router below 0.0001 at the first step before
+    any compute is saved, which short runs never learn; at 0.01, at most 1 % of a token's mass moves to its last
+    state."""
     halting_rule: HaltingRule = HaltingRule.REACH
-    """What has to be above tau for a position to go on."""
+    """What has to exceed tau for a position to take another step."""
     router: RouterKind = RouterKind.LINEAR
     """Kind of router."""
     router_bias: float = 2.0
@@ -140,11 +143,11 @@ class AdaptiveOptions(SourceOptions, LoopOptions):
     (step_source.draws). What is read of them follows the gates as everywhere."""
     prior_steps: float = 0.0
     """Above 0: the penalty is lam * KL(exit masses || geometric distribution with this mean, cut at l_max), as in
-    PonderNet, in place of the expected number of steps; beta then has no say."""
+    PonderNet, in place of the expected number of steps; beta then has no effect."""
     penalty_probability: PenaltyProbability = PenaltyProbability.MIXTURE
     """Whose probability weighs the penalty."""
     truncate_gradient: bool = False
-    """Cut the gradient where a state is fed back, as if every thought began from a given input [R: not cut]."""
+    """Cut the gradient where a state is fed back, as if every latent step began from a given input [R: not cut]."""
 
     def problems(self) -> list[str]:
         """All errors of the options."""
@@ -193,7 +196,7 @@ class AdaptiveOptions(SourceOptions, LoopOptions):
         return ramps or self.steps_from is not StepsFrom.ROUTER
 
     def canonical(self) -> "AdaptiveOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         idle = self.idle_source()
         if self.explore:
             idle.pop("steps_seed", None)
@@ -206,7 +209,7 @@ class AdaptiveOptions(SourceOptions, LoopOptions):
 
 
 class AdaptiveModel(LanguageModel):
-    """A Llama that thinks on each token for as long as its router asks for."""
+    """A Llama whose router decides how many latent steps each token takes."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -358,8 +361,8 @@ class AdaptiveModel(LanguageModel):
         return F.cross_entropy(logits_NV, target_N, reduction="none", ignore_index=IGNORE_INDEX)
 
     def _label_loss(self, loop_output: LoopOutput, targets_BT: Tensor) -> Tensor:
-        """Binary cross-entropy of the gates against whether going on paid, summed over the executed steps of scored
-        positions."""
+        """Binary cross-entropy of the gates against whether the next step paid, summed over the executed steps of
+        scored positions."""
         target_N, states = targets_BT.flatten(), loop_output.states
         label_NL = self._labels(loop_output, target_N)
         total = states[0].reach_N.new_zeros(())
@@ -373,7 +376,7 @@ class AdaptiveModel(LanguageModel):
 
     @torch.no_grad()
     def _labels(self, loop_output: LoopOutput, target_N: Tensor) -> Tensor:
-        """[B*T, l_max]: 1 where going on after state k paid; of no meaning where the position did not go on."""
+        """[B*T, l_max]: 1 where the step after state k paid; undefined where it was not taken."""
         states, counts = loop_output.states, loop_output.trace.counts
         gradless = counts.gradless = counts.gradless or PassCounts()
         nll_NK = states[0].reach_N.new_full((len(target_N), self.options.l_max + 1), torch.inf)
@@ -418,6 +421,29 @@ class AdaptiveModel(LanguageModel):
         forced = self.replay.decode(tokens_B, state, self.budget_share) if self.replay else None
         hidden_Bd, steps_B, state.extra = self.latent_loop.decode(self.embed(tokens_B), rope, state, forced)
         return hidden_Bd, steps_B
+
+    def decode_pass(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        if self.options.mixture.heads_every_state or self.device.type != "cpu":
+            return super().decode_pass(tokens, state)  # accelerators would rather attend once than row by row
+        return self._decode_by_depth(tokens, state)
+
+    @torch.no_grad()
+    def _decode_by_depth(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        begun = list(tokens)
+        token_N = torch.tensor([tokens[b] for b in begun], dtype=torch.long, device=self.device)
+        if begun:
+            self._check_room(token_N, [state.positions[b] for b in begun])
+            state.cache.make_room(max(state.positions[b] for b in begun) + 1)
+            state.counts.tokens += len(begun)
+        forced = self.replay.decode(token_N, state, self.budget_share, begun) if self.replay else []
+
+        def rope(rows: list[int]) -> Rope:
+            return self.rope_at([state.positions[b] for b in rows])
+
+        done, hidden_Fd, steps = self.latent_loop.advance(self.embed(token_N), begun, state, rope, forced)
+        for b in done:
+            state.positions[b] += 1
+        return done, self.decode_logits(hidden_Fd, state), torch.tensor(steps)
 
     def decode_logits(self, hidden_Bd: Tensor, state: DecodingState) -> Tensor:
         if not self.options.mixture.heads_every_state:

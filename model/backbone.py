@@ -1,4 +1,4 @@
-"""The Llama stack that every method thinks with, and the rule of who sees whom.
+"""The Llama stack of every method, and the rule of which states attend to which.
 
 RMSNorm before each part, rotary positions, multi-head or grouped-query attention, SwiGLU, no biases, a final norm that
 belongs to the stack. Rows are packed: every linear layer sees [N, d] with just the N rows that exist in this pass.
@@ -433,7 +433,7 @@ class LatentPlan:
 
 class ReusePlan(LatentPlan):
     """A later pass in which a position shows one state, its newest: the active rows see every position up to their own,
-    and a position that has stopped goes on showing the keys and values of its last pass (AdaPonderLM)."""
+    and a position that has stopped keeps the keys and values of its last pass visible (AdaPonderLM)."""
 
     def __init__(self, valid_BT: Tensor, active_BT: Tensor, dtype: torch.dtype):
         """active_BT: positions that have a row in this pass."""

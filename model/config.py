@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 
 class Method(StrEnum):
-    """The methods that a study can compare. Each has one file here and one line in registry.py."""
+    """The methods of this package. Each has one file here and one entry in registry.py. Those of other packages have
+    plain strings for names (methods.py)."""
 
     VANILLA = "vanilla"
     ADAPTIVE = "adaptive"
@@ -189,14 +190,14 @@ def model_choice_problems(values: Any) -> list[str]:
 class ModelConfig:
     """One model, complete: same config and seed, same initial weights and same results."""
 
-    method: Method
-    """How the model thinks before it emits a token."""
+    method: Method | str
+    """What the model computes before it emits a token."""
     shape: Shape
     """Size of the stack; see SIZES."""
     vocab_size: int
     """Rows of the embedding and of the head."""
     context: int
-    """Longest sequence, in tokens, that the model is asked to read."""
+    """Longest sequence, in tokens, that the model reads."""
     options: MethodOptions
     """The method's own options; its type is fixed by `method` (see registry.METHODS)."""
     rope_theta: float = 10_000.0
@@ -209,7 +210,7 @@ class ModelConfig:
     """Above 0: embedding and head are products of two matrices, vocab_size x rank and rank x d (ALBERT, 1909.11942)."""
     embedding_scale: EmbeddingScale = EmbeddingScale.UNIT
     """What embeddings are multiplied by on the way in. The authors' vanilla model goes without, and their pause and
-    PonderLM take sqrt(d); here every arm has unit scale by default, so that a comparison is about thinking and not
+    PonderLM take sqrt(d); here every arm has unit scale by default, so that a comparison is about methods and not
     about scale. True and False, in files of former versions, are unit and none."""
     parametrisation: Parametrisation = Parametrisation.STANDARD
     """Of the initial weights; training takes its rates from it too. What a forward pass computes from given weights is
@@ -305,7 +306,7 @@ def is_number(value: object) -> bool:
 
 
 def require(holds: bool, field: str, value: object, allowed: str) -> list[str]:
-    """One problem line if `holds` is false: for the options dataclasses, so that all of them speak alike."""
+    """One problem line if `holds` is false: for the options dataclasses, so that all errors have one form."""
     return [] if holds else [f"{field} = {value!r}: must be {allowed}"]
 
 

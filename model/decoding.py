@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from haltscale.model.backbone import Memory, attention
@@ -188,6 +189,19 @@ class KeyValueCache:
             keys_needed=sum(held[b] - (new - 1 - j) for b in rows for j in range(new)),
         )
 
+    def plan_rows(self, rows: list[int], depths: list[int]) -> "RowsPlan":
+        """The plan of a pass in which each of the sequences `rows` adds one state to all regions from its own depth
+        on, and its query sees the region of that depth."""
+        device, stride = self.memories[0][0][0].device, self.capacity * sum(self.widths)
+        views, source, slots = [], [], []
+        for n, (b, depth) in enumerate(zip(rows, depths, strict=True)):
+            for region in range(depth, len(self.widths)):
+                source.append(n)
+                slots.append(b * stride + self._start(region, self.capacity) + self.held[region][b])
+                self.held[region][b] += 1
+            views.append((b, self._start(depth, self.capacity), self.held[depth][b]))
+        return RowsPlan(views, torch.tensor(source, device=device), torch.tensor(slots, device=device))
+
 
 @dataclass(frozen=True)
 class DecodingPlan:
@@ -225,6 +239,71 @@ class DecodingPlan:
         return out_BMHE.reshape(N, -1), memory
 
 
+@dataclass(frozen=True)
+class RowsPlan:
+    """One decoding pass of rows that each look at a region and a length of their own: attention row by row, over
+    exactly the keys that are needed. The memory changes in place."""
+
+    views: list[tuple[int, int, int]]
+    """Of each row: sequence, start of its region, states in it."""
+    source_M: Tensor
+    """The row of each state that is written."""
+    slot_M: Tensor
+    """Where it is written."""
+    padding: ClassVar[int] = 0
+
+    @property
+    def keys(self) -> list[int]:
+        """Query-key pairs of each row, needed and executed."""
+        return [length for _, _, length in self.views]
+
+    def attend(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+        assert memory is not None
+        G, E = k_NGE.shape[1:]
+        for store, fresh_NGE in zip(memory[0], (k_NGE, v_NGE), strict=True):
+            fresh_Mr = fresh_NGE.flatten(1).index_select(0, self.source_M)
+            store.flatten(0, 1).index_copy_(0, self.slot_M, fresh_Mr)
+        keys_BGSE, values_BGSE = (store.unflatten(2, (G, E)).transpose(1, 2) for store in memory[0])
+        grouped = q_NHE.shape[1] != G
+        out = []  # these calls are many: a batch of one row each, by as few operations as can be
+        for q_1H1E, (b, start, n) in zip(q_NHE.unsqueeze(2).split(1), self.views, strict=True):
+            keys, values = (x_BGSE.narrow(0, b, 1).narrow(2, start, n) for x_BGSE in (keys_BGSE, values_BGSE))
+            out.append(F.scaled_dot_product_attention(q_1H1E, keys, values, enable_gqa=grouped))
+        return torch.cat(out).flatten(1), memory
+
+
+IDLE = -1
+"""Depth of a sequence that waits for a token."""
+
+
+@dataclass
+class Flight:
+    """Sequences whose newest tokens are at different depths of a latent chain."""
+
+    depths: list[int]
+    """Of each sequence, the latent step that its next pass is, or IDLE."""
+    forced: list[int]
+    """Of each sequence, the steps that its token takes by order; empty where a router decides."""
+    token_Bd: Tensor
+    """The embedded tokens."""
+    before_Bd: Tensor
+    """The newest states, embedded tokens before the first."""
+    reach_B: Tensor
+    """Mass that reaches their states."""
+    mixture_Bd: Tensor
+    """What the head is to read, so far."""
+    ahead_BL: Tensor | None = None
+    """Gates that were all set at step 0."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these sequences alone, in this order."""
+        self.depths = [self.depths[b] for b in rows]
+        self.forced = [self.forced[b] for b in rows] if self.forced else []
+        self.token_Bd, self.before_Bd = self.token_Bd[rows], self.before_Bd[rows]
+        self.reach_B, self.mixture_Bd = self.reach_B[rows], self.mixture_Bd[rows]
+        self.ahead_BL = None if self.ahead_BL is None else self.ahead_BL[rows]
+
+
 @dataclass
 class DecodingState:
     """What `LanguageModel.decode_step` carries from one token to the next."""
@@ -239,6 +318,8 @@ class DecodingState:
     """What decoding has cost so far."""
     text: Tensor | None = None
     """[batch, 1] hash of the text read so far, for methods whose number of steps is replayed (step_source.py)."""
+    flight: Flight | None = None
+    """Tokens that are being read, for `LanguageModel.decode_pass`."""
     extra: Any = None
     """Whatever else the method carries."""
 
@@ -255,14 +336,20 @@ class DecodingState:
         self.cache.keep(rows)
         self.positions = [self.positions[b] for b in rows]
         self.text = self.text if self.text is None else self.text[rows]
+        if self.flight is not None:
+            self.flight.keep(rows)
         self.batch = len(rows)
 
     def count(self, k: int, rows: int, plan: DecodingPlan) -> None:
         """Add one pass as pass k of this token."""
+        self.count_keys(k, rows, plan.keys_needed, plan.executed_keys)
+
+    def count_keys(self, k: int, rows: int, keys: int, executed_keys: int) -> None:
+        """Add one pass k of some rows."""
         counts = self.counts
         while len(counts.rows) <= k:
             counts.record(rows=0, keys=0, executed_rows=0, executed_keys=0)
         counts.rows[k] += rows
-        counts.keys[k] += plan.keys_needed
+        counts.keys[k] += keys
         counts.executed_rows[k] += rows
-        counts.executed_keys[k] += plan.executed_keys
+        counts.executed_keys[k] += executed_keys

@@ -26,7 +26,7 @@ class FixedOptions(LoopOptions):
     """Options of the fixed-k control."""
 
     steps: float = 3.0
-    """Latent steps per token. A fraction is dealt over positions as evenly as can be: with 2.4, four in ten positions
+    """Latent steps per token. A fraction is spread evenly over positions: with 2.4, four in ten positions
     take 3 steps and the others 2. So the control can be set to the mean that a router arrived at."""
 
     def problems(self) -> list[str]:
@@ -35,11 +35,11 @@ class FixedOptions(LoopOptions):
         return found + self.loop_problems(None if found else math.ceil(self.steps))
 
     def canonical(self) -> "FixedOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_loop(math.ceil(self.steps)))
 
 
-def dealt_steps(steps: float, position: int) -> int:
+def spread_steps(steps: float, position: int) -> int:
     """Whole steps of one position: rounded up at positions spread by the golden ratio (Weyl), else rounded down."""
     whole = math.floor(steps)
     return whole + ((position + 1) * 0.6180339887498949 % 1.0 < steps - whole)
@@ -64,7 +64,7 @@ class FixedModel(LanguageModel):
 
     def hidden_states(self, tokens_BT: Tensor, valid_BT: Tensor, *, prompts: PromptStates | None = None) -> LoopOutput:
         B, T = tokens_BT.shape
-        steps_T = torch.tensor([dealt_steps(self.steps, t) for t in range(T)], device=tokens_BT.device)
+        steps_T = torch.tensor([spread_steps(self.steps, t) for t in range(T)], device=tokens_BT.device)
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
         loop_output: LoopOutput = self.latent_loop(
             x_Nd, valid_BT, steps_T.expand(B, T), most_steps=self._most_steps, prompts=prompts
@@ -80,7 +80,7 @@ class FixedModel(LanguageModel):
         return self.latent_loop.cache_widths()
 
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        forced = [min(dealt_steps(self.steps, position), self._most_steps) for position in state.positions]
+        forced = [min(spread_steps(self.steps, position), self._most_steps) for position in state.positions]
         rope = self.rope_at(state.positions)
         hidden_Bd, steps_B, _ = self.latent_loop.decode(self.embed(tokens_B), rope, state, forced)
         return hidden_Bd, steps_B

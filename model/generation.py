@@ -1,6 +1,6 @@
 """Generation: several prompts continued together, each as if it were alone.
 
-Prompts are read in parallel passes, as in training, and each sequence goes on from the end of its own: nothing is
+Prompts are read in parallel passes, as in training, and each sequence continues from the end of its own: nothing is
 padded and no position is shifted. Each sequence draws from a random stream of its own.
 """
 
@@ -17,7 +17,7 @@ from haltscale.model.language_model import LanguageModel
 
 
 class GenerationError(ValueError):
-    """The prompts cannot be continued as asked; the message says why."""
+    """The prompts cannot be continued as requested; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +157,17 @@ def _run(
     unwanted: Collection[int],
 ) -> Iterator[Emitted]:
     model.eval()
-    device = model.embedding.weight.device
     state = model.start_decoding(len(prompts), capacity=longest + new_tokens)
     left = dict.fromkeys(range(len(prompts)), new_tokens)  # sequences that are not finished: tokens left to write
     streams = [torch.Generator().manual_seed((sampling.seed << 20) + index) for index in range(len(prompts))]
     going = list(left)  # the sequence of each row
     logits_BV, steps_B = model.read_prompts(prompts, state)
+    written = state.everyone  # the rows that these are of: sequences whose tokens take many steps fall behind
     while True:
         cost.tokens, cost.flops_realised = state.counts.tokens, model.flops(state.counts).realised
         newest = dict[int, int]()
-        for index, log_p_V, steps in zip(going, _log_p(logits_BV), steps_B.tolist(), strict=True):
+        for row, log_p_V, steps in zip(written, _log_p(logits_BV), steps_B.tolist(), strict=True):
+            index = going[row]
             token = newest[index] = choose(log_p_V, sampling, streams[index])
             left[index] -= 1
             if token in stop_tokens or not left[index]:
@@ -178,8 +179,8 @@ def _run(
         if len(rows) < len(going):
             model.keep_sequences(state, rows)
         going = [going[row] for row in rows]
-        due = torch.tensor([newest[index] for index in going], device=device)
-        logits_BV, steps_B = model.decode_step(due, state)
+        due = {row: newest[index] for row, index in enumerate(going) if index in newest}
+        written, logits_BV, steps_B = model.decode_pass(due, state)
 
 
 def _log_p(logits_BV: Tensor) -> Tensor:

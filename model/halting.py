@@ -1,8 +1,10 @@
 """Halting: from a router's gates to the masses that weigh the states, and the record of what happened.
 
-g[t,k] is the probability of going on after state k of position t. reach[t,0] = 1 and reach[t,k+1] = reach[t,k] g[t,k];
-a position goes on iff k < l_max and reach[t,k+1] > tau; exit[t,k] = reach[t,k] - reach[t,k+1], and the last executed
-state takes all the mass that is left, so that a position's exit masses sum to 1 (arXiv 2602.08220).
+g[t,k], the gate, is the probability of another step after state k of position t. reach[t,0] = 1 and reach[t,k+1] =
+reach[t,k] g[t,k]; a position takes another step iff k < l_max and reach[t,k+1] > tau; exit[t,k] = reach[t,k] -
+reach[t,k+1], and the last executed state takes all the mass that is left, so that a position's exit masses sum to 1
+(arXiv 2602.08220). In the terms of ACT and PonderNet, reach is the survival probability and exit the halting
+probability.
 """
 
 # ruff: noqa: N815 (fields of a dataclass carry shape suffixes too)
@@ -20,8 +22,8 @@ def halting_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One application of the rule, the same in training and in decoding.
 
-    Gives (goes_on_N bool, exit_N, next_reach_N): the mass that leaves at this state and, for those that go on, the
-    mass that reaches the next. `may_go_on` False forbids more steps (the last step, a padded position).
+    Gives (goes_on_N bool, exit_N, next_reach_N): the mass that leaves at this state and, for those that take another
+    step, the mass that reaches the next. `may_go_on` False forbids more steps (the last step, a padded position).
     """
     onward_N = reach_N * gate_N
     goes_on_N = (onward_N > tau) & may_go_on
@@ -43,7 +45,7 @@ def masses(gates: list[float], *, l_max: int, tau: float) -> tuple[list[float], 
 
 @dataclass
 class HaltingTrace:
-    """Where the thinking of one forward pass went. Detached; K = l_max + 1 states at most per position."""
+    """How one forward pass allocated its latent steps. Detached; K = l_max + 1 states at most per position."""
 
     steps_BT: Tensor
     """uint8: latent steps executed after the ordinary pass; 0 at padding."""

@@ -27,7 +27,8 @@ class RMSNormFunction(torch.autograd.Function):
         mean_N1 = torch.linalg.vector_norm(wide_Nd, dim=-1, keepdim=True).square_().div_(x_Nd.shape[-1])
         scale_N1 = mean_N1.add_(eps).rsqrt_()
         ctx.save_for_backward(x_Nd, weight_d, scale_N1)
-        return (wide_Nd * scale_N1).to(x_Nd.dtype).mul_(weight_d)
+        normed_Nd: Tensor = (wide_Nd * scale_N1).to(x_Nd.dtype).mul_(weight_d)
+        return normed_Nd
 
     @staticmethod
     @once_differentiable

@@ -80,12 +80,21 @@ class KeyRanges:
         def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return (kv < end_BM[b, q]) & (kv >= first_BM[b, q])
 
-        numbers = []
-        for chosen_BQK in (some_BQK & ~full_BQK, full_BQK):
+        def blocks(chosen_BQK: Tensor) -> tuple[Tensor, Tensor]:
+            """How many blocks of keys, and which: the chosen ones first."""
             order_BQK = chosen_BQK.to(torch.int8).argsort(dim=2, descending=True, stable=True)
-            numbers += [chosen_BQK.sum(2)[:, None].int(), order_BQK[:, None].int().contiguous()]
+            return chosen_BQK.sum(2)[:, None].int(), order_BQK[:, None].int().contiguous()
+
+        partial, partial_order = blocks(some_BQK & ~full_BQK)
+        full, full_order = blocks(full_BQK)
         return BlockMask.from_kv_blocks(
-            *numbers, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(self.end_BM.shape[1], keys)
+            partial,
+            partial_order,
+            full,
+            full_order,
+            BLOCK_SIZE=BLOCK,
+            mask_mod=sees,
+            seq_lengths=(self.end_BM.shape[1], keys),
         )
 
     @cached_property

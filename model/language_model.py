@@ -1,14 +1,14 @@
 """What all methods share: embedding, head, loss, accounting, deterministic initialisation.
 
 A method subclasses LanguageModel, builds its loop over the stack, and answers one question: which hidden state should
-the head read at each position (`think`)? The rest is here.
+the head read at each position (`hidden_states`)? The rest is here.
 """
 
 # ruff: noqa: N815 (fields of a dataclass carry shape suffixes too)
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, cast
@@ -90,9 +90,9 @@ class Output:
     nll_BT: Tensor
     """float32, detached: nats per token, 0 where nothing is scored."""
     trace: HaltingTrace
-    """Where the thinking went and what it cost."""
+    """Executed steps, probabilities and cost."""
     logits_BTV: Tensor | None
-    """Only if asked for, or if there are no targets."""
+    """Only if requested, or if there are no targets."""
 
 
 class LoopOutput(NamedTuple):
@@ -101,7 +101,7 @@ class LoopOutput(NamedTuple):
     hidden_BTd: Tensor
     """The state that the head reads."""
     trace: HaltingTrace
-    """Where the thinking went."""
+    """Executed steps, probabilities and cost."""
     reach_BTK: Tensor | None = None
     """Differentiable mass that reached each executed state, for methods that penalise it."""
     states: "Sequence[LatentState]" = ()
@@ -122,7 +122,7 @@ class LatentState(NamedTuple):
     exit_N: Tensor
     """Mass that leaves with these states, differentiable."""
     gate_N: Tensor | None = None
-    """Probability of going on after these states, differentiable; None after the last possible one."""
+    """Probability of another step after these states, differentiable; None after the last possible one."""
 
 
 class LanguageModel(nn.Module):
@@ -326,11 +326,11 @@ class LanguageModel(nn.Module):
         """Loss, per-token losses and halting trace of a batch.
 
         tokens_BT: long, T <= config.context. targets_BT: the true next tokens, IGNORE_INDEX where not scored.
-        lengths_B: real tokens of each row; what follows is padding, which never thinks, is never counted, is never
-        scored, and changes nothing. The loss is the mean over scored tokens; training only: without targets nothing
-        looks at the truth.
-        think: instead of the method's own (probing.py). observe: called with the thought and the logits, inside the
-        forward pass, where ZeRO-3 gathers whatever weights it may still need.
+        lengths_B: real tokens of each row; what follows is padding, which takes no latent step, is never counted, is
+        never scored, and changes nothing. The loss is the mean over scored tokens; training only: without targets
+        nothing looks at the truth.
+        hidden_states: instead of the method's own (probing.py). observe: called with the loop's output and the logits,
+        inside the forward pass, where ZeRO-3 gathers whatever weights it may still need.
         """
         B, T = tokens_BT.shape
         if self.config.context < T:
@@ -396,16 +396,29 @@ class LanguageModel(nn.Module):
         """
         if len(tokens_B) != state.batch:
             raise ValueError(f"{len(tokens_B)} tokens: the decoding state was started for {state.batch} sequences")
-        longest = max(state.positions)
-        if longest >= self.config.context:
-            raise ValueError(f"the model's context of {self.config.context} tokens is full")
-        self._check_vocabulary(tokens_B)
-        state.cache.make_room(longest + 1)
+        self._check_room(tokens_B, state.positions)
+        state.cache.make_room(max(state.positions) + 1)
         state.counts.tokens += state.batch
         hidden_Bd, steps_B = self.decode_hidden_states(tokens_B, state)
         logits_BV = self.decode_logits(hidden_Bd, state)
         state.positions = [position + 1 for position in state.positions]
         return logits_BV, steps_B
+
+    @torch.no_grad()
+    def decode_pass(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        """Go on reading single tokens, which sequences need not do in step: (the sequences, ascending, whose tokens are
+        read, logits [F, V] of the next ones, latent steps [F] that were taken).
+
+        tokens: the next token of each sequence that has none in reading; before the first call, of all. Where a method
+        can (`AdaptiveModel`), this is one pass of all sequences, each at its own depth; otherwise all of `decode_step`.
+        """
+        logits_BV, steps_B = self.decode_step(torch.tensor([tokens[b] for b in state.everyone]).to(self.device), state)
+        return state.everyone, logits_BV, steps_B
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embedding.weight.device
 
     @torch.no_grad()
     def read_prompts(
@@ -472,6 +485,12 @@ class LanguageModel(nn.Module):
         """Go on decoding some of a state's sequences alone: the others are finished, and cost nothing any more."""
         state.keep(rows)
 
+    def _check_room(self, tokens: Tensor, positions: Sequence[int]) -> None:
+        """Refuse tokens that cannot be read at these positions."""
+        if max(positions) >= self.config.context:
+            raise ValueError(f"the model's context of {self.config.context} tokens is full")
+        self._check_vocabulary(tokens)
+
     def _check_vocabulary(self, tokens: Tensor) -> None:
         """Refuse tokens that the model does not have, on CPUs; elsewhere that would cost a trip to the device, and the
         kernels assert it."""
@@ -515,6 +534,16 @@ class LanguageModel(nn.Module):
             groups[_group_of(name)] += _true_numel(parameter)
         assert sum(groups.values()) == sum(map(_true_numel, self.parameters()))
         return groups
+
+    def recurrent_parameters(self) -> int:
+        """Parameters that every pass of a token after the first uses again: those of the blocks that `layers_per_pass`
+        gives it, and the norm behind the stack where that is all of them."""
+        layers, groups = self.config.shape.layers, self.parameter_groups_count()
+        again = self.layers_per_pass(2)[1]
+        if again == layers:
+            return groups["attention"] + groups["mlp"] + groups["norms"]
+        blocks = (groups["attention"] + groups["mlp"]) // layers
+        return again * (blocks + 2 * self.config.shape.d)
 
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values that decoding sets aside for each token of a sequence, however early it halts.
@@ -622,7 +651,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
     that adds a parameter disturbs no other. Normal with std sqrt(2/(5d)) (Nguyen & Salakhutdinov, 2019; PonderLM-2 for
     the embedding; a factorised one has the same std as a product), projections into the residual stream divided by
     sqrt(2 layers) (GPT-2), or zero (`LoopOptions.zero_outputs`). Any module may name further parameters of its own in a
-    dict `random_start`, each with its std. What is none of these (norm gains, a router's last layer) keeps the value
+    dict `random_start`, each with its std. Any other parameter (norm gains, a router's last layer) keeps the value
     that its module gave it.
     """
     shape = model.config.shape

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from haltscale.model.backbone import (
     rope_table,
 )
 from haltscale.model.config import ModelConfig
-from haltscale.model.decoding import DecodingState, PromptStates
+from haltscale.model.decoding import IDLE, DecodingState, Flight, PromptStates
 from haltscale.model.halting import HaltingTrace, halting_step
 from haltscale.model.kernels import at_least_float32
 from haltscale.model.language_model import LatentState, LoopOutput
@@ -242,7 +243,7 @@ class LatentLoop(nn.Module):
         goes_on: Callable[[int, Tensor, Tensor], Tensor] | None = None,
         prompts: PromptStates | None = None,
     ) -> LoopOutput:
-        """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) never thinks. forced_BT: steps by order.
+        """x_Nd: the embedded tokens, [B*T, d]. Padding (valid_BT False) takes no step. forced_BT: steps by order.
         at_least_BT: steps that are taken even where the halting rule would stop. open_gates: all gates count as 1, so
         that every position takes all steps and the last state has all the mass. most_steps: fewer than l_max, where
         the depth still grows. goes_on: instead of the router's rule, asked after state k with the states of the active
@@ -392,3 +393,79 @@ class LatentLoop(nn.Module):
             steps_B[row_N] += 1
             x_Nd = self.border(before_Nd, token_Nd)
         return mixture_Bd.to(x_Bd.dtype), steps_B, states
+
+    def advance(
+        self, x_Nd: Tensor, begun: list[int], state: DecodingState, rope: Callable[[list[int]], Rope], forced: list[int]
+    ) -> tuple[list[int], Tensor, list[int]]:
+        """One pass of every sequence that has a token in flight, each at the depth where its token is; so that the
+        pass is as wide as the batch, whatever the depths.
+
+        x_Nd: the embedded tokens that the sequences `begun` read next. rope: the angles of some sequences' tokens.
+        forced: the steps of the begun tokens by order; empty where the router decides. Gives the sequences whose tokens
+        are finished, their mixtures [F, d], and the steps that they took.
+        """
+        l_max, flight = self.rules.l_max, state.flight
+        if flight is None:
+            none_Bd = x_Nd.new_zeros(state.batch, x_Nd.shape[1])
+            mixture_Bd = at_least_float32(none_Bd).clone()
+            flight = Flight(
+                depths=[IDLE] * state.batch,
+                forced=[0] * state.batch if forced else [],
+                token_Bd=none_Bd,
+                before_Bd=none_Bd.clone(),
+                reach_B=mixture_Bd[:, 0].clone(),
+                mixture_Bd=mixture_Bd,
+            )
+            state.flight = flight
+        for n, b in enumerate(begun):
+            flight.depths[b] = 0
+            if forced:
+                flight.forced[b] = forced[n]
+        flight.token_Bd[begun] = flight.before_Bd[begun] = x_Nd
+        flight.reach_B[begun], flight.mixture_Bd[begun] = 1.0, 0.0
+
+        rows = sorted((b for b, k in enumerate(flight.depths) if k != IDLE), key=lambda b: flight.depths[b])
+        depths = [flight.depths[b] for b in rows]
+        row_N = torch.tensor(rows, device=x_Nd.device)
+        before_Nd, reach_N = flight.before_Bd[row_N], flight.reach_B[row_N]
+        first = depths.count(0)  # these come first; a token goes past no border on its way in
+        x_Nd = before_Nd
+        if first < len(rows):
+            again_Nd = self.border(before_Nd[first:], flight.token_Bd[row_N[first:]])
+            x_Nd = torch.cat((before_Nd[:first], again_Nd))
+        plan: AttentionPlan
+        if len(rows) == state.batch and depths[0] == depths[-1]:
+            k = depths[0]
+            plan = together = state.cache.plan(rows, read=k, write=range(k, l_max + 1))
+            state.count(k, len(rows), together)
+        else:
+            plan = apart = state.cache.plan_rows(rows, depths)
+            for k, keys in zip(depths, apart.keys, strict=True):
+                state.count_keys(k, 1, keys, keys)
+        z_Nd, _ = self.stack(x_Nd, rope(rows), self._faded(plan, reach_N), state.cache.memories)
+
+        goes_on, onward, share = [], [], []
+        for k, group in groupby(range(len(rows)), key=lambda n: depths[n]):
+            places = list(group)
+            at = slice(places[0], places[-1] + 1)
+            if k == 0 and (ahead_NL := self.upfront_gates(z_Nd[at])) is not None:
+                if flight.ahead_BL is None:
+                    flight.ahead_BL = ahead_NL.new_zeros(state.batch, l_max)
+                flight.ahead_BL[row_N[at]] = ahead_NL
+            own_NL = None if flight.ahead_BL is None else flight.ahead_BL[row_N[at]]
+            gate_N = self.gate(z_Nd[at], before_Nd[at], k, own_NL) if k < l_max else None
+            orders = [flight.forced[b] for b in rows[at]] if flight.forced else None
+            forced_N = None if orders is None else torch.tensor(orders, device=row_N.device)
+            goes_on_N, exit_N, onward_N = self._decide(gate_N, reach_N[at], k, True, forced_N)
+            share.append(self._read(exit_N, goes_on_N, True)[:, None] * z_Nd[at])
+            goes_on.append(goes_on_N)
+            onward.append(onward_N)
+        flight.mixture_Bd.index_add_(0, row_N, torch.cat(share))
+        flight.before_Bd[row_N], flight.reach_B[row_N] = z_Nd, torch.cat(onward)
+        done = []
+        for b, k, on in zip(rows, depths, torch.cat(goes_on).tolist(), strict=True):
+            flight.depths[b] = k + 1 if on else IDLE
+            done += [] if on else [(b, k)]
+        done.sort()
+        ended = [b for b, _ in done]
+        return ended, flight.mixture_Bd[ended].to(x_Nd.dtype), [k for _, k in done]

@@ -2,11 +2,11 @@
 
 Three kinds of FLOPs, never to be mixed on one axis:
 
-- realised: what the active positions needed. Every row that was really thought about, every key that it could really
-  see; no padding, no masked pairs. This is the cost of the method.
-- executed: what the hardware was made to do. Padding, masked query-key pairs and head rows without a target included.
-  It equals torch's FlopCounterMode, which counts each matrix product it sees as a full rectangle (a causal kernel may
-  skip half of one; neither that counter nor this one credits it).
+- realised: model FLOPs, as in MFU: what the active positions needed. Every row that was computed, every key that it
+  could see; no padding, no masked pairs. This is the cost of the method.
+- executed: hardware FLOPs, as in HFU: what was computed. Padding, masked query-key pairs and head rows without a target
+  included. It equals torch's FlopCounterMode, which counts each matrix product it sees as a full rectangle (a causal
+  kernel may skip half of one; neither that counter nor this one credits it).
 - paper: 2 * N * passes, with N all parameters: the convention behind the paper's figures, which leaves out attention's
   growing key length, the head and the router (and counts the embedding table as if it were multiplied).
 

@@ -89,7 +89,7 @@ class LoopOptions:
         return found
 
     def idle_loop(self, l_max: object) -> dict[str, Any]:
-        """The fields that have no say, at their defaults (see `canonical` of the options)."""
+        """The fields that have no effect, at their defaults (see `canonical` of the options)."""
         idle: dict[str, Any] = {} if self.depth_growth else {"depth_curve": DepthCurve.LINEAR}
         if is_int(l_max) and self.gradient_passes > l_max:  # type: ignore[operator]
             idle["gradient_passes"] = 0

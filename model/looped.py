@@ -30,7 +30,7 @@ class LoopedOptions(LoopOptions):
         return [*in_range("steps", self.steps, 0, 32, integer=True), *self.loop_problems(self.steps)]
 
     def canonical(self) -> "LoopedOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_loop(self.steps))
 
 

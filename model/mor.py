@@ -7,7 +7,7 @@ that all arms of a comparison have the same parameters].
 
 Expert choice: recursion i keeps the (recursions - i) / recursions of a sequence that score highest among those still
 in, and adds its result times alpha * sigmoid(score). Picking the best of a whole sequence looks into the future, which
-decoding cannot. So a second, auxiliary router learns from a detached state to foretell the pick, and in evaluation
+decoding cannot. So a second, auxiliary router learns from a detached state to predict the selection, and in evaluation
 (`model.eval()`) and decoding it alone decides: there the model is causal, in training it is not, as in the original.
 
 Token choice: after the first block a router commits each token to a depth, by argmax; its last recursion is weighted by
@@ -18,9 +18,9 @@ The authors' published recipe for expert choice has the auxiliary loss on the ro
 
 Both auxiliary losses are averaged over scored tokens, like the cross-entropy [R].
 
-Where the numbers of recursions are replayed (step_source.py), both routers go on weighing what they weighed, and pick
-nothing; there is no pick to foretell, so the auxiliary router rests. In evaluation expert choice spends what its
-auxiliary router says, not its capacity: a replay of it follows the subject there by the schedule's row at share 1.
+Where the numbers of recursions are replayed (step_source.py), both routers still weigh, and select nothing; there is no
+selection to predict, so the auxiliary router is not trained. In evaluation expert choice spends what its auxiliary
+router says, not its capacity: a replay of it follows the subject there by the schedule's row at share 1.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ from haltscale.model.step_source import Replay, SourceOptions
 
 
 class Routing(StrEnum):
-    """Who chooses."""
+    """Whether recursions or tokens choose."""
 
     EXPERT_CHOICE = "expert_choice"
     """Each recursion chooses its tokens."""
@@ -50,7 +50,7 @@ class Routing(StrEnum):
 
 
 class Auxiliary(StrEnum):
-    """Which router foretells the pick of expert choice, and so picks in evaluation and decoding."""
+    """Which router predicts the selection of expert choice, and decides in evaluation and decoding."""
 
     OWN = "own"
     """An auxiliary router, which reads detached states."""
@@ -66,7 +66,7 @@ class MorOptions(SourceOptions):
     recursions: int = 3
     """Most times that the middle is applied."""
     routing: Routing = Routing.EXPERT_CHOICE
-    """Who chooses."""
+    """Whether recursions or tokens choose."""
     alpha: float = 0.1
     """Factor on the gate of expert choice."""
     auxiliary_weight: float = 0.001
@@ -92,7 +92,7 @@ class MorOptions(SourceOptions):
         ]
 
     def canonical(self) -> "MorOptions":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_source())
 
 
@@ -131,7 +131,7 @@ class RecursionLoop(nn.Module):
         """Weight of recursion i under expert choice."""
         return self.options.alpha * torch.sigmoid(self.routers[i](h_Nd))
 
-    def foretold(self, h_Nd: Tensor, i: int) -> Tensor:
+    def pick_logit(self, h_Nd: Tensor, i: int) -> Tensor:
         """Logit that recursion i >= 1 will pick these rows."""
         if self.options.auxiliary is Auxiliary.MAIN:
             own_N: Tensor = self.routers[i](h_Nd).squeeze(1)
@@ -196,12 +196,12 @@ class RecursionLoop(nn.Module):
             if self.expert and forced_BT is not None:
                 picked_BT = inside_BT & (forced_BT >= i)
             elif self.expert:
-                foretold_BT = self.foretold(h_Nd, i).view(B, T)
+                pick_logit_BT = self.pick_logit(h_Nd, i).view(B, T)
                 score_BT = self.routers[i](h_Nd).detach().view(B, T)
-                picked_BT = self._best(score_BT, inside_BT, valid_BT, i) if self.training else foretold_BT > 0
+                picked_BT = self._best(score_BT, inside_BT, valid_BT, i) if self.training else pick_logit_BT > 0
                 picked_BT = picked_BT & inside_BT
                 surprise_BT = F.binary_cross_entropy_with_logits(
-                    foretold_BT, picked_BT.to(foretold_BT.dtype), reduction="none"
+                    pick_logit_BT, picked_BT.to(pick_logit_BT.dtype), reduction="none"
                 )
                 auxiliary_BT = auxiliary_BT + self.options.auxiliary_weight * surprise_BT * inside_BT
             else:
@@ -280,7 +280,7 @@ class RecursionLoop(nn.Module):
             if forced_B is not None:
                 inside_B = inside_B & (forced_B >= i)
             else:
-                inside_B = inside_B & (self.foretold(h_Bd, i) > 0 if self.expert else depth_B >= i)
+                inside_B = inside_B & (self.pick_logit(h_Bd, i) > 0 if self.expert else depth_B >= i)
             rows = [b for b, on in enumerate(inside_B.tolist()) if on]
             if not rows:
                 break
@@ -294,7 +294,7 @@ class RecursionLoop(nn.Module):
 
 
 class MorModel(LanguageModel):
-    """A Llama whose middle is applied again where a router wants it."""
+    """A Llama whose middle blocks are applied again to the tokens that a router selects."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

@@ -74,7 +74,8 @@ class Ponder2Model(LanguageModel):
 
             def interleaved(**last: Any) -> Tensor:
                 slots_Nd = torch.cat((x_Nd[:, None], z_NKd), dim=1).flatten(0, 1)
-                return loop.run(slots_Nd, rope, valid_BU, counts, **last).unflatten(0, (-1, K + 1))
+                states_NKd: Tensor = loop.run(slots_Nd, rope, valid_BU, counts, **last).unflatten(0, (-1, K + 1))
+                return states_NKd
 
             drawn = self._drawn if self.training else self.options.jacobi_high
             for _ in range(drawn if prompts is None else T * K):  # after T K passes every state is exact

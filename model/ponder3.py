@@ -1,9 +1,9 @@
-"""PonderLM-3 (arXiv 2603.02023): the whole plan of a token's thinking is made after its first pass.
+"""PonderLM-3 (arXiv 2603.02023): the number of a token's latent steps is planned after its first pass.
 
-A router reads only the step-0 state and gives a distribution over the number of latent steps, as the chances of going
-on after each; its tail, the probability of at least k steps, is what reaches state k. States whose tail is at most tau
-are pruned. The tail also enters attention: its logarithm is added to every score that the state's key gets, so that a
-state which is about to be pruned has faded from view already, and the gradient of attention teaches the router.
+A router reads only the step-0 state and gives a distribution over the number of latent steps, as the probabilities of
+another step after each; its tail, the probability of at least k steps, is what reaches state k. States whose tail is at
+most tau are pruned. The tail also enters attention: its logarithm is added to every score that the state's key gets, so
+that a state which is about to be pruned has faded from view already, and the gradient of attention teaches the router.
 
 [R]: the chain is the exact one of latent_loop.py (the paper iterates its PonderLM-2 backbone); the head reads the
 mixture of the states by their probabilities; the pressure to stop is lam times the expected number of steps.
@@ -30,7 +30,7 @@ class Ponder3Options(SourceOptions):
     tau: float = 1e-4
     """States whose tail probability is at most this are pruned, in training and in inference."""
     router_bias: float = 2.0
-    """Initial log-odds of going on, at every step [R]; the router's weights start at zero."""
+    """Initial log-odds of another step, at every step [R]; the router's weights start at zero."""
 
     def problems(self) -> list[str]:
         """All errors of the options."""
@@ -43,7 +43,7 @@ class Ponder3Options(SourceOptions):
         ]
 
     def canonical(self) -> "Ponder3Options":
-        """These options with those that have no say at their defaults."""
+        """These options with those that have no effect at their defaults."""
         return replace(self, **self.idle_source())
 
 

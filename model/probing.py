@@ -1,8 +1,8 @@
-"""Reading a text to learn where the thinking went: what each step was worth, and what other halting would have done.
+"""Evaluate a text token by token: what each latent step is worth, and what other halting would have given.
 
 `read` gives, beside the negative log-likelihood of every token, the entropy and the confidence of the distribution that
-it came from, and for some tokens what the head would have said had the position stopped earlier. `rules_changed` and
-`dictated` run the same weights under other halting: another tau, another maximum depth, steps by order.
+it came from, and for some tokens the head's prediction had the position stopped earlier. `rules_changed` and
+`dictated` run the same weights under other halting: another tau, another maximum depth, given numbers of steps.
 """
 
 # ruff: noqa: N815 (fields of a dataclass carry shape suffixes too)
@@ -38,16 +38,16 @@ class Reading:
     correct_BT: Tensor
     """bool: the true token has that probability."""
     nll_by_step_SK: Tensor
-    """Of the tokens asked for: nats had the position stopped after step k; NaN where step k was not executed. The last
+    """Of the requested tokens: nats had the position stopped after step k; NaN where step k was not executed. The last
     executed step's is the token's own."""
     entropy_by_step_SK: Tensor
     """Likewise the entropy."""
     trace: HaltingTrace
-    """Where the thinking went."""
+    """Executed steps, probabilities and cost."""
 
 
 def latent_loop_of(model: LanguageModel) -> LatentLoop | None:
-    """The model's latent chain, if that is how it thinks."""
+    """The model's latent chain; None if it has none."""
     loop = getattr(model, "latent_loop", None)
     return loop if isinstance(loop, LatentLoop) else None
 
@@ -90,7 +90,7 @@ def read(
             observed["steps"] = _by_step(model, loop_output, targets_BT.flatten(), sampled_S, flat, stop)
 
     def by_order(tokens_BT: Tensor, valid_BT: Tensor) -> LoopOutput:
-        assert loop is not None, "only a latent chain can be told how many steps to take"
+        assert loop is not None, "only a latent chain takes given numbers of steps"
         x_Nd = model.embed(tokens_BT).flatten(0, 1)
         loop_output: LoopOutput = loop(x_Nd, valid_BT, steps_BT, goes_on=goes_on)
         return loop_output
@@ -210,7 +210,7 @@ def rules_changed(model: LanguageModel, **changes: Any) -> Iterator[None]:
 
 
 def spread_steps(steps_BT: Tensor, valid_BT: Tensor) -> Tensor:
-    """As many steps in each row as were taken there, dealt as evenly as can be: the fixed control at equal mean."""
+    """As many steps in each row as were taken there, spread evenly: the fixed control at equal mean."""
     total_B1 = (steps_BT.long() * valid_BT).sum(1, keepdim=True)
     length_B1 = valid_BT.sum(1, keepdim=True).clamp(min=1)
     t_T = torch.arange(steps_BT.shape[1], device=steps_BT.device)
@@ -218,7 +218,7 @@ def spread_steps(steps_BT: Tensor, valid_BT: Tensor) -> Tensor:
 
 
 def shuffled_steps(steps_BT: Tensor, valid_BT: Tensor, generator: torch.Generator) -> Tensor:
-    """The numbers of steps of each row dealt to other tokens of that row, at random: their histogram stays."""
+    """The numbers of steps of each row, randomly permuted among the tokens of that row: their histogram stays."""
     key_BT = torch.rand(steps_BT.shape, generator=generator).to(steps_BT.device) + 2.0 * ~valid_BT
     order_BT = key_BT.argsort(dim=1)  # the real tokens of a row, in any order, then its padding
     return steps_BT.long().gather(1, order_BT) * valid_BT

@@ -62,7 +62,8 @@ class Block(nn.Module):
         weights = scores.masked_fill(~seen_BTS[:, None], -math.inf).softmax(dim=-1)
         x_BTd = x_BTd + self.out(torch.einsum("bhts,bshe->bthe", weights, values).reshape(B, T, d))
         gate, up = self.gate_up(self.mlp_norm(x_BTd)).chunk(2, dim=-1)
-        return x_BTd + self.down(F.silu(gate) * up)
+        mlp_BTd: Tensor = self.down(F.silu(gate) * up)
+        return x_BTd + mlp_BTd
 
 
 class Stack(nn.Module):
@@ -76,7 +77,8 @@ class Stack(nn.Module):
     def forward(self, x_BTd: Tensor, memory: list[list[tuple[Tensor, Tensor]]], exists: list[Tensor]) -> Tensor:
         for block, earlier in zip(self.blocks, memory, strict=True):
             x_BTd = block(x_BTd, earlier, exists)
-        return self.final_norm(x_BTd)
+        z_BTd: Tensor = self.final_norm(x_BTd)
+        return z_BTd
 
 
 class Router(nn.Module):
@@ -139,7 +141,7 @@ class AdaptiveLatentCoT(nn.Module):
             z_BTd = stack(x_BTd, memory, exists)
             onward_BT = reach_BT * router(z_BTd) if k < self.l_max else torch.zeros_like(reach_BT)
             goes_on_BT = exists[-1] & (onward_BT > self.tau)
-            # What stops here: the mass that does not go on; all that is left where the token stops for good.
+            # What stops here: the mass that goes no further; all that is left where the token stops for good.
             exit_BT = torch.where(goes_on_BT, reach_BT - onward_BT, reach_BT) * exists[-1]
             hidden_BTd = hidden_BTd + exit_BT[..., None] * z_BTd
             expected_BT = expected_BT + (reach_BT * exists[-1] if k > 0 else 0.0)

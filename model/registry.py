@@ -1,8 +1,8 @@
 """The methods by name, and the one way to build a model."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from haltscale.model.adaponder import AdaponderModel, AdaponderOptions
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions
 from haltscale.model.config import (
     Method,
-    MethodOptions,
     ModelConfig,
     Parametrisation,
     Shape,
@@ -26,6 +25,7 @@ from haltscale.model.config import (
 from haltscale.model.fixed import FixedModel, FixedOptions
 from haltscale.model.language_model import LanguageModel, canonical_name, initialise
 from haltscale.model.looped import LoopedModel, LoopedOptions
+from haltscale.model.methods import MethodEntry, Methods
 from haltscale.model.mor import MorModel, MorOptions
 from haltscale.model.parametrisation import Scale, scale_of
 from haltscale.model.pause import PauseModel, PauseOptions
@@ -35,22 +35,16 @@ from haltscale.model.ponder3 import Ponder3Model, Ponder3Options
 from haltscale.model.shuffled import ShuffledModel, ShuffledOptions
 from haltscale.model.vanilla import VanillaModel, VanillaOptions
 
-
-@dataclass(frozen=True)
-class MethodEntry:
-    """What the platform knows about a method."""
-
-    options: type[MethodOptions]
-    """Dataclass of its options."""
-    model: type[LanguageModel]
-    """Its module."""
-    max_passes: Callable[[Any], float]
-    """Most passes of the stack per token, from the method's options: an upper bound to plan with."""
-    summary: str
-    """One line for tables and help texts."""
-    semantics: int = 1
-    """Raised by hand when a change of the code changes what this method computes from given options and weights: runs
-    of the method become stale, and no others."""
+ROUTED = frozenset(
+    (
+        *("lam", "beta", "tau", "router_bias", "router_rate", "router_detached", "gate_warmup", "lam_ramp", "explore"),
+        *("gain_margin", "prior_steps", "steps_from", "steps_schedule", "steps_seed"),
+    )
+)
+"""Options of a router, none of which changes what a pass costs."""
+LOOPS = frozenset(("injection", "loop_norm", "zero_outputs", "scaled_residuals", "depth_growth", "depth_curve"))
+"""Switches of loops that do not change what a pass costs. Where no router decides, the cost of a depth that grows is
+the mean over the budget."""
 
 
 def _l_max_more(options: Any) -> float:
@@ -61,37 +55,86 @@ def _steps_more(options: Any) -> float:
     return 1 + float(options.steps)
 
 
-METHODS: dict[str, MethodEntry] = {
-    Method.VANILLA: MethodEntry(VanillaOptions, VanillaModel, lambda _: 1, "the plain Llama: one pass per token"),
-    Method.ADAPTIVE: MethodEntry(
-        AdaptiveOptions, AdaptiveModel, _l_max_more, "latent steps per token, as many as its router asks for"
-    ),
-    Method.FIXED: MethodEntry(FixedOptions, FixedModel, _steps_more, "control: equally many latent steps everywhere"),
-    Method.SHUFFLED: MethodEntry(
-        ShuffledOptions, ShuffledModel, _l_max_more, "control: adaptive, its steps dealt to other tokens"
-    ),
-    Method.LOOPED: MethodEntry(LoopedOptions, LoopedModel, _steps_more, "the whole stack applied several times over"),
-    Method.PAUSE: MethodEntry(PauseOptions, PauseModel, _steps_more, "learned pause tokens after every token"),
-    Method.PONDER: MethodEntry(
-        PonderOptions, PonderModel, _steps_more, "PonderLM: feeds back the expected embedding of its guess"
-    ),
-    Method.PONDER2: MethodEntry(
-        Ponder2Options,
-        Ponder2Model,
-        lambda o: (o.thoughts + 1) * (o.jacobi_high + 1) + 1,
-        "PonderLM-2: latent thoughts after every token, by Jacobi",
-        semantics=2,  # 1 drew its number of passes in every forward piece
-    ),
-    Method.MOR: MethodEntry(
-        MorOptions, MorModel, lambda o: o.recursions, "Mixture-of-Recursions: a middle repeated where a router picks"
-    ),
-    Method.PONDER3: MethodEntry(
-        Ponder3Options, Ponder3Model, _l_max_more, "PonderLM-3: plans its steps after the first, keys fade"
-    ),
-    Method.ADAPONDER: MethodEntry(
-        AdaponderOptions, AdaponderModel, _l_max_more, "AdaPonderLM: PonderLM with a gate after every iteration"
-    ),
-}
+def _all_l_max(options: Any) -> tuple[Method, FixedOptions]:
+    gradient_passes = getattr(options, "gradient_passes", 0)
+    return Method.FIXED, FixedOptions(steps=float(options.l_max), gradient_passes=gradient_passes)
+
+
+def _each_jacobi(options: Ponder2Options) -> list[Ponder2Options]:
+    return [replace(options, jacobi_low=n, jacobi_high=n) for n in range(options.jacobi_low, options.jacobi_high + 1)]
+
+
+METHODS = Methods(
+    {
+        Method.VANILLA: MethodEntry(VanillaOptions, VanillaModel, lambda _: 1, "the plain Llama: one pass per token"),
+        Method.ADAPTIVE: MethodEntry(
+            AdaptiveOptions,
+            AdaptiveModel,
+            _l_max_more,
+            "latent steps per token, as many as its router asks for",
+            costless=ROUTED | LOOPS,
+            every_step=_all_l_max,
+        ),
+        Method.FIXED: MethodEntry(
+            FixedOptions,
+            FixedModel,
+            _steps_more,
+            "control: equally many latent steps everywhere",
+            costless=LOOPS,
+            old_control=True,
+        ),
+        Method.SHUFFLED: MethodEntry(
+            ShuffledOptions,
+            ShuffledModel,
+            _l_max_more,
+            "control: adaptive, its steps dealt to other tokens",
+            costless=ROUTED | LOOPS,
+            every_step=_all_l_max,
+            old_control=True,
+        ),
+        Method.LOOPED: MethodEntry(
+            LoopedOptions, LoopedModel, _steps_more, "the whole stack applied several times over", costless=LOOPS
+        ),
+        Method.PAUSE: MethodEntry(
+            PauseOptions, PauseModel, _steps_more, "learned pause tokens after every token", sequential=False
+        ),
+        Method.PONDER: MethodEntry(
+            PonderOptions, PonderModel, _steps_more, "PonderLM: feeds back the expected embedding of its guess"
+        ),
+        Method.PONDER2: MethodEntry(
+            Ponder2Options,
+            Ponder2Model,
+            lambda o: (o.thoughts + 1) * (o.jacobi_high + 1) + 1,
+            "PonderLM-2: latent thoughts after every token, by Jacobi",
+            semantics=2,  # 1 drew its number of passes in every forward piece
+            drawn=_each_jacobi,
+        ),
+        Method.MOR: MethodEntry(
+            MorOptions,
+            MorModel,
+            lambda o: o.recursions,
+            "Mixture-of-Recursions: a middle repeated where a router picks",
+            costless=ROUTED,
+            every_step=lambda o: (Method.LOOPED, LoopedOptions(steps=o.recursions - 1)),
+        ),
+        Method.PONDER3: MethodEntry(
+            Ponder3Options,
+            Ponder3Model,
+            _l_max_more,
+            "PonderLM-3: plans its steps after the first, keys fade",
+            costless=ROUTED,
+            every_step=_all_l_max,
+        ),
+        Method.ADAPONDER: MethodEntry(
+            AdaponderOptions,
+            AdaponderModel,
+            _l_max_more,
+            "AdaPonderLM: PonderLM with a gate after every iteration",
+            costless=ROUTED,
+            every_step=lambda o: (Method.PONDER, PonderOptions(steps=o.l_max)),
+        ),
+    }
+)
 
 
 def build_model(config: ModelConfig, *, seed: int) -> LanguageModel:
@@ -114,9 +157,9 @@ def build_model(config: ModelConfig, *, seed: int) -> LanguageModel:
 
 def parameter_scales(model: LanguageModel) -> dict[str, Scale]:
     """What the model's parametrisation makes of each parameter's initial value, rate and epsilon, by name."""
-    config = model.config
-    passes = 1.0 if config.method is Method.PAUSE else METHODS[config.method].max_passes(config.options)
-    depth = sum(model.layers_per_pass(math.ceil(passes)))  # pauses stand beside a token, not behind it
+    config, entry = model.config, METHODS[model.config.method]
+    passes = entry.max_passes(config.options) if entry.sequential else 1
+    depth = sum(model.layers_per_pass(math.ceil(passes)))
     return {name: scale_of(canonical_name(name), config, depth) for name, _ in model.named_parameters()}
 
 
@@ -127,17 +170,19 @@ def config_problems(config: ModelConfig, *, tokenizer_size: int | None = None, l
     is meant for, where they are known.
     """
     found = []
-    if config.method not in METHODS:
-        found.append(f"method = {config.method!r}: must be one of {', '.join(METHODS)}")
-    else:
-        expected = METHODS[config.method].options
-        if isinstance(config.options, expected):
-            found += [f"options.{problem}" for problem in config.options.problems()]
-        else:
-            found.append(f"options = {type(config.options).__name__}: method {config.method} takes {expected.__name__}")
+    try:
+        entry = METHODS[METHODS.named(config.method)]
+    except ValueError as error:
+        entry = None
+        found.append(str(error))
+    if entry is not None and isinstance(config.options, entry.options):
+        found += [f"options.{problem}" for problem in config.options.problems()]
+    elif entry is not None:
+        takes = entry.options.__name__
+        found.append(f"options = {type(config.options).__name__}: method {config.method} takes {takes}")
     found += config.shape.problems()
-    if config.method in METHODS:
-        found += METHODS[config.method].model.shape_problems(config.shape)
+    if entry is not None:
+        found += entry.model.shape_problems(config.shape)
     for name in ("vocab_size", "context"):
         if not is_int(getattr(config, name)) or getattr(config, name) < 1:
             found.append(f"{name} = {getattr(config, name)!r}: must be a positive integer")
@@ -170,11 +215,15 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
     """
     found = key_problems(ModelConfig, data, "")
     method = data.get("method")
-    if "method" in data and method not in METHODS:
-        found.append(f"method = {method!r}{did_you_mean(method, METHODS)}")
+    if "method" in data:
+        try:
+            method = METHODS.known(method)
+        except ValueError as error:
+            found.append(str(error))
+            method = None
     parts: dict[str, type] = {"shape": Shape}
-    if method in METHODS:
-        parts["options"] = METHODS[Method(method)].options
+    if method is not None:
+        parts["options"] = METHODS[method].options
     for name, kind in parts.items():
         if isinstance(data.get(name), Mapping):
             found += key_problems(kind, data[name], f"{name}.")
@@ -183,4 +232,4 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
     if found:
         raise ValueError("\n".join(found))
     built = {name: build_options(kind, data[name]) for name, kind in parts.items()}
-    return ModelConfig(**(dict(data) | built | {"method": Method(data["method"])}))
+    return ModelConfig(**(dict(data) | built | {"method": method}))

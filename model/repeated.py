@@ -54,6 +54,7 @@ class RepeatedPasses(nn.Module):
         B, T = valid_BT.shape
         plan = CausalPlan(B, T, keep=prompts is not None)
         plan.record(counts, valid_BT)
+        z_Nd: Tensor
         z_Nd, memories = self.stack(x_Nd, rope, plan, final_norm=final_norm)
         if prompts is not None:
             prompts.add(memories, range(region, region + 1), rows_per_position=rows_per_position)
@@ -72,6 +73,7 @@ class RepeatedPasses(nn.Module):
     ) -> Tensor:
         """One decoding pass of all sequences, `new` rows each, on a cache region of its own; counted as pass k."""
         plan = state.cache.plan(state.everyone, read=region, write=[region], new=new)
+        z_Nd: Tensor
         z_Nd, _ = self.stack(x_Nd, rope, plan, state.cache.memories, final_norm=final_norm)
         state.count(k, state.batch * new, plan)
         return z_Nd

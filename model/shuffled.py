@@ -1,14 +1,16 @@
-"""Shuffled router: the control that keeps how much is thought and destroys where.
+"""Shuffled router: the control that keeps the number of latent steps and destroys their placement.
 
-A router decides as in adaptive.py, but its decision for a token is carried out `shift` tokens later. The same numbers
-of steps are dealt to other tokens: their distribution, and the compute, stay; their fit to the token is gone. A shift
+A router decides as in adaptive.py, but its decision for a token is carried out `shift` tokens later. The numbers of
+steps are moved to other tokens: their distribution and the compute stay, their fit to the token is lost. A shift
 into the past keeps the model causal and lets it decode, which a random permutation would not. If this control does as
 well as the router, the router has learned a budget and not a choice.
 
-The router's own run comes first, without gradient, as a scout; it is in `executed` FLOPs but not in `realised`, since
-the compute to match is that of the run that speaks. The router is trained as ever, by the mixture of the second run.
+The router's own run comes first, without gradient (the routing run). Its FLOPs count as `executed` but not as
+`realised`, since the compute to match is that of the second run, which gives the logits. The router is trained as in
+adaptive.py, by the mixture of the second run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from haltscale.model.adaptive import AdaptiveModel, AdaptiveOptions, Mixture, PenaltyProbability
 from haltscale.model.config import ModelConfig, in_range, require
 from haltscale.model.decoding import FIRST_CAPACITY, DecodingState, PromptStates
-from haltscale.model.language_model import LoopOutput
+from haltscale.model.language_model import LanguageModel, LoopOutput
 from haltscale.model.ledger import PassCounts
 from haltscale.model.step_source import StepsFrom
 
@@ -27,7 +29,7 @@ class ShuffledOptions(AdaptiveOptions):
     """Options of the shuffled router: those of adaptive, and how far away its decisions are carried out."""
 
     shift: int = 17
-    """Tokens between the one that a number of steps was meant for and the one that gets it. The first `shift` tokens
+    """Tokens between the one that a number of steps is computed for and the one that gets it. The first `shift` tokens
     of a sequence keep their own."""
 
     def problems(self) -> list[str]:
@@ -52,7 +54,7 @@ class ShuffledOptions(AdaptiveOptions):
 
 
 class ShuffledModel(AdaptiveModel):
-    """Adaptive, its numbers of steps dealt to other tokens."""
+    """Adaptive, with its numbers of steps moved to other tokens."""
 
     def __init__(self, config: ModelConfig):
         assert isinstance(config.options, ShuffledOptions)
@@ -65,61 +67,69 @@ class ShuffledModel(AdaptiveModel):
         valid_BT: Tensor,
         *,
         prompts: PromptStates | None = None,
-        scouts: PromptStates | None = None,
-        meant: list[list[int]] | None = None,
+        routing_states: PromptStates | None = None,
+        own_steps: list[list[int]] | None = None,
     ) -> LoopOutput:
-        """scouts, meant: filled in with what the scout's passes leave, and its steps."""
+        """routing_states, own_steps: filled with the keys and values of the routing run, and with its steps."""
         x_Nd = self.embed(tokens_BT).flatten(0, 1)
         with torch.no_grad():
-            scout: LoopOutput = self.latent_loop(x_Nd.detach(), valid_BT, prompts=scouts)
-        meant_BT = scout.trace.steps_BT.long()
-        dealt_BT = torch.cat((meant_BT[:, : self.shift], meant_BT[:, : -self.shift]), dim=1)[:, : meant_BT.shape[1]]
-        if meant is not None:
-            meant += meant_BT.tolist()
-        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, dealt_BT, prompts=prompts)
-        loop_output.trace.counts.gradless = scout.trace.counts.executed_only()
+            routing: LoopOutput = self.latent_loop(x_Nd.detach(), valid_BT, prompts=routing_states)
+        own_BT = routing.trace.steps_BT.long()
+        shifted_BT = torch.cat((own_BT[:, : self.shift], own_BT[:, : -self.shift]), dim=1)[:, : own_BT.shape[1]]
+        if own_steps is not None:
+            own_steps += own_BT.tolist()
+        loop_output: LoopOutput = self.latent_loop(x_Nd, valid_BT, shifted_BT, prompts=prompts)
+        loop_output.trace.counts.gradless = routing.trace.counts.executed_only()
         return loop_output
 
     def cache_bytes_per_token(self) -> int:
-        return 2 * super().cache_bytes_per_token()  # the scout's and the speaker's
+        return 2 * super().cache_bytes_per_token()  # of the routing run and of the run that gives the logits
 
-    # Decoding: one cache for the scout and one for the run that speaks -----------------------------------------------
+    # Decoding: one cache for the routing run, one for the run that gives the logits -----------------------------------
 
     def start_decoding(self, batch_size: int, *, capacity: int = FIRST_CAPACITY) -> DecodingState:
-        state, scout = (super(ShuffledModel, self).start_decoding(batch_size, capacity=capacity) for _ in range(2))
-        state.extra = (scout, [[] for _ in range(batch_size)])  # the scout's, and its steps of each sequence
+        state, routing = (super(ShuffledModel, self).start_decoding(batch_size, capacity=capacity) for _ in range(2))
+        state.extra = (
+            routing,
+            [[] for _ in range(batch_size)],
+        )  # the routing run's cache, and its steps of each sequence
         return state
 
     def read_hidden_states(
         self, tokens_BT: Tensor, valid_BT: Tensor, state: DecodingState, rows: list[int]
     ) -> LoopOutput:
-        scout, meant = state.extra
-        prompts, scouts, found = PromptStates(), PromptStates(), list[list[int]]()
-        loop_output = self.hidden_states(tokens_BT, valid_BT, prompts=prompts, scouts=scouts, meant=found)
-        scout.cache.make_room(tokens_BT.shape[1])
-        for one, states in ((state, prompts), (scout, scouts)):
+        routing, own_steps = state.extra
+        prompts, routing_states, found = PromptStates(), PromptStates(), list[list[int]]()
+        loop_output = self.hidden_states(
+            tokens_BT, valid_BT, prompts=prompts, routing_states=routing_states, own_steps=found
+        )
+        routing.cache.make_room(tokens_BT.shape[1])
+        for one, states in ((state, prompts), (routing, routing_states)):
             one.cache.fill(rows, valid_BT, states)
         for b, steps, length in zip(rows, found, valid_BT.sum(1).tolist(), strict=True):
-            meant[b] += steps[:length]
+            own_steps[b] += steps[:length]
         return loop_output
 
+    def decode_pass(self, tokens: Mapping[int, int], state: DecodingState) -> tuple[list[int], Tensor, Tensor]:
+        return LanguageModel.decode_pass(self, tokens, state)  # the scout goes first
+
     def decode_hidden_states(self, tokens_B: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
-        scout, meant = state.extra
+        routing, own_steps = state.extra
         x_Bd, rope = self.embed(tokens_B), self.rope_at(state.positions)
-        scout.cache.make_room(max(state.positions) + 1)
-        _, steps_B, _ = self.latent_loop.decode(x_Bd, rope, scout)
+        routing.cache.make_room(max(state.positions) + 1)
+        _, steps_B, _ = self.latent_loop.decode(x_Bd, rope, routing)
         forced = []
-        for own, steps in zip(meant, steps_B.tolist(), strict=True):
+        for own, steps in zip(own_steps, steps_B.tolist(), strict=True):
             own.append(steps)
             forced.append(own[-1 - self.shift] if len(own) > self.shift else steps)
-        before = scout.counts
-        scout.counts = PassCounts()
-        hidden_Bd, dealt_B, _ = self.latent_loop.decode(x_Bd, rope, state, forced)
+        before = routing.counts
+        routing.counts = PassCounts()
+        hidden_Bd, shifted_B, _ = self.latent_loop.decode(x_Bd, rope, state, forced)
         state.counts += before.executed_only()
-        return hidden_Bd, dealt_B
+        return hidden_Bd, shifted_B
 
     def keep_sequences(self, state: DecodingState, rows: list[int]) -> None:
         super().keep_sequences(state, rows)
-        scout, meant = state.extra
-        scout.keep(rows)
-        state.extra = (scout, [meant[b] for b in rows])
+        routing, own_steps = state.extra
+        routing.keep(rows)
+        state.extra = (routing, [own_steps[b] for b in rows])

@@ -2,14 +2,14 @@
 
 A replay is what a control needs (docs/controls.md): everything of its subject, the readout and its learned gates
 included, but the *number* of steps comes from the subject's recorded distribution of steps at the same share of the
-training budget, dealt to tokens without looking at them. No router decides anything there.
+training budget, assigned to tokens without looking at them. No router decides anything there.
 
 A token's draw is a hash of the seed, its position and the text up to and including it. So it is causal, it is the same
 in training, in evaluation and in decoding token by token, and it depends neither on the batch's layout nor on an index
 that only a training loader knows: a sequence is known by its text. The hash (splitmix64 over a sum of hashed tokens) is
 as good as independent of what the text says, and of the draws at other positions.
 
-The first tokens of a sequence are no text yet: many sequences begin alike, with end-of-text, and would all draw alike
+The first tokens of a sequence are not yet text: many sequences begin alike, with end-of-text, and would all draw alike
 there, which would bend the distribution. So the first `ALIKE` positions take the commonest number of steps, and the
 positions up to `SETTLED` take the other numbers as much more often: over `SETTLED` positions the distribution is exact.
 """
@@ -48,7 +48,7 @@ class SourceOptions:
     """Options of every method with a router: its own decisions, or a replay of another run's."""
 
     steps_from: StepsFrom = StepsFrom.ROUTER
-    """What decides how many latent steps a token takes. Gates go on weighing the readout, and are trained, whatever it
+    """What decides how many latent steps a token takes. Gates still weigh the readout, and are trained, whatever it
     is."""
     steps_schedule: tuple[tuple[float, ...], ...] = ()
     """To replay: rows of the share of the training budget from which on a distribution holds (0 to 1, ascending), and
@@ -86,7 +86,7 @@ class SourceOptions:
         return found + require(False, "steps_schedule", schedule, f"given for steps_from {self.steps_from}: {allowed}")
 
     def idle_source(self) -> dict[str, Any]:
-        """The fields that have no say, at their defaults (see `canonical` of the options)."""
+        """The fields that have no effect, at their defaults (see `canonical` of the options)."""
         return {"steps_schedule": (), "steps_seed": 0} if self.steps_from is StepsFrom.ROUTER else {}
 
 
@@ -143,14 +143,19 @@ class Replay:
         edges_TK = table[place_T].to(tokens_BT.device)
         return (draws_BT[..., None] >= edges_TK).sum(2)
 
-    def decode(self, tokens_B: Tensor, state: DecodingState, share: float) -> list[int]:
-        """Latent steps of the next token of each sequence; remembers the text in the state."""
-        device, row = tokens_B.device, self._row(share)
-        position_B1 = torch.tensor(state.positions, device=device)[:, None]
-        draws_B1, text_B1 = draws(tokens_B[:, None], self.seed, position=position_B1, text_B1=state.text)
-        state.text = text_B1
-        edges_BK = torch.tensor([self._at(row, t) for t in state.positions], dtype=torch.float64, device=device)
-        steps: list[int] = (draws_B1 >= edges_BK).sum(1).tolist()
+    def decode(self, tokens_N: Tensor, state: DecodingState, share: float, rows: list[int] | None = None) -> list[int]:
+        """Latent steps of the next token of each sequence, or of some; remembers their texts in the state."""
+        device, row = tokens_N.device, self._row(share)
+        rows = state.everyone if rows is None else rows
+        positions = [state.positions[b] for b in rows]
+        if state.text is None:
+            state.text = torch.zeros(state.batch, 1, dtype=torch.long, device=device)
+        position_N1 = torch.tensor(positions, dtype=torch.long, device=device)[:, None]
+        draws_N1, text_N1 = draws(tokens_N[:, None], self.seed, position=position_N1, text_B1=state.text[rows])
+        state.text[rows] = text_N1
+        edges = [self._at(row, t) for t in positions]
+        edges_NK = torch.tensor(edges, dtype=torch.float64, device=device).view(len(rows), -1)
+        steps: list[int] = (draws_N1 >= edges_NK).sum(1).tolist()
         return steps
 
     def read(self, tokens_BT: Tensor, lengths_B: Tensor, state: DecodingState, rows: list[int]) -> None:

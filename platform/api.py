@@ -1,13 +1,14 @@
 """The names that a study is written with, in one place."""
 
 from haltscale.model import METHODS, SIZES, AdaptiveOptions, Method, Parametrisation
+from haltscale.platform.analysis.targets import Target
 from haltscale.platform.config import ConfigError, Optimizer, Precision, RunConfig, Schedule
 from haltscale.platform.corpora.corpus import Corpus, sotu
 from haltscale.platform.corpora.formats import Format, InvalidUtf8
 from haltscale.platform.corpora.known_need import ChainedLookups, known_need
 from haltscale.platform.corpora.sources import RECIPES, Source, hugging_face
 from haltscale.platform.corpora.tokenization import BytePairs, Pretrained
-from haltscale.platform.execution import ExecutionConfig, Offload, OnTrouble, OptimizerKernel, Sink
+from haltscale.platform.execution import ExecutionConfig, FailurePolicy, Offload, Sink
 from haltscale.platform.llama import llama
 from haltscale.platform.store import RunStore
 from haltscale.platform.sweeps.rules import Constant, DeepSeekLaw, Rule, StepLaw, Timescale, Transfer, UntunedWarmup
@@ -45,14 +46,13 @@ __all__ = [
     "Corpus",
     "DeepSeekLaw",
     "ExecutionConfig",
+    "FailurePolicy",
     "Format",
     "Halving",
     "InvalidUtf8",
     "Method",
     "Offload",
-    "OnTrouble",
     "Optimizer",
-    "OptimizerKernel",
     "Parametrisation",
     "Precision",
     "Pretrained",
@@ -66,6 +66,7 @@ __all__ = [
     "StepLaw",
     "Study",
     "Sweep",
+    "Target",
     "Timescale",
     "Transfer",
     "TuningStudy",

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 REPLAYS = ("shuffled", "fixed")
-"""What a run's steps may be replayed as (``haltscale.model.StepsFrom``, which whoever only reads records need not
+"""What a run's steps may be replayed as (``haltscale.model.StepsFrom``, which code that only reads records need not
 import)."""
 OLD_CONTROLS = ("fixed", "shuffled")
 INJECTED = "injected"

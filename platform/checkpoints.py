@@ -7,7 +7,7 @@
 A step's checkpoint is complete when every shard has its manifest, so nothing has to be committed. Fragments carry the
 name of their parameter and their place in it: any number of ranks, at any ZeRO stage, can read them again.
 
-What the hashes hold: a file that was damaged or cut short is found out. They are no signature: whoever can write into
+What the hashes hold: a file that was damaged or cut short is found out. They are not signatures: whoever can write to
 the store can write another checkpoint. It can change numbers then, but run no code: nothing here is unpickled.
 """
 
@@ -47,7 +47,7 @@ _ENTRY = re.compile(r"\w+:\d+:.")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says which, why, and what is still there."""
+    """A checkpoint cannot be written or read; the message says which, why, and which others exist."""
 
 
 class DamagedError(CheckpointError):
@@ -86,7 +86,7 @@ class Saved:
             raise DamagedError("its shards were written by different attempts")
 
     def verify(self, *, rank: int = 0, world: int = 1) -> None:
-        """Read the shards that fall to a rank, each to one, and look whether they hold what was written.
+        """Read the shards that fall to a rank, each to one, and compare them with the manifest.
 
         Raises:
             DamagedError: a file is missing, cut short or changed, or holds numbers that no training leaves behind.
@@ -94,14 +94,14 @@ class Saved:
         for file, manifest in list(zip(self._files, self.manifests, strict=True))[rank::world]:
             try:
                 if _sha256(file) != manifest["sha256"]:
-                    raise DamagedError(f"{file.name} is not what was written: its hash differs")
+                    raise DamagedError(f"{file.name} does not match its manifest: the hash differs")
                 with safe_open(file, framework="pt") as tensors:
                     for entry in tensors.keys():  # noqa: SIM118 (no mapping)
                         tensor = tensors.get_tensor(entry)
                         if not _ENTRY.match(entry) or tensor.dtype is not torch.float32 or tensor.ndim != 1:
-                            raise DamagedError(f"{file.name} holds {entry!r}, which no checkpoint has")
+                            raise DamagedError(f"{file.name} contains {entry!r}, which is not an entry of a checkpoint")
                         if not torch.isfinite(tensor).all():
-                            raise DamagedError(f"{file.name} holds numbers that are not finite in {entry}")
+                            raise DamagedError(f"{file.name} contains numbers that are not finite in {entry}")
             except FileNotFoundError:
                 raise DamagedError(f"{file.name} is missing") from None
             except (OSError, SafetensorError) as error:
@@ -268,7 +268,7 @@ class Checkpoints:
                 log.warning("%s: %s; looking for an earlier one", self._key, damage[-1])
         if damage:
             raise CheckpointError(
-                f"no checkpoint in {self._folder} is intact: {'; '.join(damage)}; remove the folder to start anew"
+                f"no checkpoint in {self._folder} is intact: {'; '.join(damage)}; remove the folder to start again"
             )
         return None, damage
 
@@ -328,7 +328,7 @@ def _read_manifest(path: Path, step: int, key: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DamagedError(f"{path.name} cannot be read") from None
     if not intact:
-        raise DamagedError(f"{path.name} is not what was written: its digest differs")
+        raise DamagedError(f"{path.name} is damaged: its digest differs")
     if document.get("schema") != CHECKPOINT_SCHEMA:
         raise CheckpointError(
             f"{path} has checkpoint schema {document.get('schema')}, this haltscale reads {CHECKPOINT_SCHEMA}:"
@@ -337,7 +337,7 @@ def _read_manifest(path: Path, step: int, key: str) -> dict[str, Any]:
     if document.get("key") != key:
         raise CheckpointError(f"{path} belongs to run {document.get('key')}, not to {key}")
     if problem := _implausible(document, step):
-        raise DamagedError(f"{path.name} says {problem}")
+        raise DamagedError(f"{path.name} contains {problem}")
     return document
 
 
@@ -346,9 +346,9 @@ def _implausible(document: Mapping[str, Any], step: int) -> str:
     for name, kind in (("attempt", str), ("sha256", str), ("counters", dict), ("progress", dict)):
         if not isinstance(document.get(name), kind):
             return f"{name} {document.get(name)!r}"
-    told = document["progress"].get("step")
-    if type(told) is not int or told != step:
-        return f"step {told!r} in the folder of step {step}"
+    recorded = document["progress"].get("step")
+    if type(recorded) is not int or recorded != step:
+        return f"step {recorded!r} in the folder of step {step}"
     for part in ("progress", "counters"):
         for name, value in document[part].items():
             if isinstance(value, int | float) and not 0 <= value < math.inf:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import io
 import json
 import logging
 import os
-import pkgutil
-import runpy
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from haltscale.platform import cli_models, cluster
+from haltscale.platform.load_study import UnknownStudyError, load_study, studies
 from haltscale.platform.store import RunStore, StoreError
 
 if TYPE_CHECKING:
     from haltscale.platform.lease import Holder
-    from haltscale.platform.sweeps.study import Study
 
 EXAMPLES = {
     "up": "haltscale up --cpus 8",
@@ -33,21 +28,30 @@ EXAMPLES = {
     "results": "haltscale results quickstart --json",
     "logs": "haltscale logs quickstart --follow",
     "cancel": "haltscale cancel quickstart",
+    "list": "haltscale list --json",
     "dashboard": "haltscale dashboard --port 8501",
     "report": "haltscale report quickstart --out quickstart.html",
+    "figures": "haltscale figures quickstart --out figures --width single --format pdf",
     **cli_models.EXAMPLES,
 }
 """One for each verb; ``haltscale VERB --help`` shows it."""
+DASHBOARD = {
+    "dashboard": "haltscale.dashboard",
+    "report": "haltscale.dashboard.html_report",
+    "figures": "haltscale.dashboard.figure_files",
+}
+"""Verbs of the dashboard's modules, which parse their own arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and dispatch. Errors of the user's making end with a sentence and exit code 1, not with a traceback."""
     parser = argparse.ArgumentParser(
         prog="haltscale",
-        description="Scaling studies of language models that decide, token by token, how long to think.",
+        description="Scaling studies of language models that decide, token by token, how many latent steps to take.",
         epilog="examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"haltscale {metadata.version('haltscale')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, **more: Any) -> argparse.ArgumentParser:
@@ -59,13 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, text in (("run", "run a study in this process"), ("submit", "run a study as a Ray job, and follow it")):
         command = verb(name, text)
         command.add_argument(
-            "study", help="one that ships (quickstart), a file (my_sweep.py) or an importable module (package.module)"
+            "study",
+            help="the name of an installed one (haltscale list), a file (my_sweep.py), an importable module"
+            " (package.module) or a function in it (package.module:study)",
         )
         command.add_argument("arguments", nargs="*", help="for the study; after `--`")
         if name == "submit":
             command.add_argument("--no-follow", action="store_true", help="submit and return at once")
             command.add_argument("--json", action="store_true", help="print the job as JSON and return at once")
-    for name, text in (("status", "runs and how far they are"), ("results", "the table of results")):
+    for name, text in (("status", "the progress of runs"), ("results", "the table of results")):
         command = verb(name, text)
         command.add_argument("study", nargs="?" if name == "status" else None, help="a study in the store")
         command.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
@@ -74,18 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument(
                 "--export", metavar="DIR", help="copy the finished runs' records (no weights) to a store in this folder"
             )
+            command.add_argument(
+                "--with-model", action="append", default=[], metavar="KEY", help="export this run's finished model too"
+            )
     logs = verb("logs", "the output of a study's last job")
     logs.add_argument("study", help="the study's name")
-    logs.add_argument("--follow", action="store_true", help="follow the job until it ends, and exit as it does")
+    logs.add_argument("--follow", action="store_true", help="follow the job until it ends, and exit with its status")
     verb("cancel", "stop the job that runs a study; submit it again to resume it").add_argument(
         "study", help="the study's name"
+    )
+    verb("list", "the methods and studies that are installed").add_argument(
+        "--json", action="store_true", help="machine-readable"
     )
     cli_models.add_verbs(verb)
     verb("dashboard", "open the dashboard (--store, --port, --demo)", add_help=False)
     verb("report", "a study as one HTML file (STUDY, --out, --store)", add_help=False)
+    verb("figures", "a study's figures as SVG, PDF, PNG and data (STUDY, --out, --store)", add_help=False)
 
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.verb not in ("dashboard", "report"):
+    if rest and options.verb not in DASHBOARD:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -127,14 +140,15 @@ def _dispatch(options: argparse.Namespace) -> None:
             _status(RunStore(options.store), options.study, as_json=options.json)
         case "results":
             if options.export:
-                _export_results(RunStore(options.store), options.study, options.export)
+                _export_results(RunStore(options.store), options.study, options.export, options.with_model)
             else:
                 _results(RunStore(options.store), options.study, as_json=options.json)
+        case "list":
+            _list(as_json=options.json)
         case "evaluate" | "generate" | "serve" | "export":
             _model_verb(options)
-        case "dashboard" | "report":
-            module = "haltscale.dashboard" if options.verb == "dashboard" else "haltscale.dashboard.html_report"
-            os.execv(sys.executable, [sys.executable, "-m", module, *options.rest])
+        case "dashboard" | "report" | "figures":
+            os.execv(sys.executable, [sys.executable, "-m", DASHBOARD[options.verb], *options.rest])
 
 
 def _model_verb(options: argparse.Namespace) -> None:
@@ -146,96 +160,7 @@ def _model_verb(options: argparse.Namespace) -> None:
         sys.exit(f"error: {error}")
 
 
-class UnknownStudyError(ValueError):
-    """There is no such study, or it lacks what it is made of; the message says which there are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedStudy:
-    """A study, and how a job runs it again."""
-
-    study: Study
-    entrypoint: tuple[str, ...]
-    """The command, without its arguments."""
-    files: tuple[Path, ...] = ()
-    """What the command needs beside haltscale: a script and the modules beside it, or a package."""
-
-
-def load_study(target: str) -> LoadedStudy:
-    """The study of a file (``my_sweep.py``), of an importable module (``my_package.sweeps``), or that ships.
-
-    A script is run up to where its ``main()`` would begin.
-
-    Raises:
-        UnknownStudyError: there is no such file or module, or its study cannot be made (a text that cannot be fetched).
-    """
-    studies = importlib.import_module("haltscale.studies")  # by name: the platform knows no study
-    known = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
-    name, file = target, Path(target)
-    if target in known:
-        name = f"haltscale.studies.{target}"
-    elif target.endswith(".py") or os.sep in target:
-        if not file.is_file():
-            raise UnknownStudyError(f"no study {target!r}: there is no such file; shipped: {', '.join(known)}")
-        study = _captured(lambda: runpy.run_path(str(file), run_name="__main__"), target)
-        beside = tuple(sorted(file.resolve().parent.glob("*.py")))
-        return LoadedStudy(study=study, entrypoint=("python", file.name), files=beside)
-    elif not _is_importable(target):
-        raise UnknownStudyError(
-            f"no study {target!r}: give a file (my_sweep.py), an importable module, or one of {', '.join(known)}"
-        )
-    study = _captured(lambda: _run_module(name), target)
-    return LoadedStudy(study=study, entrypoint=("python", "-m", name), files=_package_of(name))
-
-
-def _run_module(name: str) -> None:
-    module = importlib.import_module(name)
-    if hasattr(module, "study"):
-        module.study().main()
-    else:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
-def _captured(run: Callable[[], object], target: str) -> Study:
-    from haltscale.platform.config import ConfigError
-    from haltscale.platform.sweeps.study_cli import captured
-
-    arguments, sys.argv = sys.argv, [target]
-    try:
-        with captured() as found:
-            run()
-    except ConfigError as error:
-        raise UnknownStudyError(str(error)) from error
-    except ValueError as error:
-        raise UnknownStudyError(f"{target}: {error}") from error
-    finally:
-        sys.argv = arguments
-    if not found:
-        raise UnknownStudyError(f"{target} defines no study: it must call Study(...).main() when it is run")
-    study: Study = found[0]
-    return replace(study, source=study.source or (Path(target).name if target.endswith(".py") else target))
-
-
-def _is_importable(name: str) -> bool:
-    if not all(part.isidentifier() and not part.startswith("__") for part in name.split(".")):
-        return False
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _package_of(name: str) -> tuple[Path, ...]:
-    """What makes a module importable elsewhere: its top-level package or file, unless haltscale's own or installed."""
-    top = name.partition(".")[0]
-    spec = importlib.util.find_spec(top)
-    if top == "haltscale" or spec is None or spec.origin is None or "site-packages" in spec.origin:
-        return ()
-    origin = Path(spec.origin)
-    return (origin.parent if origin.name == "__init__.py" else origin,)
-
-
-def _connected() -> tuple[cluster.Head, cluster.JobSubmissionClient]:
+def _connected() -> tuple[cluster.Head, Any]:
     """The head to talk to, and its job client.
 
     Raises:
@@ -260,7 +185,7 @@ def submit(target: str, arguments: Sequence[str], *, follow: bool, as_json: bool
         The exit code: 0 where the job succeeded or was only submitted.
 
     Raises:
-        ClusterError: no head is running, or the study is running and other arguments are asked for.
+        ClusterError: no head is running, or the study is running and other arguments are given.
         UnknownStudyError: there is no such study.
     """
     loaded = load_study(target)
@@ -269,14 +194,14 @@ def submit(target: str, arguments: Sequence[str], *, follow: bool, as_json: bool
     job = cluster.running_job(client, name, _owning_job(name))
     if job and arguments:
         raise cluster.ClusterError(
-            f"{name} is running as {job}, with other arguments perhaps: wait, or `haltscale cancel {name}`"
+            f"{name} is already running as {job}, perhaps with other arguments: wait, or `haltscale cancel {name}`"
         )
     running = job is not None
     job = job or cluster.submit_study(client, [*loaded.entrypoint, *arguments], name, loaded.files)
     if as_json:
         print(json.dumps({"study": name, "job": job, "address": head.dashboard, "was_running": running}))
     elif running:
-        print(f"{name} is running already as {job}; following it")
+        print(f"{name} is already running as {job}; following it")
     else:
         print(f"submitted {name} as {job} to {head.dashboard}")
     if not follow:
@@ -348,7 +273,7 @@ def _status(store: RunStore, study: str | None, *, as_json: bool) -> None:
 
     names = [study] if study else store.studies()
     if study and study not in store.studies():
-        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     if as_json:
         rows = [
             {"study": name, "run": run.label, "key": run.key, "state": run.state, **_without_schema(run.status)}
@@ -380,20 +305,43 @@ def _results(store: RunStore, study: str, *, as_json: bool) -> None:
     from haltscale.platform.sweeps import report
 
     if study not in store.studies():
-        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     frame = report.results(store, study)
     if as_json:
         report.print_json(frame)
     else:
         note = "" if store.study_problem(study) else str(store.study(study).get("note", ""))
         report.show_results(frame, title=study, note=note)
+        report.show_targets(report.judged_targets(store, study), title=f"{study}: targets")
     _raise_if_damaged(store, study)
 
 
-def _export_results(store: RunStore, study: str, folder: str) -> None:
+def _list(*, as_json: bool) -> None:
+    from haltscale.model import METHODS, MethodError
+
+    methods = []
+    for name in METHODS:
+        try:
+            summary = METHODS[name].summary
+        except MethodError as error:
+            summary = str(error)
+        methods.append({"method": str(name), "package": METHODS.package(name), "summary": summary})
+    known = [{"study": name, "package": found.package, "summary": found.summary()} for name, found in studies().items()]
+    if as_json:
+        print(json.dumps({"schema": 1, "methods": methods, "studies": known}, indent=1))
+        return
+    for rows in (methods, known):
+        kind = next(iter(rows[0]))
+        print(f"{kind:<24} {'package':<16} summary")
+        for row in rows:
+            print(f"{row[kind]:<24} {row['package']:<16} {row['summary']}")
+        print()
+
+
+def _export_results(store: RunStore, study: str, folder: str, models: list[str]) -> None:
     from haltscale.platform.sweeps import publishing
 
-    copy = publishing.publish(store, study, folder)
+    copy = publishing.publish(store, study, folder, models=models)
     print(f"{len(copy.run_keys(study))} finished runs of {study} are in {copy.root}")
     print(f"see them: haltscale dashboard --store {folder}")
 

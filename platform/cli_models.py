@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class UsageError(ValueError):
-    """An argument cannot be; the message says what it must be."""
+    """An argument is invalid; the message says what is allowed."""
 
 
 EXAMPLES = {
@@ -29,7 +29,7 @@ EXAMPLES = {
 }
 MODEL_HELP = (
     "STUDY/RUN in the store (the beginning of a run's key will do); STUDY/RUN@STEP or STUDY/RUN@latest for a training"
-    " checkpoint, also while the run goes on; or the folder of a model"
+    " checkpoint, also while the run is training; or the folder of a model"
 )
 
 
@@ -39,26 +39,26 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("model", nargs="+", help=MODEL_HELP)
     evaluate.add_argument("--tasks", default="", help="comma-separated: lambada, piqa, ..., all; or JSON-lines files")
     evaluate.add_argument("--shots", default="0,5", help="examples before each question (default: 0,5)")
-    evaluate.add_argument("--limit", type=int, help="only so many items of each task")
+    evaluate.add_argument("--limit", type=int, help="evaluate at most this many items of each task")
     evaluate.add_argument("--corpus", action="append", help="folder of a prepared corpus (default: the run's own)")
     evaluate.add_argument("--controls", action="store_true", help="learned halting against other sources of steps")
     evaluate.add_argument("--dial", action="store_true", help="loss against inference FLOPs: tau, and maximum depth")
     evaluate.add_argument("--tokens", type=int, help="held-out tokens for controls and dial (default: all)")
-    evaluate.add_argument("--ray", action="store_true", help="models, corpora and tasks side by side, on Ray")
+    evaluate.add_argument("--ray", action="store_true", help="evaluate models, corpora and tasks in parallel, on Ray")
     generate = verb("generate", "continue a prompt, and show the latent steps before every token")
     generate.add_argument("model", help=MODEL_HELP)
     generate.add_argument("prompt", nargs="+", help="one or more texts to continue")
-    generate.add_argument("--tokens", type=int, help="at most so many (default: as the context has room)")
+    generate.add_argument("--tokens", type=int, help="maximum number of new tokens (default: as many as fit)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely token")
-    generate.add_argument("--top-k", type=int, default=0, help="draw among the k most likely")
-    generate.add_argument("--top-p", type=float, default=1.0, help="draw among those that hold so much probability")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens")
+    generate.add_argument("--top-p", type=float, default=1.0, help="sample from tokens with this total probability")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     generate.add_argument("--stop", action="append", default=[], help="a token that ends the text")
-    generate.add_argument("--max-cache-mib", type=int, default=2048, help="refuse to set aside more keys and values")
-    serve = verb("serve", "answer completion requests as OpenAI's API has them, on 127.0.0.1")
+    generate.add_argument("--max-cache-mib", type=int, default=2048, help="limit of the key-value cache, MiB")
+    serve = verb("serve", "serve completions in the format of OpenAI's API, on 127.0.0.1")
     serve.add_argument("model", help=MODEL_HELP)
-    serve.add_argument("--port", type=int, default=8300, help="0 takes a free one (default: 8300)")
-    serve.add_argument("--max-cache-mib", type=int, default=2048, help="refuse requests that need more keys and values")
+    serve.add_argument("--port", type=int, default=8300, help="default: 8300; 0: any free port")
+    serve.add_argument("--max-cache-mib", type=int, default=2048, help="limit of the key-value cache, MiB")
     export = verb("export", "write a model for transformers: safetensors, config, tokenizer, code, model card")
     export.add_argument("model", help=MODEL_HELP)
     export.add_argument("target", help="a new folder")
@@ -99,14 +99,14 @@ def _evaluate(options: argparse.Namespace, store: RunStore) -> None:
     from haltscale.platform.inference.model_ref import find_model
 
     references = {one.name: one for one in (find_model(name, store) for name in options.model)}
-    asked = {name: _asked(options, store, reference) for name, reference in references.items()}
+    evaluations = {name: _evaluation_of(options, store, reference) for name, reference in references.items()}
     if options.ray:
         from haltscale.platform.evaluation import ray_evaluate
 
-        found = ((part.model, results) for part, results in ray_evaluate.spread(list(asked.values())))
+        found = ((part.model, results) for part, results in ray_evaluate.spread(list(evaluations.values())))
     else:
-        found = ((name, [result]) for name, evaluation in asked.items() for result in evaluation.results())
-    every: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in asked}
+        found = ((name, [result]) for name, evaluation in evaluations.items() for result in evaluation.results())
+    every: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in evaluations}
     for model, results in found:
         reference = references[model]
         for name, result in results:
@@ -115,21 +115,21 @@ def _evaluate(options: argparse.Namespace, store: RunStore) -> None:
                 path = store.evaluation_path(reference.study, reference.key, name, reference.step)
                 store.write_json(path, {**result, "time": time.time()})
             if not options.json:
-                _show(name if len(asked) == 1 else f"{model}: {name}", result)
+                _show(name if len(evaluations) == 1 else f"{model}: {name}", result)
     if options.json:
-        print(json.dumps(every if len(asked) > 1 else next(iter(every.values())), indent=1))
+        print(json.dumps(every if len(evaluations) > 1 else next(iter(every.values())), indent=1))
 
 
-def _asked(options: argparse.Namespace, store: RunStore, reference: Reference) -> Evaluation:
-    """What one model is to be evaluated on."""
+def _evaluation_of(options: argparse.Namespace, store: RunStore, reference: Reference) -> Evaluation:
+    """The evaluation that the command line requests of one model."""
     from haltscale.platform.evaluation.evaluation_jobs import Evaluation, EvaluationError
-    from haltscale.platform.inference.model_ref import own_corpus
+    from haltscale.platform.inference.model_ref import own_corpus_place
 
     try:
         shots = tuple(int(count) for count in options.shots.split(","))
     except ValueError:
-        raise EvaluationError(f"--shots {options.shots}: needs numbers with commas between them, such as 0,5") from None
-    corpora = options.corpus or ([] if reference.folder else [own_corpus(store, reference.study, reference.key)])
+        raise EvaluationError(f"--shots must be integers such as 0,5 (got {options.shots!r})") from None
+    corpora = options.corpus or ([] if reference.folder else [own_corpus_place(store, reference.study, reference.key)])
     if not corpora and not options.tasks:
         raise EvaluationError("nothing to evaluate on: name tasks with --tasks, or a prepared corpus with --corpus")
     return Evaluation(
@@ -219,17 +219,17 @@ def _generate(options: argparse.Namespace, loaded: LoadedModel) -> None:
     if options.json:
         written = list(tokens)
         trace = [token.to_dict() for token in written]
-        told = text_generation.summary(written, cost, time.perf_counter() - began)
-        print(json.dumps({"prompts": options.prompt, "tokens": trace, "summary": told}, indent=1))
+        summary = text_generation.summary(written, cost, time.perf_counter() - began)
+        print(json.dumps({"prompts": options.prompt, "tokens": trace, "summary": summary}, indent=1))
         return
     console = Console(highlight=False)
     written = text_generation.show(console, options.prompt, tokens)
-    told = text_generation.summary(written, cost, time.perf_counter() - began)
+    summary = text_generation.summary(written, cost, time.perf_counter() - began)
     console.print(text_generation.legend(max((token.steps for token in written), default=0)))
     console.print(
-        f"{told['tokens']} tokens, {told['mean_steps']:.2f} latent steps and {told['mean_nll']:.2f} nats each;"
-        f" {told['flops_realised']:.3g} realised FLOPs a token, {told['tokens_per_second']:.0f} tokens a second,"
-        f" {told['cache_bytes'] / 2**20:.1f} MiB of keys and values",
+        f"{summary['tokens']} tokens, {summary['mean_steps']:.2f} latent steps and {summary['mean_nll']:.2f} nats each;"
+        f" {summary['flops_realised']:.3g} realised FLOPs per token, {summary['tokens_per_second']:.0f} tokens/s,"
+        f" {summary['cache_bytes'] / 2**20:.1f} MiB of keys and values",
         style="dim",
     )
 
@@ -238,14 +238,14 @@ def _serve(options: argparse.Namespace, reference: Reference, loaded: LoadedMode
     from haltscale.platform.inference import serving
 
     if not 0 <= options.port < 1 << 16:
-        raise UsageError(f"--port {options.port}: must be a number from 0 (any free port) to 65535")
+        raise UsageError(f"--port must be from 0 (any free port) to 65535 (got {options.port})")
     server = serving.Server(loaded, reference.name, max_cache_bytes=options.max_cache_mib << 20)
     try:
         with serving.listening(server, options.port) as (address, runner, place):
-            print(f"{reference.name} answers at {address}/v1/completions; Ctrl-C ends it", flush=True)
+            print(f"{reference.name} is served at {address}/v1/completions; stop it with Ctrl-C", flush=True)
             runner.run(sockets=[place])
     except OSError as error:
-        raise UsageError(f"port {options.port} cannot be used ({error}): name another one with --port") from error
+        raise UsageError(f"port {options.port} cannot be used ({error}): choose another one with --port") from error
 
 
 def _export(options: argparse.Namespace, store: RunStore, reference: Reference, loaded: LoadedModel) -> None:

@@ -149,7 +149,7 @@ def is_alive(head: Head) -> bool:
         request.add_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
 
@@ -240,11 +240,11 @@ def _stop_processes(head: Head) -> bool:
     return found
 
 
-def _children(process: object) -> list:
+def _children(process: Any) -> list[Any]:
     import psutil
 
     try:
-        return process.children(recursive=True)  # type: ignore[attr-defined]
+        return list(process.children(recursive=True))
     except psutil.Error:
         return []
 
@@ -284,6 +284,7 @@ def submit_study(client: JobSubmissionClient, entrypoint: Sequence[str], study: 
         name: value for name, value in {
             "HALTSCALE_HOME": os.environ.get("HALTSCALE_HOME") or (_is_local(client) and str(haltscale_home())),
             "HALTSCALE_STORE": os.environ.get("HALTSCALE_STORE"),
+            "HALTSCALE_CORPORA": os.environ.get("HALTSCALE_CORPORA"),
             "HALTSCALE_GIT_COMMIT": provenance.git_commit(),  # there, the files have no repository
         }.items() if value
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -37,7 +36,8 @@ from haltscale.model.loop_options import LOOP_FIELDS
 from haltscale.platform.arms import arm
 from haltscale.platform.identity import KEY_SCHEMA, SEMANTICS, digest, encodable
 from haltscale.platform.initial_model import IMPORTED, InitialModel
-from haltscale.platform.precision import Precision, fast_precision
+from haltscale.platform.precision import Precision as Precision  # handed on
+from haltscale.platform.precision import fast_precision
 
 
 class Schedule(StrEnum):
@@ -83,8 +83,8 @@ LABELLED_SWITCHES = tuple(name for name in LOOP_FIELDS if name != "depth_growth"
 class RunConfig:
     """Everything that changes what a run computes; the corpus joins it in :meth:`identity`."""
 
-    method: Method = Method.VANILLA
-    """How the model thinks; see ``haltscale.model.METHODS``."""
+    method: Method | str = Method.VANILLA
+    """What the model computes; see ``haltscale.model.METHODS``."""
     size: str = "0.6m"
     """A step of the ladder (``haltscale.model.SIZES``); or ``imported``, the shape of ``init_from``."""
     options: MethodOptions = field(default_factory=VanillaOptions)
@@ -187,7 +187,7 @@ class RunConfig:
             ValueError: the run has a ``document_mask``, and no ``end_of_text`` was given.
         """
         if self.document_mask and end_of_text is None:
-            raise ValueError("document_mask needs end_of_text, the token before every document of the corpus")
+            raise ValueError("document_mask requires end_of_text, the token before every document of the corpus")
         config = ModelConfig(
             method=self.method,
             shape=self.shape,
@@ -232,9 +232,9 @@ class RunConfig:
         found += wrong
         if not wrong:
             if self.batch_tokens % self.context:
-                found.append(f"batch_tokens {self.batch_tokens} is not a multiple of context {self.context}")
+                found.append(f"batch_tokens must be a multiple of context {self.context} (got {self.batch_tokens})")
             if self.tokens < self.batch_tokens:
-                found.append(f"tokens {self.tokens} is less than one batch of {self.batch_tokens}")
+                found.append(f"tokens must be at least one batch, {self.batch_tokens} (got {self.tokens})")
         found += in_range("learning_rate", self.learning_rate, 0, 10, above=True)
         for name in ("warmup_fraction", "decay_fraction", "final_learning_rate_fraction"):
             found += in_range(name, getattr(self, name), 0, 1)
@@ -248,7 +248,7 @@ class RunConfig:
             found += require(value in list(members), name, value, f"one of {', '.join(members)}")
         found += require(isinstance(self.document_mask, bool), "document_mask", self.document_mask, "true or false")
         if self.optimizer is Optimizer.MUON and self.parametrisation is not Parametrisation.STANDARD:
-            found.append(f"parametrisation {self.parametrisation} scales AdamW's rates: take standard with muon")
+            found.append(f"parametrisation {self.parametrisation} scales AdamW's rates: use standard with muon")
         if self.flops is not None:
             found += in_range("flops", self.flops, 0, above=True)
         if self.warmup_tokens is not None:
@@ -259,24 +259,23 @@ class RunConfig:
         """What keeps the run from starting from that model."""
         defaults = {f.name: f.default for f in fields(RunConfig)}
         found = [
-            f"{name} {getattr(self, name)} cannot be chosen with init_from, which has its own: leave it out"
+            f"{name} {getattr(self, name)} cannot be set with init_from, which has its own: leave it out"
             for name in MODEL_CHOICES
             if getattr(self, name) != defaults[name]
         ]
         if getattr(self.options, "zero_outputs", False):
-            found.append("zero_outputs cannot be chosen with init_from, whose weights are not zero: leave it out")
+            found.append("zero_outputs cannot be set with init_from, whose weights are not zero: leave it out")
         if self.size != IMPORTED and named_shape(self.size) != start.shape:
             found.append(
                 f"size {self.size!r} is {named_shape(self.size)}, init_from has {start.shape}: give size {IMPORTED!r}"
             )
         if self.parametrisation is not Parametrisation.STANDARD:
             found.append(
-                f"parametrisation {self.parametrisation} is of random weights, init_from has its own: take standard"
+                f"parametrisation {self.parametrisation} applies to random initial weights, not to"
+                " those of init_from: use standard"
             )
         if vocab_size > start.vocab_size:
-            found.append(
-                f"the corpus has {vocab_size} token ids, init_from knows {start.vocab_size}: take its tokenizer"
-            )
+            found.append(f"the corpus has {vocab_size} token ids, init_from has {start.vocab_size}: use its tokenizer")
         if is_number(self.context) and self.context > start.context:
             found.append(f"context {self.context} is longer than that of init_from, {start.context}")
         return found
@@ -286,7 +285,7 @@ class RunConfig:
 
         Tokens are those of whole steps; tokens under a budget in FLOPs, the shape of a decay that the schedule does not
         have, a share of warm-up where it is given in tokens, and options that another option makes idle (a method's
-        ``canonical``) have no say.
+        ``canonical``) have no effect.
         """
         idle: set[str] = set()
         if self.flops is not None:
@@ -307,7 +306,8 @@ class RunConfig:
         options: Any = self.options
         if hasattr(options, "canonical"):
             options = options.canonical()
-        return replace(_rounded(self), **{**defaults, "options": _rounded(options)})
+        canonical: RunConfig = replace(_rounded(self), **{**defaults, "options": _rounded(options)})
+        return canonical
 
     def resolved(self, *, on_gpu: bool = False) -> RunConfig:
         """The run with the number format that ``precision=auto`` stands for.
@@ -327,7 +327,7 @@ class RunConfig:
             ValueError: the precision is not resolved yet (:meth:`resolved`).
         """
         if self.precision is Precision.AUTO:
-            raise ValueError("precision auto identifies no run: resolve it first (RunConfig.resolved)")
+            raise ValueError("precision auto does not identify a run: resolve it first (RunConfig.resolved)")
         canonical = self.canonical()
         own = encodable(canonical, "run")
         if self.init_from is None:
@@ -353,7 +353,7 @@ class RunConfig:
 
         A field that the identity lacks was added since: it has the value that means what the code did before.
         """
-        method = Method(identity["method"])
+        method = METHODS.known(identity["method"])
         unread = {"method", "options", "init_from"}
         if identity.get("flops") is not None:
             unread.add("tokens")
@@ -400,7 +400,7 @@ def run_key(identity: Mapping[str, Any]) -> str:
         "options": {name: value for name, value in identity["options"].items() if _differs(value, usual, name)},
         "semantics": {part: version for part, version in identity["semantics"].items() if version != 1},
     }
-    return f"{method}-{identity['size']}-{digest(short)}"
+    return f"{method.rpartition(':')[2]}-{identity['size']}-{digest(short)}"  # of an importable path, what it names
 
 
 def _differs(value: Any, defaults: Mapping[str, Any], name: str) -> bool:
@@ -410,7 +410,7 @@ def _differs(value: Any, defaults: Mapping[str, Any], name: str) -> bool:
 def current_identity(document: Mapping[str, Any]) -> dict[str, Any]:
     """The identity in a ``record.json`` or ``spec.json``, in the present schema, whichever it was written in.
 
-    Schema 1 had the precision as it was asked for; its records say which one it was. Empty where the document has no
+    Schema 1 had the precision as it was requested; its records say which one it was. Empty where the document has no
     identity, or lacks what the present schema needs: an unfinished run of schema 1 whose precision nobody wrote down.
     """
     identity = document.get("identity") or {}
@@ -434,10 +434,10 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
     names that the caller knows besides, to suggest where one is misspelt.
     """
     found: list[str] = []
-    method = point.get("method", base.method)
-    if method not in METHODS:
-        return base, [f"method = {method!r}{did_you_mean(method, METHODS)}"]
-    method = Method(method)
+    try:
+        method = METHODS.named(point.get("method", base.method))
+    except ValueError as error:
+        return base, [str(error)]
     option_type: Any = METHODS[method].options
     option_names = [f.name for f in fields(option_type)]
     run_names = [f.name for f in fields(base) if f.name not in ("method", "options")]
@@ -463,12 +463,8 @@ def apply_point(base: RunConfig, point: Mapping[str, Any], *, also: Iterable[str
             options[name] = value
         else:
             known = [*run_names, *option_names, *also]
-            owners = [str(m) for m, entry in METHODS.items() if name in _names(entry.options)]
+            owners = METHODS.with_option(name)
             hint = f"; {', '.join(owners)} has it" if owners else did_you_mean(name, known)
             found.append(f"{method} has no {name!r}{hint}")
     run = replace(base, method=method, options=build_options(option_type, options), **normalised(type(base), values))
     return run, found
-
-
-def _names(kind: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]

@@ -1,4 +1,4 @@
-"""A document of the store, as whoever reads it gets it: whole, of this version, and with fields of the types they have.
+"""A document of the store, as its readers get it: whole, of this version, and with fields of the types they have.
 
 There is one reader for all of them, since a store outlives the code that wrote it, and disks and people change files. A
 document that cannot be read is named, with what to do about it; it never takes the others with it.
@@ -62,7 +62,7 @@ UNUSUAL = re.compile(rb"\d{300}|[eE]\+?\d{3}|NaN|Infinity|\\u[dD][89a-fA-F]")
 
 
 class StoreError(ValueError):
-    """A store, study or run folder cannot be read or written as asked; the message says what to do."""
+    """A store, study or run folder cannot be read or written; the message says what to do."""
 
 
 def parse_document(path: str, content: bytes) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def parse_document(path: str, content: bytes) -> dict[str, Any]:
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """The objects of JSON lines, without what is no whole line of one."""
+    """The objects of JSON lines, without anything that is not a whole line of one."""
     rows = []
     for line in content.split(b"\n"):
         try:
@@ -101,7 +101,7 @@ def _loads(content: bytes) -> Any:
     """What JSON says, of numbers that fit a float and text that can be written: no document of ours holds others.
 
     Raises:
-        ValueError: it is no JSON, or holds such a number.
+        ValueError: it is not JSON, or holds such a number.
         RecursionError: it is nested too deep.
     """
     if UNUSUAL.search(content) is None:
@@ -124,13 +124,13 @@ def _writable(value: Any) -> Any:
 def _fitting(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 
 def _fitting_integer(text: str) -> int:
     if len(text) > 300:
-        raise ValueError(f"{text[:20]}... is no finite number")
+        raise ValueError(f"{text[:20]}... is not a finite number")
     return int(text)
 
 
@@ -138,11 +138,11 @@ def advice(path: str) -> str:
     """What to do about a document that cannot be read."""
     name = path.rsplit("/", 1)[-1]
     return {
-        "study.json": "submit the study again, which writes it anew; its runs are kept",
+        "study.json": "submit the study again, which rewrites it; its runs are kept",
         "spec.json": "remove the run's folder to train it again",
-        "status.json": "the run writes it anew when it goes on, or remove the run's folder to train it again",
-        "record.json": "remove it to go on from the last checkpoint, or remove the run's folder to train it again",
-    }.get(name, "the next evaluation writes it anew")
+        "status.json": "the run rewrites it when it resumes; or remove the run's folder to train it again",
+        "record.json": "remove it to resume from the last checkpoint, or remove the run's folder to train it again",
+    }.get(name, "the next evaluation rewrites it")
 
 
 def checked(name: str, document: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

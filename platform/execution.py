@@ -21,27 +21,15 @@ class Offload(StrEnum):
 
     NONE = "none"
     CPU = "cpu"
-    NVME = "nvme"
-    """Files in ``offload_folder``; ZeRO stage 3 only. DeepSpeed compiles its asynchronous reader for it, which needs a
-    C++ compiler and libaio's headers."""
 
 
-class OptimizerKernel(StrEnum):
-    """Which implementation of AdamW takes the steps; all compute the same update, in another order of rounding."""
-
-    FUSED = "fused"
-    """PyTorch's fused kernel."""
-    TORCH = "torch"
-    """PyTorch's plain loop."""
-
-
-class OnTrouble(StrEnum):
+class FailurePolicy(StrEnum):
     """What happens to a run whose loss explodes or whose router collapses; either is recorded."""
 
     STOP = "stop"
-    """The run ends as failed; the sweep goes on."""
+    """The run ends as diverged; the sweep continues."""
     CONTINUE = "continue"
-    """The run goes on, and its record says what happened."""
+    """The run continues, and its record says what happened."""
 
 
 class Sink(StrEnum):
@@ -69,10 +57,6 @@ class ExecutionConfig:
     """Where the optimizer's state lives between steps; from ZeRO stage 1 on."""
     offload_parameters: Offload = Offload.NONE
     """Where parameters live between their uses; ZeRO stage 3 only."""
-    offload_folder: str = ""
-    """On each worker's node: where files of NVMe offload are, while the worker lives; by default where temporary files
-    go."""
-    optimizer_kernel: OptimizerKernel = OptimizerKernel.FUSED
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its inside: less memory, more time."""
     compile: bool = False
@@ -105,9 +89,9 @@ class ExecutionConfig:
     """How often a failed run is started again (from its last checkpoint) before it is recorded as failed."""
     max_hours: float | None = None
     """Training time after which a run ends as ``capped``, with what it has; None: as long as its budget takes."""
-    on_divergence: OnTrouble = OnTrouble.STOP
+    on_divergence: FailurePolicy = FailurePolicy.STOP
     """What to do about a loss that explodes. One that is not finite always stops the run: nothing is left to train."""
-    on_collapse: OnTrouble = OnTrouble.CONTINUE
+    on_collapse: FailurePolicy = FailurePolicy.CONTINUE
     """What to do about a router that sends every token to 0 steps, or every token to l_max, for ``collapse_steps``."""
     collapse_steps: int = 500
     """Optimizer steps in a row after which a router counts as collapsed."""
@@ -132,20 +116,18 @@ class ExecutionConfig:
             return found
         if not self.gpus_per_worker and any(run.precision is Precision.FP16 for run in runs):
             found.append(
-                "precision fp16 needs gpus_per_worker: DeepSpeed has it on GPUs only; use bf16 or fp32 on CPUs"
+                "precision fp16 requires gpus_per_worker: DeepSpeed supports it on GPUs only; use bf16 or fp32 on CPUs"
             )
         if self.branch and runs and not any(map(can_branch, runs)):
             found.append(
-                "branch needs runs with schedule wsd and warmup_tokens, whose method does the same at every share of"
-                " the budget (no gate_warmup, lam_ramp, depth_growth or replayed steps): none is such a run"
+                "branch requires runs with schedule wsd and warmup_tokens, of methods that do not depend on the share"
+                " of the budget (no gate_warmup, lam_ramp, depth_growth or replayed steps): no run here qualifies"
             )
         for batch in sorted({run.batch_sequences for run in runs}):
             if batch % self.workers:
-                found.append(f"a batch of {batch} sequences cannot be shared by {self.workers} workers evenly")
+                found.append(f"a batch of {batch} sequences cannot be divided evenly among {self.workers} workers")
         if cluster is not None and self.cpus_per_worker > cluster.get("node_cpus", math.inf):
-            found.append(
-                f"cpus_per_worker {self.cpus_per_worker}: no node has as many, the largest has {cluster['node_cpus']:g}"
-            )
+            found.append(f"cpus_per_worker {self.cpus_per_worker}: the largest node has {cluster['node_cpus']:g}")
         if cluster is not None:
             for resource, each in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)):
                 needed, there = self.workers * each, cluster.get(resource, 0)
@@ -173,27 +155,25 @@ class ExecutionConfig:
             if sink not in list(Sink):
                 found.append(f"sinks = {sink!r}: must be one of {', '.join(Sink)}")
             elif find_spec(SINK_PACKAGES[sink]) is None:
-                found.append(f"sink {sink} needs a package that is not here: pip install {SINK_PACKAGES[sink]}")
+                found.append(f"sink {sink} requires a package that is not installed: pip install {SINK_PACKAGES[sink]}")
         for share in self.milestones:
             if not is_number(share) or not 0 < share <= 1:
                 found.append(f"milestones = {share!r}: must be shares of the budget above 0 and up to 1")
         if found or self.zero_stage not in (0, 1, 2, 3):
             return found
         if self.compile and self.zero_stage == 3:
-            found.append("compile needs zero_stage 0, 1 or 2: stage 3 takes parameters away between their uses")
+            found.append("compile requires zero_stage 0, 1 or 2: stage 3 partitions parameters between their uses")
         if self.offload_optimizer is not Offload.NONE and self.zero_stage == 0:
-            found.append(f"offload_optimizer {self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
-        if self.offload_optimizer is Offload.NVME and self.zero_stage in (1, 2):
-            found.append(f"offload_optimizer nvme needs zero_stage 3, not {self.zero_stage}")
+            found.append(f"offload_optimizer {self.offload_optimizer} requires zero_stage 1, 2 or 3 (got 0)")
         if self.offload_parameters is not Offload.NONE and self.zero_stage != 3:
-            found.append(f"offload_parameters {self.offload_parameters} needs zero_stage 3, not {self.zero_stage}")
+            found.append(f"offload_parameters {self.offload_parameters} requires zero_stage 3 (got {self.zero_stage})")
         return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExecutionConfig:
-        """The inverse of ``dataclasses.asdict``, also after a way through JSON, and of a spec with former names."""
-        named = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-        execution: ExecutionConfig = build_options(cls, named)
+        """The inverse of ``dataclasses.asdict``, also after a way through JSON, and of a spec with removed fields."""
+        known = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
+        execution: ExecutionConfig = build_options(cls, known)
         return execution
 
     def accumulation(self, batch_sequences: int) -> tuple[int, int]:
@@ -205,14 +185,14 @@ class ExecutionConfig:
         return micro, share // micro
 
 
-FORMER_NAMES = {"optimizer": "optimizer_kernel"}
+REMOVED_FIELDS = ("optimizer", "optimizer_kernel", "offload_folder")
+"""Of specs by earlier versions. None of them changed a result."""
 SINK_PACKAGES = {Sink.TENSORBOARD: "tensorboardX", Sink.WANDB: "wandb"}
 EXECUTION_CHOICES: dict[str, type[StrEnum]] = {
     "offload_optimizer": Offload,
     "offload_parameters": Offload,
-    "optimizer_kernel": OptimizerKernel,
     "attention": AttentionKernel,
     "head_loss": HeadLoss,
-    "on_divergence": OnTrouble,
-    "on_collapse": OnTrouble,
+    "on_divergence": FailurePolicy,
+    "on_collapse": FailurePolicy,
 }

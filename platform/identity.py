@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 KEY_SCHEMA = 2
-"""Of the identities that are written now. Schema 1 had the precision as it was asked for, and one version of the code;
+"""Of the identities that are written now. Schema 1 had the precision as it was requested, and one version of the code;
 `config.current_identity` reads both."""
 
 SEMANTICS = {"loop": 1, "order": 1, "evaluation": 1}
@@ -51,7 +51,7 @@ def encodable(value: Any, where: str = "value") -> Any:
         return {field.name: encodable(getattr(value, field.name), f"{where}.{field.name}") for field in fields}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError(f"{where} has a key that is no string")
+            raise TypeError(f"{where} has a key that is not a string")
         return {key: encodable(value[key], f"{where}.{key}") for key in sorted(value)}
     if isinstance(value, list | tuple):
         return [encodable(item, f"{where}[{index}]") for index, item in enumerate(value)]

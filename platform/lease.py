@@ -6,6 +6,11 @@ A lease is taken by creating the next number, which only one process can (an exc
 conditional put on object stores), and kept by rewriting it from a thread. An owner that has released it, whose process
 is gone from this machine, or that has not renewed it for :data:`EXPIRY_SECONDS` by the store's own clock, is succeeded.
 An owner that comes back after that finds a higher number, and stops.
+
+    <folder>/.lease/notice          its owner will soon be ended from outside, and should save what it has
+
+Whoever knows that an owner's time is over (a scheduler's signal, a spot instance's warning) leaves a notice
+(:func:`give_notice`). The owner finds it when it renews its lease, saves, and removes it, which tells that it has.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ import psutil
 log = logging.getLogger(__name__)
 
 FOLDER = ".lease"
+NOTICE = "notice"
 RENEW_SECONDS = 5.0
 EXPIRY_SECONDS = 60.0
 """Of silence, after which an owner counts as dead where its process cannot be looked at."""
@@ -87,7 +93,7 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the owner was a process of this machine that is no more."""
+        """Whether the owner was a process of this machine that no longer exists."""
         process = self.document.get("process")
         return isinstance(process, Mapping) and process.get("machine") == _machine() and not _lives(process)
 
@@ -115,6 +121,17 @@ def holder_of(store: Files, folder: str, *, now: float | None = None) -> Holder 
     return Holder(number=number, document=document if isinstance(document, dict) else {}, silent_seconds=silent)
 
 
+def give_notice(store: Files, folder: str) -> None:
+    """Ask the owner of a folder to save what it has; it sees that within :data:`RENEW_SECONDS`."""
+    store.fs.makedirs(f"{folder}/{FOLDER}", exist_ok=True)
+    store.fs.pipe_file(f"{folder}/{FOLDER}/{NOTICE}", b"{}")
+
+
+def has_notice(store: Files, folder: str) -> bool:
+    """Whether a notice waits for the owner of a folder: it has not saved yet."""
+    return bool(store.fs.exists(f"{folder}/{FOLDER}/{NOTICE}"))
+
+
 def modified(entry: Mapping[str, Any]) -> float:
     """When a listed file was written last, by the store's clock, in seconds since the epoch."""
     names = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -122,13 +139,17 @@ def modified(entry: Mapping[str, Any]) -> float:
     return float(stamp.timestamp() if hasattr(stamp, "timestamp") else stamp)
 
 
-def _numbered(store: Files, folder: str) -> dict[int, Mapping[str, Any]]:
+def _listed(store: Files, folder: str) -> dict[str, Mapping[str, Any]]:
+    """What the lease's folder holds, by name without ending."""
     try:
         entries = store.fs.ls(f"{folder}/{FOLDER}", detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    named = {entry["name"].rsplit("/", 1)[-1].removesuffix(".json"): entry for entry in entries}
-    return {int(name): entry for name, entry in named.items() if name.isdigit()}
+    return {entry["name"].rsplit("/", 1)[-1].removesuffix(".json"): entry for entry in entries}
+
+
+def _numbered(store: Files, folder: str) -> dict[int, Mapping[str, Any]]:
+    return {int(name): entry for name, entry in _listed(store, folder).items() if name.isdigit()}
 
 
 class Lease:
@@ -153,6 +174,8 @@ class Lease:
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
         self.lost = False
+        self.noticed = False
+        """Whether somebody has asked to save what there is, and :meth:`heed` was not called yet."""
 
     def acquire(self, *, wait_seconds: float = 0.0, on_lost: Callable[[], None] = lambda: None) -> None:
         """Become the owner, and stay it from a thread.
@@ -181,6 +204,12 @@ class Lease:
         """
         if self.lost:
             raise LeaseLostError(f"{self._folder}: another process took over while this one was silent")
+
+    def heed(self) -> None:
+        """Say that what there is has been saved, as a notice asked."""
+        self.noticed = False
+        with contextlib.suppress(OSError):
+            self._store.fs.rm_file(f"{self._folder}/{FOLDER}/{NOTICE}")
 
     def release(self, *, traceless: bool = False) -> None:
         """End the ownership; the next owner need not wait.
@@ -218,8 +247,11 @@ class Lease:
             self._remove(number)
             self._number = 0
             return False
-        for older in [n for n in _numbered(self._store, self._folder) if n < number]:
+        listed = _listed(self._store, self._folder)
+        for older in [int(name) for name in listed if name.isdigit() and int(name) < number]:
             self._remove(older)
+        if NOTICE in listed:  # to an owner that has ended
+            self.heed()
         return True
 
     def _path(self, number: int) -> str:
@@ -268,11 +300,13 @@ class Lease:
                 with self._writing:
                     if self._over.is_set():
                         return
-                    if not self._is_newest():
+                    listed = _listed(self._store, self._folder)
+                    if max((int(name) for name in listed if name.isdigit()), default=0) != self._number:
                         self.lost = True
                         log.error("%s: another process took over while this one was silent", self._folder)
                         on_lost()
                         return
+                    self.noticed = NOTICE in listed
                     self._write(self._document)
             except OSError as error:  # a store that is away for a moment
                 log.warning("the lease of %s was not renewed: %s", self._folder, error)

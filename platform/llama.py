@@ -56,7 +56,7 @@ def llama(source: str | Path) -> InitialModel:
             else "it has no safetensors"
         )
     if found:
-        raise InitialModelError("\n  - ".join([f"{name} is no Llama that a run can start from:", *found]))
+        raise InitialModelError("\n  - ".join([f"{name} is not a Llama that a run can start from:", *found]))
     initial = InitialModel(
         source=name,
         sha256=_weights_digest(folder),
@@ -70,7 +70,7 @@ def llama(source: str | Path) -> InitialModel:
     )
     with _Weights(folder, name) as weights:
         if found := [*initial.shape.problems(), *weights.problems(initial)]:
-            raise InitialModelError("\n  - ".join([f"{name} is no Llama that a run can start from:", *found]))
+            raise InitialModelError("\n  - ".join([f"{name} is not a Llama that a run can start from:", *found]))
     return initial
 
 
@@ -87,31 +87,31 @@ def _located(source: str) -> tuple[Path, str]:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FETCHED))), source
     except Exception as error:  # of the network, of the hub, of the cache
-        raise InitialModelError(f"{source} is no folder, and cannot be fetched from the Hub ({error})") from error
+        raise InitialModelError(f"{source} is not a folder, and cannot be fetched from the Hub ({error})") from error
 
 
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
     """What keeps a model from being computed exactly as it is."""
     kind = config.get("model_type")
     if kind != "llama":
-        return [f"model_type is {kind!r}, needs 'llama'"]
+        return [f"model_type must be 'llama' (got {kind!r})"]
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     found = [
-        f"{name} is {config.get(name)!r}, needs a whole number above 0"
+        f"{name} must be an integer above 0 (got {config.get(name)!r})"
         for name in (*needed, "max_position_embeddings")
         if not isinstance(config.get(name), int) or config[name] < 1
     ]
     if not isinstance(config.get("rms_norm_eps"), float):
-        found.append(f"rms_norm_eps is {config.get('rms_norm_eps')!r}, needs a number")
+        found.append(f"rms_norm_eps must be a number (got {config.get('rms_norm_eps')!r})")
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
             found.append(f"{name} is true: these models have no biases")
     if config.get("hidden_act", "silu") != "silu":
-        found.append(f"hidden_act is {config['hidden_act']!r}, needs 'silu'")
+        found.append(f"hidden_act must be 'silu' (got {config['hidden_act']!r})")
     if (rope := _rope(config).get("rope_type", _rope(config).get("type", "default"))) != "default":
         found.append(f"its rotary positions are scaled ({rope}), which these models do not do")
     if not found and (own := config.get("head_dim")) not in (None, _shape(config).head_dim):
-        found.append(f"head_dim is {own}, needs hidden_size / num_attention_heads = {_shape(config).head_dim}")
+        found.append(f"head_dim must be hidden_size / num_attention_heads = {_shape(config).head_dim} (got {own})")
     return found
 
 
@@ -159,7 +159,7 @@ def _weight_files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InitialModelError(f"{index} is damaged ({error!r}): copy the model again") from error
     if missing:
-        raise InitialModelError(f"{index} names files that are not there: {', '.join(missing)}; copy the model again")
+        raise InitialModelError(f"{index} names missing files: {', '.join(missing)}; copy the model again")
     return [folder / name for name in names]
 
 
@@ -204,7 +204,7 @@ def llama_parts(shape: Shape, *, tie_embeddings: bool) -> dict[str, dict[str, li
 
 
 class _Weights:
-    """The tensors of a folder's safetensors, read when asked for."""
+    """The tensors of a folder's safetensors, read on demand."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._where: dict[str, Any] = {}
@@ -217,7 +217,7 @@ class _Weights:
                     raise InitialModelError(f"{both}: remove the wrong one, or name the files in {WEIGHTS_INDEX}")
                 self._where |= dict.fromkeys(file.keys(), file)
         except (SafetensorError, OSError) as error:
-            raise InitialModelError(f"{name}: {path.name} is damaged or no safetensors file ({error})") from error
+            raise InitialModelError(f"{name}: {path.name} is damaged or not a safetensors file ({error})") from error
 
     def __enter__(self) -> _Weights:
         return self
@@ -238,7 +238,7 @@ class _Weights:
                 continue
             wanted = [initial.vocab_size if size == -1 else size for size in expected[name]]
             if (shape := list(file.get_slice(name).get_shape())) != wanted:
-                found.append(f"{name} is {shape}, should be {wanted}")
+                found.append(f"{name} must have shape {wanted} (got {shape})")
         more = [f"and {len(found) - 10} more"] if len(found) > 10 else []
         return [*sorted(found)[:10], *more]
 
@@ -266,6 +266,6 @@ def load_into(model: LanguageModel, initial: InitialModel) -> None:
             if (own := parts.pop(canonical_name(own_name), None)) is not None:
                 read = weights.read(own)
                 if not read.isfinite().all():
-                    raise InitialModelError(f"{name}: {', '.join(own)} holds numbers that are not finite")
+                    raise InitialModelError(f"{name}: {', '.join(own)} contains numbers that are not finite")
                 parameter.copy_(read)
     assert not parts, f"the model has no place for {sorted(parts)}"

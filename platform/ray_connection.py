@@ -1,4 +1,4 @@
-"""A connection to a Ray cluster, whoever needs one. One of the few modules that import Ray."""
+"""A connection to a Ray cluster. One of the few modules that import Ray."""
 
 from __future__ import annotations
 

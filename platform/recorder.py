@@ -46,13 +46,24 @@ class RunRecorder:
             self._lease.release()
             self._lease = None
 
+    @property
+    def is_told_to_save(self) -> bool:
+        """Whether the run will be ended from outside and has not saved since the notice (see ``lease.py``); only the
+        rank that writes knows."""
+        return self._lease is not None and self._lease.noticed
+
+    def has_saved(self) -> None:
+        """All ranks have saved, as they were told."""
+        if self._lease and self._lease.noticed:
+            self._lease.heed()
+
     def _path(self, name: str) -> str:
         return self.store.path(self.study, self.key, name)
 
     def begin(
         self, step: int, share: float, *, nodes: Sequence[str] = (), parent: Mapping[str, Any] | None = None
     ) -> None:
-        """The run starts, or goes on after ``step``: what an interrupted attempt wrote after that step is dropped.
+        """The run starts, or resumes after ``step``: what an interrupted attempt wrote after that step is dropped.
 
         Args:
             share: of the budget that is spent.
@@ -84,9 +95,9 @@ class RunRecorder:
             return
         self._check()
         self.store.append_lines(self._path("metrics.jsonl"), [row])
-        told = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second", "mfu")}
-        told |= {"loss": row["cross_entropy"], "events": list(events)}
-        self._status(RunState.RUNNING, step=row["step"], share=share, **told)
+        values = {name: row.get(name) for name in ("mean_steps", "tokens_per_second", "flops_per_second", "mfu")}
+        values |= {"loss": row["cross_entropy"], "events": list(events)}
+        self._status(RunState.RUNNING, step=row["step"], share=share, **values)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """A row of held-out evaluation."""

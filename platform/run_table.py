@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from haltscale.platform.arms import OLD_CONTROLS, arm
+from haltscale.platform.arms import OLD_CONTROLS, arm, is_control
 from haltscale.platform.identity import digest
 from haltscale.platform.store import RunView
 
@@ -20,7 +20,10 @@ BLOCKS = ("attention", "mlp")
 RECURRENT = (*BLOCKS, "norms")
 """Groups that a latent step uses again; the rest (embedding, head, router) is used once per token."""
 MIDDLE_RECURS = ("mor",)
-"""Methods whose first and last block run once per token, and only those between them again."""
+"""Methods whose first and last block run once per token, and only those between them again: for records from before
+they had ``parameters_recurrent``."""
+UNROUTED = ("vanilla", "looped", "pause", "ponder", "ponder2", "fixed")
+"""Methods without a router: every token takes as many steps. For documents from before they had ``routed``."""
 RESULTS = (
     *("tokens", "loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
     *("passes_per_token", "flops_realised", "flops_executed", "flops_paper", "wall_seconds", "tokens_per_second"),
@@ -72,7 +75,8 @@ def row(view: RunView) -> dict[str, Any]:
     record = mapping(view.record)
     identity = mapping(record.get("identity")) or mapping(view.spec.get("identity"))
     halting, groups = mapping(record.get("halting")), mapping(record.get("parameters"))
-    recurrent = recurrent_parameters(groups, identity)
+    recurrent = number(record.get("parameters_recurrent"))
+    recurrent = recurrent_parameters(groups, identity) if math.isnan(recurrent) else recurrent
     whole = sum(number(count) for count in groups.values()) if groups else math.nan
     return {
         "run": view.label,
@@ -99,6 +103,16 @@ def row(view: RunView) -> dict[str, Any]:
         "setting": setting(identity),
         **rest_of(identity),
     }
+
+
+def routed(document: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a router of the run's own chooses the steps of its tokens: not in a control. As its record or spec says,
+    since the method may be another package's."""
+    name = arm(identity)
+    known = document.get("routed")
+    return not (is_control(name) or name in OLD_CONTROLS) and (
+        known if isinstance(known, bool) else name.partition("/")[0] not in UNROUTED
+    )
 
 
 def need_figures(found: Mapping[str, Any]) -> dict[str, Any]:

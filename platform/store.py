@@ -6,7 +6,7 @@
             spec.json              what the run is: identity (makes the key) and execution (does not)
             status.json            how it is going: state, step, time left, error
             .lease/                the process that trains it, and its heartbeat (see lease.py); a study has one too
-            attempts.jsonl         one line each time the run starts or goes on: after which step, on which nodes
+            attempts.jsonl         one line each time the run starts or resumes: after which step, on which nodes
             metrics.jsonl          one line per logged training step
             evaluations.jsonl      one line per evaluation on held-out documents
             halting/probe-<step>.parquet   every token of the probe text, one file per evaluation
@@ -43,11 +43,13 @@ from haltscale.platform.documents import (
     NOTHING,
     RUN,
     SCHEMA_VERSION,
-    StoreError,
     advice,
     checked,
     parse_document,
     parse_lines,
+)
+from haltscale.platform.documents import (
+    StoreError as StoreError,  # handed on
 )
 from haltscale.platform.durable import write_durably
 from haltscale.platform.lease import Holder, holder_of, modified
@@ -56,9 +58,14 @@ STALL_SECONDS = 120.0
 """A run that calls itself running but has given no sign of life for this long is shown as stalled."""
 
 PART_BYTES = 1 << 18
-"""On an object store, a JSON-lines file goes on in a new part when its last one is this long."""
+"""On an object store, a JSON-lines file continues in a new part when its last one is this long."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a study or a run can be called so."""
+    return _NAME.fullmatch(text) is not None
 
 
 class RunState(StrEnum):
@@ -146,7 +153,7 @@ class RunStore:
         except ImportError as error:
             raise StoreError(f"{self.root}: {error}; for s3:// that is pip install 'haltscale[s3]'") from error
         except ValueError as error:
-            raise StoreError(f"{self.root} is no folder and no URL that fsspec knows: {error}") from error
+            raise StoreError(f"{self.root} is neither a folder nor a URL that fsspec supports: {error}") from error
         self._whole_objects = "file" not in self.fs.protocol
 
     @property
@@ -164,7 +171,7 @@ class RunStore:
         """
         for name in (study, key):
             if name is not None and not _NAME.fullmatch(name):
-                raise StoreError(f"{name!r} is no name for a study or a run: use letters, digits, '-', '_' and '.'")
+                raise StoreError(f"{name!r} is not a valid study or run name: use letters, digits, '-', '_' and '.'")
         return "/".join([self._base.rstrip("/"), study, *([key] if key else []), *parts])
 
     def local_path(self, study: str, key: str, *parts: str) -> Path:
@@ -193,7 +200,7 @@ class RunStore:
     def append_lines(self, path: str, rows: list[Mapping[str, Any]]) -> None:
         """Append rows to a JSON-lines file; one process writes it.
 
-        Object stores cannot append. There the last part is written anew, and when it has grown to ``PART_BYTES`` the
+        Object stores cannot append. There the last part is rewritten, and when it has grown to ``PART_BYTES`` the
         next rows go to a new one (``metrics.jsonl``, ``metrics.jsonl.00001``, ...), so that a row costs the same at the
         end of a run as at its beginning.
         """
@@ -265,6 +272,10 @@ class RunStore:
             name for name in names if _NAME.fullmatch(name) and self.fs.exists(self.path(name, None, "study.json"))
         )
 
+    def no_study(self, name: str) -> StoreError:
+        """The error about a study that is not in the store; it lists those that are."""
+        return StoreError(f"no study {name!r} in {self.root}; available: {', '.join(self.studies()) or 'none'}")
+
     def study(self, name: str) -> dict[str, Any]:
         """``study.json``: ``name``, ``question``, ``corpus``, ``runs`` (keys in the order of the study). Fields of
         another type than they should have are left out; :meth:`study_problem` names them.
@@ -289,7 +300,7 @@ class RunStore:
         return self.views(study, [key], now=now)[key]
 
     def views(self, study: str, keys: Iterable[str], *, now: float | None = None) -> dict[str, RunView]:
-        """Several runs by key; one that cannot be read, or whose key is no name, is a view with ``problem`` set."""
+        """Several runs by key; one that cannot be read, or whose key is invalid, is a view with ``problem`` set."""
         kept = list(dict.fromkeys(keys))
         named = [key for key in kept if _NAME.fullmatch(key)]
         paths = {(key, name): self.path(study, key, f"{name}.json") for key in named for name in RUN}
@@ -297,7 +308,7 @@ class RunStore:
         views = {}
         for key in kept:
             documents: dict[str, Any] = {}
-            problems = [] if key in named else [f"{key!r} is no name of a run: submit the study again to plan it anew"]
+            problems = [] if key in named else [f"{key!r} is not a valid run key: submit the study again"]
             for name in RUN:
                 content = found.get((key, name), NOTHING)
                 if isinstance(content, StoreError):
@@ -436,7 +447,7 @@ class RunStore:
         """Every token of the validation split, in reading order; ``telemetry.EVENT_COLUMNS`` says what the columns are.
 
         Args:
-            columns: to read; all by default. A long split's file is better asked by DuckDB, at :meth:`halting_path`.
+            columns: to read; all by default. A long split's file is better read with DuckDB, at :meth:`halting_path`.
         """
         return self._table(self.halting_path(study, key, "events", step), columns)
 
@@ -462,7 +473,7 @@ class RunStore:
             StoreError: the name could leave the store.
         """
         if not _NAME.fullmatch(name):
-            raise StoreError(f"{name!r} is no name for an evaluation: use letters, digits, '-', '_' and '.'")
+            raise StoreError(f"{name!r} is not a valid evaluation name: use letters, digits, '-', '_' and '.'")
         return f"{self._evaluations(study, key, step)}/{name}.json"
 
     def _evaluations(self, study: str, key: str, step: int | None) -> str:

@@ -42,7 +42,6 @@ from haltscale.platform.api import (
     ConfigError,
     Corpus,
     ExecutionConfig,
-    Method,
     RunConfig,
     RunStore,
     Source,
@@ -51,6 +50,9 @@ from haltscale.platform.api import (
     controls,
     grid,
     ladder,
+)
+from haltscale.platform.api import (
+    Method as Method,  # handed on
 )
 from haltscale.platform.corpora.corpus import sotu
 from haltscale.platform.store import haltscale_home

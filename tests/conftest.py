@@ -66,3 +66,22 @@ def quickstart(head: cluster.Head) -> str:
     code, output = run(head, "python", "-m", "haltscale.studies.quickstart", *TOY_LENGTH, working_dir=".")
     assert code == 0, output
     return output
+
+
+@pytest.fixture(scope="session")  # clients are cached, with the address of their server
+def s3() -> Iterator[str]:
+    """The URL of an empty bucket on a real server (moto's); the environment points to it, as a user's would."""
+    pytest.importorskip("s3fs", reason="needs haltscale[s3]")
+    from haltscale.platform.store import RunStore
+
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        RunStore("s3://bucket/runs").fs.mkdir("bucket")
+        yield "s3://bucket"
+        server.stop()

@@ -26,9 +26,15 @@ def submit(
     *entrypoint: str,
     working_dir: str | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
+    home: bool = True,
 ) -> subprocess.Popen[str]:
-    """`ray job submit` with this session's haltscale home, and more variables for the job and its workers."""
-    environment = json.dumps({"env_vars": {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"], **variables}})
+    """`ray job submit` with this session's haltscale home, and more variables for the job and its workers.
+
+    Args:
+        home: false where each node has a home of its own.
+    """
+    shared = {"HALTSCALE_HOME": os.environ["HALTSCALE_HOME"]} if home else {}
+    environment = json.dumps({"env_vars": {**shared, **variables}})
     command = [str(BIN / "ray"), "job", "submit", "--address", head.dashboard, "--runtime-env-json", environment]
     command += ["--working-dir", working_dir] if working_dir else []
     return subprocess.Popen(
@@ -75,10 +81,11 @@ def drivers(script: str) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if re.fullmatch(pattern, command_line(process))]
 
 
-def training_workers() -> list[psutil.Process]:
-    """The processes of this machine in which a model is trained: Ray Train's, or a trial's own."""
-    titles = ("RayTrainWorker", "ray::_trial_here")
-    return [process for process in psutil.process_iter() if any(title in command_line(process) for title in titles)]
+def training_workers(head: cluster.Head) -> list[psutil.Process]:
+    """The processes of a head in which a model is trained: Ray Train's, or a trial's own (as Ray calls them)."""
+    titles = ("RayTrainWorker", "ray::_trial_here", "ray::ImplicitFunc")
+    found = [process for process in psutil.process_iter() if any(title in command_line(process) for title in titles)]
+    return [process for process in found if head.temp_dir in environment(process)]
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:

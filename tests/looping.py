@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from haltscale.model import AdaptiveOptions, LanguageModel, Method, build_model
@@ -78,14 +77,6 @@ def batches(run: RunConfig, first: int = 0, *, seed: int = 0) -> Iterator[Batch]
         stream = np.random.default_rng([seed, step])
         shape = (run.batch_sequences, run.context + 1)
         yield Batch(step, np.arange(shape[0]) + step * shape[0], stream.integers(0, VOCABULARY, shape))
-
-
-def needs_asynchronous_files() -> None:
-    """Skip where DeepSpeed cannot offload to a disk."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        pytest.skip("offload to a disk needs libaio's headers")
 
 
 class Listener:

@@ -18,6 +18,7 @@ TITLES = {
     "evaluations": "Evaluations",
     "live": "Live runs",
     "studies": "Studies",
+    "notes": "Report",
     "playground": "Playground",
     "method": "Methods and definitions",
 }

@@ -7,7 +7,9 @@ from haltscale.dashboard import answer, answer_figures, data, fits, layout, styl
 from haltscale.dashboard.answer import EQUAL, Answer
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import UNREADABLE, StudyView
+from haltscale.platform import analysis
 from haltscale.platform.analysis import Estimate, Refusal, Verdict
+from haltscale.platform.analysis.matched import SAME
 from haltscale.platform.arms import is_control, shown
 from haltscale.platform.sweeps import report
 
@@ -103,17 +105,21 @@ def verdict(view: StudyView, found: Answer) -> None:
             alt=f"{answer.headline(found)} "
             + "; ".join(f"{row['name']}: {style.signed(row['difference'])}" for row in rows.to_dict("records")[:12]),
         )
-        bases = ", ".join(dict.fromkeys(str(basis) for basis in comparison.cells["basis"]))
+        known = [basis for basis in comparison.cells["basis"] if basis != analysis.Basis.NONE]
+        bases = ", ".join(dict.fromkeys(map(str, known)))
         st.caption(
             f"A row per size and budget; 95 % intervals{f' over {bases}' if bases else ''}. Two runs are a point where "
-            f"size and seed are the same and {EQUAL[comparison.x]} differ by at most 10 %. A difference whose interval "
+            f"size and seed are the same and {EQUAL[comparison.x]} differ by at most "
+            f"{100 * (SAME - 1):.0f} %. A difference whose interval "
             "includes 0 is not decided."
         )
 
 
 def targets(view: StudyView) -> None:
     """What the study set out to show or to reproduce, and whether it did."""
-    rows = answer.claims(view)
+    if not view.document.get("targets"):
+        return
+    rows = answer.claims(view, fits.documents(view.name, answer.comparable(view)))
     if rows.empty:
         return
     st.header("Targets of the study", anchor=False)
@@ -134,12 +140,14 @@ def targets(view: StudyView) -> None:
 
 def replays(view: StudyView, arm: str) -> None:
     """Whether the router's choice of tokens matters: the arm against its replay controls."""
+    if not any(is_control(name) for name in answer.arms(view)):
+        return
     try:
         pairs = report.control_differences(store(), view.name)
     except UNREADABLE as error:
         st.warning(layout.plain(error), icon=":material/broken_image:")
         return
-    if pairs.empty or not any(is_control(name) for name in answer.arms(view)):
+    if pairs.empty:
         return
     pairs = pairs[~pairs["control"].str.contains("old control") & pairs["control"].isin(["shuffled", "fixed"])]
     if pairs.empty:

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import answer, data, fits, law_figures, layout, outside, style
+from haltscale.dashboard import answer, data, fits, law_figures, layout, outside, several, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView, plotted
 from haltscale.dashboard.law_figures import Axis, Join, Measure
@@ -17,6 +17,7 @@ ICON = ":material/insights:"
 ORDER = 1
 VIEWS = ("Loss", "IsoFLOP", "Multipliers", "Value of a latent step", "Size and data")
 MOST_STUDIES = 3
+UNFINISHED = ["running", "planned", "stalled", "stopped", "failed", "capped"]
 
 
 def body(view: StudyView) -> None:
@@ -40,20 +41,25 @@ def body(view: StudyView) -> None:
     elif part == "IsoFLOP":
         isoflop(view, runs, kind)
     elif part == "Multipliers":
-        multipliers(runs, kind)
+        multipliers(view, runs, kind)
     elif part == "Value of a latent step":
-        worth(runs)
+        worth(view, runs)
     else:
-        surface(runs)
+        surface(view, runs)
     unfinished(view)
     layout.honest(view)
 
 
+def provisional(view: StudyView) -> str:
+    """What stands before the caption of every fit of an unfinished grid: it may still change."""
+    count = int(view.runs["state"].isin(UNFINISHED).sum())
+    return f"**Provisional: {count} of {len(view.runs)} runs are not finished.** " if count else ""
+
+
 def unfinished(view: StudyView) -> None:
-    """Say that fits and lines may still change."""
-    count = int(view.runs["state"].isin(["running", "planned", "stalled", "stopped"]).sum())
-    if count:
-        st.caption(f":material/hourglass_top: Provisional: {count} of {len(view.runs)} runs are not finished.")
+    """Say that lines may still change."""
+    if text := provisional(view):
+        st.caption(f":material/hourglass_top: {text}")
 
 
 def highlighted(view: StudyView) -> list[str] | None:
@@ -112,7 +118,9 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
         refused: dict[str, str] = {}
         place = st.container()
         if draw_laws and on_flops:
-            laws, refused = fits.power_laws(runs, flops)
+            fitted = fits.power_laws(runs, flops)
+            laws, refused = fitted.found, fitted.refused
+            layout.fitting(fitted.pending)
         points = overlay()
         with place:
             layout.chart(
@@ -135,13 +143,13 @@ def compute(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             st.caption(
                 "A marker per run (hollow: no result yet, at its last evaluation), lines through the means over seeds; "
                 "bars are one standard error over the validation tokens. Lower and further left is better."
-                + (" Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
+                + (f" {provisional(view)}Bands hold the law with 95 %; dotted is extrapolated." if laws else "")
                 + (" The grey staircase is what no run beats." if draw_frontier and on_flops else "")
             )
     layout.refused(refused)
     if laws:
-        parameters(laws)
-        extrapolation(runs, flops)
+        parameters(view, laws)
+        extrapolation(view, runs[runs["method"].isin(list(laws))], flops)
     noise(runs)
     together(view, kind, axis, measure, join)
 
@@ -154,6 +162,8 @@ def lowest(shown: pd.DataFrame) -> str:
 
 def overlay() -> pd.DataFrame | None:
     """Points from elsewhere, from a file of the reader's."""
+    if layout.is_collecting():
+        return None
     with st.expander("Results from elsewhere", icon=":material/add_chart:"):
         st.caption(
             "A CSV file with the columns label, flops (training FLOPs, counted as above), loss (nats/token) and "
@@ -170,41 +180,71 @@ def overlay() -> pd.DataFrame | None:
 
 
 def together(view: StudyView, kind: FlopsKind, axis: Axis, measure: Measure, join: Join) -> None:
-    """Other studies beside this one, on the same axes."""
+    """Other studies in one figure with this one, and a comparison across them, where their corpora agree."""
     names = [name for name in store().studies() if name != view.name]
     if not names:
         return
+    st.header("With other studies", anchor=False)
     chosen = st.multiselect(
-        "Beside other studies",
+        "Other studies",
         names,
         key="studies",
         bind="query-params",
         max_selections=MOST_STUDIES,
         placeholder="None",
-        help="A panel per study on the same axes. The filters of the sidebar are of the first study only.",
+        help="Studies of the same corpus share a figure and can be compared. The filters of the sidebar hold for all.",
     )
-    views = {view.name: view.runs} | {name: store().view(name).runs for name in chosen}
-    views = {name: one[(one["role"] != "tuning")] for name, one in views.items()}
-    views = {name: one for name, one in views.items() if len(one) and len(plotted(one, kind))}
-    if len(views) < 2:
+    if not chosen:
         return
-    x = axis.column(kind)
-    every = pd.concat([plotted(one, kind)[[x, "loss"]] for one in views.values()])
-    every = every[every[x].gt(0)]
-    for column, (name, one) in zip(st.columns(len(views)), views.items(), strict=True):
-        with column, st.container(border=True):
-            st.subheader(layout.plain(name), anchor=False)
-            layout.chart(
-                law_figures.scaling(one, kind, axis=axis, measure=measure, join=join, ranges=(every[x], every["loss"])),
-                one[[*data.TEXT, *data.NUMBERS]],
-                key=f"beside-{name}",
-                title=f"{name}: {measure.axis} against {axis.named(kind)}",
-                alt=f"{measure.axis} against {axis.named(kind)} of {name}; lowest loss {lowest(plotted(one, kind))}",
-            )
-    st.caption("Losses of studies with other texts or tokenizers say nothing about each other: compare bits per byte.")
+    kept, refused = several.agreeing(view, [layout.filtered(store().view(name)) for name in chosen])
+    layout.refused(refused, "Not compared")
+    if len(kept) < 2:
+        return
+    runs = several.joined(kept)
+    shown = plotted(runs, kind)
+    if shown.empty:
+        nothing()
+        return
+    with st.container(border=True):
+        layout.chart(
+            law_figures.together(runs, kind, axis=axis, measure=measure, join=join),
+            shown[["study", *data.TEXT, *data.NUMBERS]],
+            key=f"together-{kind}-{axis.column(kind)}",
+            title=f"{', '.join(one.name for one in kept)}: {measure.axis} against {axis.named(kind)}",
+            alt=f"{measure.axis} against {axis.named(kind)} of {len(shown)} runs of {len(kept)} studies; lowest loss "
+            f"{lowest(shown)}",
+        )
+        st.caption(
+            "Colour says the method; marker and dash, the study. The studies have one corpus and tokenizer (the "
+            "fingerprints agree), so their losses compare."
+        )
+    across({one.name: one for one in kept}, view.name)
 
 
-def parameters(laws: dict[str, analysis.LawFit]) -> None:
+def across(views: dict[str, StudyView], first: str) -> None:
+    """An arm of one study against an arm of another, at equal compute or tokens."""
+    sides = [(name, arm) for name, one in views.items() for arm in answer.arms(one)]
+    names = {f"{arm} · {study}": (study, arm) for study, arm in sides}
+    own = [name for name, (study, _) in names.items() if study == first]
+    pair = answer.default_pair(views[first])
+    start = own.index(f"{pair[0]} · {first}") if pair else 0
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        one = st.selectbox("Arm", own, index=start, key="across-arm", bind="query-params", width=300)
+        others = [name for name, (study, _) in names.items() if study != first]
+        arm = names[str(one)][1]
+        same = next((place for place, name in enumerate(others) if names[name][1] == arm), 0)
+        other = st.selectbox("Compared with", others, index=same, key="across-with", bind="query-params", width=300)
+        x = st.selectbox(
+            "At equal", list(answer.EQUAL), key="across-equal", bind="query-params", width=240,
+            format_func=answer.EQUAL.__getitem__,
+        )  # fmt: skip
+    found = several.across(views, names[str(one)], names[str(other)], str(x))
+    st.markdown(f"**{layout.plain(answer.headline(found))}**")
+    if text := answer.support(found):
+        st.markdown(layout.plain(text))
+
+
+def parameters(view: StudyView, laws: dict[str, analysis.LawFit]) -> None:
     """The laws in numbers."""
     st.header(r"$L(C) = E + A\,C^{-\alpha}$", anchor=False)
     rows = [
@@ -218,6 +258,8 @@ def parameters(laws: dict[str, analysis.LawFit]) -> None:
         for method, law in laws.items()
     ]
     layout.table(pd.DataFrame(rows), key="law-table", alt="Parameters of the fitted laws with their 95 % intervals")
+    if text := provisional(view):
+        st.caption(text)
 
 
 def told(one: Estimate) -> str:
@@ -228,9 +270,10 @@ def told(one: Estimate) -> str:
     return f"{style.three(one.value)} [{low}, {high}]"
 
 
-def extrapolation(runs: pd.DataFrame, x: str) -> None:
+def extrapolation(view: StudyView, runs: pd.DataFrame, x: str) -> None:
     """Whether the laws predict what they have not seen."""
-    found, refused = fits.held_out(runs, x)
+    predicted = fits.held_out(runs, x)
+    found, refused = predicted.found, predicted.refused
     st.header("Does the law predict a budget that it has not seen?", anchor=False)
     if found:
         with st.container(border=True):
@@ -243,10 +286,12 @@ def extrapolation(runs: pd.DataFrame, x: str) -> None:
                 alt="; ".join(f"{m}: mean error {style.three(100 * one.error)} %" for m, one in found.items()),
             )
             st.caption(
-                "Each budget is predicted from all the others; stars are predicted from smaller budgets only. Mean "
+                provisional(view)
+                + "Each budget is predicted from all the others; stars are predicted from smaller budgets only. Mean "
                 "absolute error: "
                 + ", ".join(f"{layout.plain(m)} {style.three(100 * one.error)} %" for m, one in found.items())
             )
+    layout.fitting(predicted.pending)
     layout.refused(refused)
 
 
@@ -295,6 +340,9 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
         format_func=layout.label,
     )  # fmt: skip
     found = fits.isoflop(runs[runs["method"] == method], f"flops_{kind}")
+    if isinstance(found, fits.Pending):
+        layout.fitting([str(method)])
+        return
     if isinstance(found, Refusal):
         layout.refused({str(method): found.reason})
         return
@@ -309,7 +357,8 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
             )
             growth = found.exponent
             st.caption(
-                "Parabolas of the log loss in the log parameters; a star is a budget's best size with its 95 % "
+                provisional(view)
+                + "Parabolas of the log loss in the log parameters; a star is a budget's best size with its 95 % "
                 "interval. "
                 + (
                     f"The best size grows with C^{told(growth)}."
@@ -328,15 +377,19 @@ def isoflop(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
                     for row in found.minima.to_dict("records")
                 ),
             )
-            st.caption("Best size (left) and the tokens that it leaves (right) at the budgets with a minimum.")
+            st.caption(
+                provisional(view)
+                + "Best size (left) and the tokens that it leaves (right) at the budgets with a minimum."
+            )
     layout.refused({f"{style.power(float(f'{p.budget:.2g}'))} FLOPs": p.problem for p in found.profiles if p.problem})
-    surfaces, _ = fits.surfaces(runs[runs["method"] == method])
-    for law in surfaces.values():
+    surfaces = fits.surfaces(runs[runs["method"] == method])
+    layout.fitting(surfaces.pending)
+    for law in surfaces.found.values():
         if warning := analysis.disagreement(found, law):
             st.warning(layout.plain(warning), icon=":material/warning:")
 
 
-def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
+def multipliers(view: StudyView, runs: pd.DataFrame, kind: FlopsKind) -> None:
     """What one method is worth in another's compute, and in its parameters."""
     methods = list(dict.fromkeys(runs["method"]))
     if len(methods) < 2:
@@ -353,7 +406,9 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
     )
     for x, title in ((f"flops_{kind}", f"Equivalent compute ({kind} FLOPs)"), ("parameters", "Equivalent parameters")):
         st.header(title, anchor=False)
-        laws, refused = fits.power_laws(runs, x)
+        fitted = fits.power_laws(runs, x)
+        laws, refused = fitted.found, fitted.refused
+        layout.fitting(fitted.pending)
         found = {}
         for method, law in laws.items():
             if method != reference and reference in laws:
@@ -374,14 +429,15 @@ def multipliers(runs: pd.DataFrame, kind: FlopsKind) -> None:
                     alt="; ".join(f"{method}: {told(one.mean)} times" for method, one in found.items()),
                 )
                 st.caption(
-                    f"How many times as much {layout.plain(reference)} needs for the same loss, where runs of both"
+                    provisional(view)
+                    + f"How many times as much {layout.plain(reference)} needs for the same loss, where runs of both"
                     " reach it; above 1 the method is the cheaper one. Geometric means: "
                     + ", ".join(f"{layout.plain(m)} {layout.plain(told(one.mean))}" for m, one in found.items())
                 )
         layout.refused(refused)
 
 
-def worth(runs: pd.DataFrame) -> None:
+def worth(view: StudyView, runs: pd.DataFrame) -> None:
     """phi: what a further pass is worth, in new parameters."""
     st.markdown(
         r"$L = E + A\,(N_\text{once} + r^{\varphi} N_\text{rec})^{-a} + B\,D^{-b}$, "
@@ -389,6 +445,9 @@ def worth(runs: pd.DataFrame) -> None:
         "pass of the stack is worth as many new parameters, **0** where it is worth nothing."
     )
     found = fits.recurrence(runs)
+    if isinstance(found, fits.Pending):
+        layout.fitting(["φ"])
+        return
     if isinstance(found, Refusal):
         layout.refused({"φ": found.reason})
         return
@@ -404,8 +463,8 @@ def worth(runs: pd.DataFrame) -> None:
             title="What a pass is worth",
             alt="; ".join(f"{method}: {told(one)}" for method, one in found.phi.items()),
         )
-        if found.note:
-            st.caption(layout.plain(found.note.capitalize() + "."))
+        if text := provisional(view) + (layout.plain(found.note.capitalize() + ".") if found.note else ""):
+            st.caption(text)
     layout.refused({method: one.problem for method, one in found.phi.items() if one.problem})
     rows = [
         {"method": method, "control": control, "φ minus the control's": told(found.advantage(method, control))}
@@ -424,9 +483,11 @@ def worth(runs: pd.DataFrame) -> None:
         st.caption(f"{', '.join(old)}: these differ from a router in more than where the steps are; no verdict.")
 
 
-def surface(runs: pd.DataFrame) -> None:
+def surface(view: StudyView, runs: pd.DataFrame) -> None:
     """L(N, D): the surface, observed against fitted."""
-    laws, refused = fits.surfaces(runs)
+    fitted = fits.surfaces(runs)
+    laws, refused = fitted.found, fitted.refused
+    layout.fitting(fitted.pending)
     if laws:
         rows = [
             {"method": method, **{name: told(one) for name, one in law.estimates.items()}}
@@ -442,7 +503,10 @@ def surface(runs: pd.DataFrame) -> None:
                 title="L(N, D): observed against fitted loss",
                 alt="Observed against fitted loss, and residuals against parameters",
             )
-            st.caption("Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend.")
+            st.caption(
+                provisional(view)
+                + "Left: a run on the dashed line is fitted exactly. Right: residuals should show no trend."
+            )
     layout.refused(refused)
 
 

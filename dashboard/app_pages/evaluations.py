@@ -115,7 +115,7 @@ def tasks(found: dict[str, dict[str, dict]]) -> None:
         },
     )
     st.caption("Small models are near chance on multiple choice: bits per byte of the right answers tell them apart.")
-    layout.download("Table, CSV", lambda: layout.csv(table).encode(), "tasks.csv", "text/csv")
+    layout.table_files(table, name="tasks", title="Scores of tasks")
 
 
 def dials(found: dict[str, dict[str, dict]]) -> None:

@@ -197,7 +197,7 @@ def beside_controls(view: StudyView) -> None:
 
 def ladder(view: StudyView, counted: pd.DataFrame) -> None:
     """The learned router against ways of halting that know less and more, on the same weights."""
-    routed = counted[(counted["state"] == "finished") & counted["method"].map(data.routes)]
+    routed = counted[(counted["state"] == "finished") & counted["routed"]]
     shelf = store()
     rows: list[pd.DataFrame] = []
     for run in routed.head(MOST_READ).to_dict("records"):
@@ -266,8 +266,8 @@ def one_run(view: StudyView, counted: pd.DataFrame) -> None:
             summary = shelf.halting_summary(view.name, key, step)
         except StoreError as error:
             st.warning(layout.plain(error), icon=":material/broken_image:")
-    method = dict(zip(counted["key"], counted["method"], strict=True))[key]
-    for alarm in summary.get("alarms") or [] if data.routes(method) else []:  # type: ignore[attr-defined]
+    routed = dict(zip(counted["key"], counted["routed"], strict=True))[key]
+    for alarm in summary.get("alarms") or [] if routed else []:  # type: ignore[attr-defined]
         st.warning(f"**Router alarm**: {layout.plain(alarm)}", icon=":material/notification_important:")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):

@@ -56,7 +56,7 @@ def card(view: StudyView, run: pd.Series) -> None:
         if state == "running":
             found = health.judge(
                 data.metrics(store(), view.name, str(run["key"])),
-                routes=data.routes(run["method"]),
+                routes=bool(run["routed"]),
                 l_max=float(run["l_max"]),
                 silent=time.time() - run["heartbeat"] if math.isfinite(run["heartbeat"]) else 0.0,
             )

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import streamlit as st
 
-from haltscale.dashboard import data, fits, layout, style
+from haltscale.dashboard import data, fit_jobs, layout, style
 from haltscale.dashboard.cached_store import store
 from haltscale.dashboard.data import FlopsKind, StudyView, mapping, number, words
 from haltscale.platform import analysis
@@ -34,7 +34,7 @@ def body(view: StudyView) -> None:
         st.header("How laws are fitted", anchor=False)
         st.markdown(
             f"- Sum of Huber losses (δ = {DELTA:g}) of log-residuals; {STARTS} starts of L-BFGS.\n"
-            f"- {100 * LEVEL:.0f} % intervals of a bootstrap over runs, {fits.BOOTSTRAPS} resamples here.\n"
+            f"- {100 * LEVEL:.0f} % intervals of a bootstrap over runs, {fit_jobs.BOOTSTRAPS} resamples here.\n"
             f"- Refused under {MIN_RUNS} runs, {MIN_BUDGETS} different values of an input, or a range below "
             f"a factor of {MIN_RANGE:g}.\n"
             "- Runs that are not finished, that diverged, or that only tuned hyperparameters never enter.\n"
@@ -46,13 +46,7 @@ def body(view: StudyView) -> None:
         st.header("Download the study", anchor=False)
         every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
         with st.container(horizontal=True):
-            layout.download("Runs, CSV", lambda: layout.csv(every).encode(), f"{view.name}-all.csv", "text/csv")
-            layout.download(
-                "Runs, Parquet",
-                lambda: layout.parquet(every),
-                f"{view.name}-all.parquet",
-                "application/vnd.apache.parquet",
-            )
+            layout.table_files(every, name=f"{view.name}-all", title=f"Runs of {view.name}")
             layout.download("Records, JSON", lambda: records(view), f"{view.name}-records.json", "application/json")
         st.caption("The whole study as one page that needs no server:")
         st.code(f"haltscale report {view.name} --out {view.name}.html", language=None)

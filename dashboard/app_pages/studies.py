@@ -160,10 +160,7 @@ def runs(view: StudyView) -> None:
     layout.table(shown, key="runs-table", alt=f"{len(shown)} runs with their numbers", column_config=columns)
     every = view.runs[[*data.TEXT, *(name for name in data.NUMBERS if name not in ("rank", "shade"))]]
     with right, st.container(horizontal=True, horizontal_alignment="right"):
-        layout.download("CSV", lambda: layout.csv(every).encode(), f"{view.name}-runs.csv", "text/csv")
-        layout.download(
-            "Parquet", lambda: layout.parquet(every), f"{view.name}-runs.parquet", "application/vnd.apache.parquet"
-        )
+        layout.table_files(every, name=f"{view.name}-runs", title=f"Runs of {view.name}")
     apart = int((~sound(view.runs)).sum())
     if apart:
         st.caption(f"{apart} diverged or damaged runs are listed here and drawn nowhere.")

@@ -176,7 +176,7 @@ def corpus(view: StudyView, key: str) -> None:
                 f"{layout.plain(found_row['document'])}, position {position:,}: the token "
                 f"{layout.plain(tokens.visible(found_row['token']))} and the text around it."
             )
-    layout.download("Table, CSV", lambda: layout.csv(table).encode(), f"{view.name}-{key}-tokens.csv", "text/csv")
+    layout.table_files(table.assign(key=key), name=f"{view.name}-{key}-tokens", title=f"Held-out tokens: {order}")
     st.header("Token types by latent steps", anchor=False)
     try:
         types = _ranking(*files)

@@ -34,6 +34,7 @@ from haltscale.platform.analysis.matched import (
 from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import Selection, usable
 from haltscale.platform.analysis.sweeps import SeedNoise, importance, seed_noise, slices
+from haltscale.platform.analysis.targets import Outcome, Target, judge, targets_of
 
 __all__ = [
     "Basis",
@@ -43,10 +44,12 @@ __all__ = [
     "IsoFlop",
     "LawFit",
     "Multiplier",
+    "Outcome",
     "RecurrenceFit",
     "Refusal",
     "SeedNoise",
     "Selection",
+    "Target",
     "Verdict",
     "choose_setting",
     "compare_arms",
@@ -58,6 +61,7 @@ __all__ = [
     "fit_surface",
     "importance",
     "isoflop",
+    "judge",
     "leave_one_budget_out",
     "matched_points",
     "mean_difference",
@@ -67,6 +71,7 @@ __all__ = [
     "recipe_warning",
     "seed_noise",
     "slices",
+    "targets_of",
     "usable",
     "verdict",
 ]

@@ -99,7 +99,7 @@ def _either_way(logs: Floats) -> tuple[Floats, Floats]:
     """Interval of multipliers from replicates of their logarithm.
 
     Where neither resampled law reaches a loss (infinity over infinity), the multiplier could be anything: that
-    replicate speaks for both ends.
+    replicate counts for both ends.
     """
     unknown = np.isnan(logs)
     low, _ = interval(np.exp(np.where(unknown, -np.inf, logs)))

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 quiet = np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")
 """Decorates what may overflow to infinity on the way: that is the right value there (a coefficient at x = 1, a
-multiplier below E), it counts as infinite, and is no news for a log."""
+multiplier below E), it counts as infinite, and its logarithm is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ class LawFit:
     @quiet
     def predict(self, points: Points) -> Floats:
         """``(n,)`` fitted loss, nats per token."""
-        return np.exp(self.form.evaluate(self.theta[None], points)[0][0])
+        return np.asarray(np.exp(self.form.evaluate(self.theta[None], points)[0][0]), dtype=np.float64)
 
     @quiet
     def band(self, points: Points) -> tuple[Floats, Floats]:
@@ -180,11 +180,11 @@ class RecurrenceFit:
 
         Raises:
             KeyError: one of them is not in the fit.
-            ValueError: the one is no replay control of the other: what differs in more than where the steps are carries
-                no verdict on the router.
+            ValueError: the one is not a replay control of the other; a difference in more than the placement of the
+                steps allows no verdict on the router.
         """
         if control not in controls_of(method, [control]):
-            raise ValueError(f"{control} is no replay control of {method} (docs/controls.md)")
+            raise ValueError(f"{control} is not a replay control of {method} (docs/controls.md)")
         first, second = (1 + 2 * self.law.form.terms + self.law.form.phis.index(n) for n in (method, control))
         problem = self.phi[method].problem or self.phi[control].problem
         difference = self.law.replicates[:, first] - self.law.replicates[:, second]

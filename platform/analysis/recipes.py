@@ -33,16 +33,16 @@ def recipe_warning(runs: pd.DataFrame) -> str:
         return ""
     sources = texts(runs["recipe"]) if "recipe" in runs else [""] * len(runs)
     ends = texts(runs["recipe_at_end"]) if "recipe_at_end" in runs else [""] * len(runs)
-    told = []
+    warnings = []
     for source, meaning in UNFAIR.items():
         if found := sorted({str(arm) for arm, own in zip(arms, sources, strict=True) if own == source and arm}):
-            told.append(f"{', '.join(found)}: {meaning}")
+            warnings.append(f"{', '.join(found)}: {meaning}")
     at_end: dict[str, set[str]] = {}
     for arm, end in zip(arms, ends, strict=True):
         if end:
             at_end.setdefault(str(end), set()).add(str(arm))
-    told += [
+    warnings += [
         f"{', '.join(sorted(found))}: the best {end} is the last of those tried, so a better one may lie beyond"
         for end, found in sorted(at_end.items())
     ]
-    return "; ".join(told)
+    return "; ".join(warnings)

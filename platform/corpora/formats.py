@@ -184,7 +184,7 @@ def json_rows(
     """(offset, number of the line in the shard, value) of the JSON lines that begin there, without blank lines.
 
     Raises:
-        SourceError: a line is no JSON, or holds one of these fields twice.
+        SourceError: a line is not JSON, or holds one of these fields twice.
     """
     for number, (offset, line) in enumerate(_lines(source, file, shard, counted), start=1):
         text = source.decode(line, file.url, offset, counted).strip()
@@ -194,9 +194,9 @@ def json_rows(
         try:
             row, repeated = json.loads(text), _repeated(text, fields)
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{file.url} is no JSON in {place} ({error})", number) from None
+            raise SourceError(f"{file.url} is not valid JSON in {place} ({error})", number) from None
         if repeated:
-            message = f"{file.url}, {place} holds the field {repeated!r} more than once: which one is meant?"
+            message = f"{file.url}, {place} has the field {repeated!r} more than once: keep one of them"
             raise SourceError(message, number)
         yield offset, number, row
 
@@ -242,7 +242,7 @@ def _read_csv(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator
                 yield f"{file.name}#{index}", source.decode(cell.content, file.url, cell.offset, counted)
                 index += 1
         except CsvError as error:
-            raise SourceError(f"{file.url} is no CSV: {error}") from None
+            raise SourceError(f"{file.url} is not valid CSV: {error}") from None
 
 
 def _read_parquet(source: Readable, shard: Shard, counted: Counter[str]) -> Iterator[Document]:
@@ -325,7 +325,7 @@ def _read_hugging_face(source: Readable, shard: Shard, counted: Counter[str]) ->
     except SourceError:
         raise
     except Exception as error:  # the library raises what its readers and its network stack raise
-        where = f"dataset {source.path!r}, shard {shard.first}, cannot be read behind row {index}"
+        where = f"dataset {source.path!r}, shard {shard.first}, cannot be read after row {index}"
         raise SourceError(f"{where} ({type(error).__name__}: {error})") from error
 
 
@@ -439,13 +439,13 @@ def named_errors(file: File) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, pa.ArrowException, lzma.LZMAError, zlib.error, MemoryError) as error:
-        reason = str(error) or "it says that it holds more than fits into memory"  # as damaged lengths may
+        reason = str(error) or "its header declares more data than fits into memory"  # as damaged lengths may
         raise SourceError(f"{file.url} cannot be read, it may be cut short ({reason})") from error
 
 
 def _field(source: Readable, row: Any, where: str) -> str | None:
     if not isinstance(row, Mapping):
-        raise SourceError(f"{where} is no object with fields")
+        raise SourceError(f"{where} is not an object with fields")
     if source.text_field not in row:
         raise SourceError(_no_field(source, list(row), where))
     text = row[source.text_field]
@@ -465,7 +465,7 @@ def _only(source: Readable, names: list[str], where: str) -> int:
 
 def _no_field(source: Readable, names: list[str], where: str) -> str:
     there = ", ".join(repr(name) for name in names)
-    return f"{where} has no field {source.text_field!r}; there are: {there}. Give one of them as text_field"
+    return f"{where} has no field {source.text_field!r}; available: {there}. Give one of them as text_field"
 
 
 def open_parquet(stream: Any, file: File) -> pq.ParquetFile:

@@ -58,7 +58,7 @@ class ChainedLookups:
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 found.append(f"{name} = {value!r}: must be an integer of at least {low} and at most {high}")
         if not found and self.questions > (there := (self.most + 1) * self.symbols):
-            found.append(f"questions = {self.questions}: must be at most {there}, so many different ones there are")
+            found.append(f"questions = {self.questions}: must be at most {there}, the number of different questions")
         return found
 
     @property
@@ -71,8 +71,8 @@ class ChainedLookups:
         """Every token; its place is its id. End-of-text, edges, questions, symbols."""
         names = string.ascii_lowercase[: self.symbols]
         edges = [f"{a}>{b}" for a in names for b in names if a != b]
-        asked = [f"{k}?{a}" for k in range(self.most + 1) for a in names]
-        return [END_OF_TEXT, *edges, *asked, *names]
+        questions = [f"{k}?{a}" for k in range(self.most + 1) for a in names]
+        return [END_OF_TEXT, *edges, *questions, *names]
 
     def documents(self, count: int) -> npt.NDArray[np.uint16]:
         """So many documents, end-of-text first: [count, length]. The first are the same whatever the count is."""
@@ -93,9 +93,9 @@ class ChainedLookups:
         for k in range(1, self.most + 1):
             further = np.take_along_axis(after, answers, axis=1)
             answers = np.where((hops >= k) & self.needed, further, answers)
-        asked = np.stack((first_question + hops * S + keys, first_symbol + answers), axis=2).reshape(count, 2 * Q)
+        questions = np.stack((first_question + hops * S + keys, first_symbol + answers), axis=2).reshape(count, 2 * Q)
         begin = np.zeros((count, 1), dtype=np.int64)
-        return np.concatenate((begin, edges, asked), axis=1).astype(np.uint16)
+        return np.concatenate((begin, edges, questions), axis=1).astype(np.uint16)
 
     def tokenizer(self) -> Tokenizer:
         """Word by word; the words are the vocabulary."""
@@ -135,7 +135,7 @@ def known_need(
         lookups: what they are like; ``ChainedLookups(needed=False)`` gives the twin.
 
     Raises:
-        ValueError: the description has errors, or too few documents are asked for.
+        ValueError: the description has errors, or too few documents are requested.
     """
     lookups = lookups or ChainedLookups()
     problems = lookups.problems()

@@ -1,6 +1,6 @@
 """Which sequences each step trains on: a pure function of seed and step, the same for every run of a study.
 
-The order knows nothing of workers: a step has a global batch, and a rank takes its contiguous share of it. So runs of
+The order does not depend on workers: a step has a global batch, and a rank takes its contiguous share of it. So runs of
 other worker counts, and resumed runs, see the same sequences in the same order. Any part of the order is computed from
 its position alone, at a cost that does not grow with the corpus.
 """
@@ -157,6 +157,6 @@ def rank_share(ids: Ids, *, rank: int, world: int) -> Ids:
     """
     batch = ids.shape[1]
     if batch % world:
-        raise ValueError(f"a global batch of {batch} sequences cannot be shared by {world} workers evenly")
+        raise ValueError(f"a global batch of {batch} sequences cannot be divided evenly among {world} workers")
     share = batch // world
     return ids[:, rank * share : (rank + 1) * share]

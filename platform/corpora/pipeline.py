@@ -289,7 +289,7 @@ class Preparation:
         began = logged = time.monotonic()
         done = before = sum(result is not None for result in kept.values())
         if before and before < len(jobs):
-            log.info("corpus %s: %s goes on, %d of %d shards are done", self.corpus.name, what, before, len(jobs))
+            log.info("corpus %s: %s resumes, %d of %d shards are done", self.corpus.name, what, before, len(jobs))
         for job in jobs:
             result = kept[job.index]
             if result is None:

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from haltscale.platform.corpora.corpus import WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
+from haltscale.platform.corpora.corpus import SHARED_WAIT_SECONDS, WAIT_SECONDS, Corpus, CorpusError, PreparedCorpus
 from haltscale.platform.corpora.pipeline import Preparation, Runner
 from haltscale.platform.corpora.shard_jobs import UNWRITABLE, Result
+from haltscale.platform.corpora.shared import SharedFolder, origin_of, shared_root
 from haltscale.platform.corpora.streamed import StreamedPreparation
 from haltscale.platform.durable import write_json
+from haltscale.platform.lease import Lease, LeaseHeldError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def prepare(corpus: Corpus, context: int, *, batch: int = 1, run: Runner = in_pr
 
     Raises:
         CorpusError: the corpus cannot be prepared as it is, or the cache cannot be written; nothing was published. What
-            was finished before the disk filled or the process was killed is kept, and the next call goes on from it.
+            was finished before the disk filled or the process was killed is kept, and the next call resumes from it.
     """
     return _enough_for(batch, _prepare(corpus, context, run, rows=None, stop=threading.Event()))
 
@@ -78,19 +80,21 @@ def begin(
     if prepared and prepared.counts.pop("problem", None):  # it is tried again: those who wait do not see the old one
         with contextlib.suppress(OSError):
             write_json(prepared.folder / "corpus.json", prepared.counts)
+            if prepared.url:
+                SharedFolder(prepared.url).replace_counts(prepared.counts)
     stop = threading.Event()
     failures: list[Exception] = []
 
-    def go_on() -> None:
+    def prepare_rest() -> None:
         try:
             wanted = None if rows is None else max(rows, batch)
             _prepare(corpus, context, run, rows=wanted, stop=stop)
         except Exception as error:
             failures.append(error)
             if not stop.is_set():
-                log.error("preparing corpus %s has failed: %s", corpus.name, error)
+                log.error("preparation of corpus %s failed: %s", corpus.name, error)
 
-    thread = threading.Thread(target=go_on, daemon=True, name=f"corpus-{corpus.name}")
+    thread = threading.Thread(target=prepare_rest, daemon=True, name=f"corpus-{corpus.name}")
     thread.start()
     try:
         while not (prepared and prepared.has(batch)):
@@ -122,20 +126,28 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
 
     def there() -> PreparedCorpus | None:
         prepared = _opened(corpus, context)
+        if prepared and prepared.url and not SharedFolder(prepared.url).counts():
+            return None  # prepared here, but not uploaded yet
         return prepared if prepared and (prepared.is_complete or (rows is not None and prepared.has(rows))) else None
 
     if prepared := there():
         return prepared
     _refuse(corpus)
     try:
-        with _alone(folder, stop):
+        with _alone(folder, stop), _owned(corpus.place(context), stop):
+            _remove_outdated(folder, corpus)
             if prepared := there():  # another process may have been faster
                 return prepared
-            _remove_outdated(folder, corpus)
-            if corpus.segment_tokens is None:
+            if origin_of(folder):  # begun by a node that is gone, with what it had on its disk: it is begun again
+                shutil.rmtree(folder)
+            if corpus.segment_tokens is None and not PreparedCorpus.open(folder):
                 prepared = Preparation(corpus, context, folder, run).publish()
-            else:
+            elif corpus.segment_tokens is not None:
                 prepared = StreamedPreparation(corpus, context, folder, run, rows=rows, stop=stop).publish()
+            if shared_root():
+                SharedFolder(corpus.place(context)).publish()
+            prepared = _opened(corpus, context)
+            assert prepared is not None, "just published"
             for line in prepared.losses():
                 log.warning("corpus %s: source %s", corpus.name, line)
             return prepared
@@ -143,7 +155,7 @@ def _prepare(corpus: Corpus, context: int, run: Runner, *, rows: int | None, sto
         if error.errno not in UNWRITABLE:
             raise
         message = f"the cache {folder.parent} cannot be written ({error.strerror}): free space, or point"
-        kept = "HALTSCALE_HOME elsewhere; what is finished is kept, and preparing again goes on from there"
+        kept = "HALTSCALE_HOME elsewhere; finished shards are kept, and preparing again resumes from them"
         raise CorpusError(corpus.name, [f"{message} {kept}"]) from error
 
 
@@ -159,7 +171,7 @@ def _opened(corpus: Corpus, context: int) -> PreparedCorpus | None:
     Raises:
         CorpusError: it is damaged.
     """
-    prepared = PreparedCorpus.open(corpus.cache(context), corpus.weights)
+    prepared = PreparedCorpus.open(corpus.place(context), corpus.weights)
     if prepared is None or prepared.is_outdated(corpus):
         return None
     prepared.check_parts()
@@ -174,6 +186,30 @@ def _remove_outdated(folder: Path, corpus: Corpus) -> None:
     aside = folder.with_name(f"{folder.name}.outdated")
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def _owned(place: str, stop: threading.Event) -> Iterator[None]:
+    """One preparation at a time of a corpus that nodes share, by a lease; nothing to do where they share a folder."""
+    if not shared_root():
+        yield
+        return
+    shared, is_logged = SharedFolder(place), False
+    lease = Lease(shared, shared.path)
+    while True:
+        try:
+            lease.acquire()
+            break
+        except LeaseHeldError as error:
+            if not is_logged:
+                log.info("waiting for %s: %s", place, error)
+            is_logged = True
+            if stop.wait(SHARED_WAIT_SECONDS):
+                raise CorpusError(shared.local.name, ["another node prepares it"]) from None
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 @contextlib.contextmanager
@@ -192,7 +228,7 @@ def _alone(folder: Path, stop: threading.Event) -> Iterator[None]:
                 log.info("another process prepares %s: waiting for it", folder.name)
             is_logged = True
             if stop.wait(WAIT_SECONDS):
-                raise CorpusError(folder.name, ["another process prepares it"]) from None
+                raise CorpusError(folder.name, ["another process is preparing it"]) from None
             continue
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,10 +23,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from haltscale.platform.corpora import prepare as plain
 from haltscale.platform.corpora.corpus import Corpus, PreparedCorpus, RowReader, Tokens
 from haltscale.platform.corpora.order import Mixture, global_batches, rank_share
+from haltscale.platform.corpora.shared import shared_root
 from haltscale.platform.ray_connection import quiet_ray_data
 
 DATA_CPUS = 0.2
@@ -41,7 +45,8 @@ BESIDE_SHARE = 4
 
 
 def prepare(corpus: Corpus, context: int, *, batch: int = 1) -> PreparedCorpus:
-    """:func:`haltscale.platform.corpora.prepare.prepare`, its shards spread over the cluster."""
+    """:func:`haltscale.platform.corpora.prepare.prepare`, its shards spread over the cluster; where nodes share no
+    folder (``HALTSCALE_CORPORA``), over this node's CPUs."""
     return plain.prepare(corpus, context, batch=batch, run=spread)
 
 
@@ -75,6 +80,10 @@ def spread(
     resources: dict[str, Any] = {}
     if beside is not None:
         resources = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=beside)}
+    if shared_root():  # what they write is on the disk of the node that uploads it, whose CPUs Ray may not have
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        pool = ray.data.TaskPoolStrategy(size=beside or len(os.sched_getaffinity(0)))
+        resources = {"num_cpus": 0, "compute": pool, "scheduling_strategy": here}
     dataset = dataset.map(_run_job, fn_kwargs={"function": function}, **resources)
     dataset.context.execution_options.preserve_order = True
     for results in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
@@ -100,7 +109,7 @@ class Batch:
 
 
 def stream(
-    folder: Path, *, seed: int, mixture: Mixture, batch: int, first_step: int, steps: int, rank: int, world: int
+    place: str | Path, *, seed: int, mixture: Mixture, batch: int, first_step: int, steps: int, rank: int, world: int
 ) -> Iterator[Batch]:
     """Stream one rank's batches of the steps ``first_step .. steps - 1``, in order, reading ahead.
 
@@ -108,7 +117,7 @@ def stream(
     It is this process that waits for more, not a task: tasks that wait would keep the CPUs of others.
 
     Args:
-        folder: a prepared corpus's folder.
+        place: a prepared corpus's (:attr:`PreparedCorpus.place`).
         seed: of the order.
         mixture: the rows of its sources, and their weights.
         batch: sequences of a global batch.
@@ -120,11 +129,11 @@ def stream(
     Raises:
         CorpusError: a streamed corpus could not be prepared further.
     """
-    rank_of: dict[str, Any] = {"folder": str(folder), "seed": seed, "batch": batch, "rank": rank, "world": world}
+    rank_of: dict[str, Any] = {"place": str(place), "seed": seed, "batch": batch, "rank": rank, "world": world}
     if not mixture.segment:
         yield from _windows(first_step, steps, mixture=mixture, **rank_of)
         return
-    corpus = PreparedCorpus.open(folder)
+    corpus = PreparedCorpus.open(place)
     assert corpus is not None, "the caller has opened it"
     while first_step < steps:
         corpus = corpus.wait_for((first_step + 1) * batch)
@@ -134,34 +143,63 @@ def stream(
 
 
 def _windows(
-    first_step: int, steps: int, *, folder: str, seed: int, mixture: Mixture, batch: int, rank: int, world: int
+    first_step: int, steps: int, *, place: str, seed: int, mixture: Mixture, batch: int, rank: int, world: int
 ) -> Iterator[Batch]:
-    """:func:`stream` of rows that are all there."""
-    quiet_ray_data()
-    row_tokens = _reader(folder).read(np.array([0])).shape[1]
+    """:func:`stream` of rows that are all there.
+
+    The first window is read here. Meanwhile Ray starts a process for the others, which takes seconds: longer than many
+    a small run trains.
+    """
+    row_tokens = _reader(place).read(np.array([0])).shape[1]
     each = min(64, max(1, WINDOW_TOKENS * world // (batch * row_tokens)))
     windows = [{"first": first, "steps": min(each, steps - first)} for first in range(first_step, steps, each)]
     if not windows:
         return
-    read = {"folder": folder, "seed": seed, "mixture": mixture, "batch": batch, "rank": rank, "world": world}
+    read: dict[str, Any] = {
+        "place": place,
+        "seed": seed,
+        "mixture": mixture,
+        "batch": batch,
+        "rank": rank,
+        "world": world,
+    }
+    others = _read_by_ray(windows[1:], read) if len(windows) > 1 else iter(())
+    beside = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    try:
+        second = beside.submit(next, others, None)
+        first = {name: np.array([number]) for name, number in windows[0].items()}
+        yield from _batches(_read_window(first, **read), batch=batch, world=world)
+        if (window := second.result()) is not None:
+            yield from _batches(window, batch=batch, world=world)
+        for window in others:
+            yield from _batches(window, batch=batch, world=world)
+    finally:
+        beside.shutdown(wait=False)  # a budget of FLOPs may end a run before its second window is there
+
+
+def _read_by_ray(windows: list[dict[str, int]], read: dict[str, Any]) -> Iterator[pa.Table]:
+    quiet_ray_data()
     dataset = ray.data.from_items(windows, override_num_blocks=len(windows))
     dataset = dataset.map_batches(_read_window, batch_size=None, fn_kwargs=read, num_cpus=DATA_CPUS)
     dataset.context.execution_options.preserve_order = True
-    for window in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
-        seq_ids = np.stack(window["seq_ids"].to_numpy(zero_copy_only=False))
-        tokens = np.stack(window["tokens"].to_numpy(zero_copy_only=False))
-        for index, step in enumerate(window["step"].to_pylist()):
-            share = tokens[index].reshape(batch // world, -1).astype(np.int64)
-            yield Batch(step=step, seq_ids=seq_ids[index], tokens=share)
+    return iter(dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"))
+
+
+def _batches(window: pa.Table, *, batch: int, world: int) -> Iterator[Batch]:
+    seq_ids = np.stack(window["seq_ids"].to_numpy(zero_copy_only=False))
+    tokens = np.stack(window["tokens"].to_numpy(zero_copy_only=False))
+    for index, step in enumerate(window["step"].to_pylist()):
+        share = tokens[index].reshape(batch // world, -1).astype(np.int64)
+        yield Batch(step=step, seq_ids=seq_ids[index], tokens=share)
 
 
 @lru_cache(maxsize=2)
-def _reader(folder: str) -> RowReader:
-    return RowReader(Path(folder))
+def _reader(place: str) -> RowReader:
+    return RowReader(place)
 
 
 def _read_window(
-    window: dict[str, Any], *, folder: str, seed: int, mixture: Mixture, batch: int, rank: int, world: int
+    window: dict[str, Any], *, place: str, seed: int, mixture: Mixture, batch: int, rank: int, world: int
 ) -> pa.Table:
     steps: list[int] = []
     ids: list[npt.NDArray[np.int64]] = []
@@ -169,6 +207,6 @@ def _read_window(
         whole = global_batches(seed=seed, mixture=mixture, batch=batch, first_step=first, steps=count)
         steps += range(first, first + count)
         ids += list(whole)
-    reader = _reader(folder)
+    reader = _reader(place)
     tokens = [reader.read(row).ravel() for row in rank_share(np.stack(ids), rank=rank, world=world)]
     return pa.table({"step": steps, "seq_ids": [row.tolist() for row in ids], "tokens": pa.array(tokens)})

@@ -146,7 +146,7 @@ def _kept(path: Path, is_whole: Callable[[Result], bool]) -> Result | None:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
         if is_whole(result):
             return result
-        reason = "it does not fit the files that it was made of, or beside it"
+        reason = "it does not match its source files or its neighbours"
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         reason = f"it is damaged: {error}"
     log.warning("%s is made again (%s)", path, reason)
@@ -198,7 +198,7 @@ def _tokenise(job: TokeniseJob) -> Result:
             if position == job.source.documents:
                 break
         if job.source.stamp(job.shard) != stamp:
-            raise SourceError(f"{job.shard.files[0].url} has changed while it was read: prepare the corpus again")
+            raise SourceError(f"{job.shard.files[0].url} changed while it was being read: prepare the corpus again")
     result = {
         "index": job.index,
         "source": job.name,

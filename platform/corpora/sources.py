@@ -3,7 +3,7 @@
 A source is a description. It lists its files, cuts them into shards that are read independently of each other, and
 reads a shard's documents (:mod:`haltscale.platform.corpora.formats`).
 
-What cannot be read stops the preparation with a :class:`SourceError` that names file and place; what is no document
+What cannot be read stops the preparation with a :class:`SourceError` that names file and place; what is not a document
 (an empty file, a null, a text that a filter refuses) is skipped and counted by reason. ``docs/corpora.md`` lists both.
 """
 
@@ -209,9 +209,9 @@ class Source:
         for name in ("documents", "max_characters", "longest_document_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                found.append(f"{name} is {value!r}, needs a whole number above 0")
+                found.append(f"{name} must be an integer above 0 (got {value!r})")
         if self.weight is not None and not (isinstance(self.weight, int | float) and 0 < self.weight < float("inf")):
-            found.append(f"weight is {self.weight!r}, needs a number above 0 (leave the source out to use none of it)")
+            found.append(f"weight must be a number above 0 (got {self.weight!r}); to exclude a source, remove it")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             found.append(f"max_characters {self.max_characters} is below min_characters {self.min_characters}")
         if self.delimiter is not None and (
@@ -223,9 +223,9 @@ class Source:
         if self.keep:
             try:
                 if not callable(_predicate(self.keep)):
-                    found.append(f"keep {self.keep!r} is no function")
+                    found.append(f"keep {self.keep!r} is not a function")
             except Exception as error:  # the module's own, too
-                what = "is no importable module:function"
+                what = "is not an importable module:function"
                 found.append(f"keep {self.keep!r} {what} ({type(error).__name__}: {error})")
         return found
 
@@ -245,7 +245,7 @@ class Source:
             if not self._all_files:
                 fs, root = self._filesystem
                 there = fs.exists(root)
-                return [f"path {self.path} " + ("holds no *.txt or other file" if there else "does not exist")]
+                return [f"path {self.path} " + ("contains no *.txt or other file" if there else "does not exist")]
         except (OSError, ImportError, ValueError) as error:
             return [f"path {self.path} cannot be listed ({type(error).__name__}: {error})"]
         kinds = [self.kind] if self.kind is not Format.AUTO else list(SUFFIXES)
@@ -257,9 +257,11 @@ class Source:
             reason = "is an archive, or compressed in a way that is not read: unpack it"
             return _named(reason, [file.url for file in packed])
         if self.kind is Format.AUTO:
-            return [f"path {self.path}: its files' suffixes do not tell one format: give format=, one of {FORMATS}"]
+            return [
+                f"path {self.path}: its files' suffixes do not determine one format: give format=, one of {FORMATS}"
+            ]
         if not self.files:
-            return [f"path {self.path} holds no {' or '.join('*' + end for end in SUFFIXES[self.kind])} file"]
+            return [f"path {self.path} contains no {' or '.join('*' + end for end in SUFFIXES[self.kind])} file"]
         if found := [*(self._unreadable() if self.is_local else []), *self._mixed_parts()]:
             return found
         if self.kind in TOKEN_FORMATS:
@@ -283,7 +285,7 @@ class Source:
                 reasons.setdefault(f"cannot be read: {error.strerror}{link}", []).append(file.url)
                 continue
             if not is_regular:
-                reasons.setdefault("is no regular file", []).append(file.url)
+                reasons.setdefault("is not a regular file", []).append(file.url)
             elif not os.access(file.url, os.R_OK):
                 reasons.setdefault("cannot be read: permission denied", []).append(file.url)
         return [problem for reason, urls in reasons.items() for problem in _named(reason, urls)]
@@ -305,13 +307,13 @@ class Source:
         if file.compression:
             return "is compressed: token arrays are read in parts, unpack it first"
         if file.size % TOKEN_FORMATS[self.kind].itemsize:
-            return f"is no whole number of {self.kind}"
+            return f"is not a whole number of {self.kind}"
         with self.open(file) as stream:
             has_header = stream.read(6) == b"\x93NUMPY"
         return "has a NumPy header: write the bare array with ndarray.tofile" if has_header else ""
 
     def _first_document(self) -> None:
-        """Read one document of the first file that holds one, so that a wrong text field is told at once."""
+        """Read one document of the first file that holds one, so that a wrong text field is reported at once."""
         if self.kind in (Format.TEXT, Format.LINES):
             return
         for file in self.files[:8]:
@@ -632,7 +634,7 @@ def read_json_lines(path: str | os.PathLike[str], fields: tuple[str, ...]) -> It
         fields: none of them may stand in a line twice.
 
     Raises:
-        SourceError: the file cannot be read or is not UTF-8, or a line is no JSON or repeats a field.
+        SourceError: the file cannot be read or is not UTF-8, or a line is not JSON or repeats a field.
     """
     url = os.path.abspath(path)
     file = File(name=os.path.basename(url), url=url, size=_local_size(url))

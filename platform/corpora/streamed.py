@@ -39,6 +39,7 @@ from haltscale.platform.corpora.shard_jobs import (
     training_documents,
     write_dropped,
 )
+from haltscale.platform.corpora.shared import SharedFolder, shared_root
 from haltscale.platform.durable import write_json
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class StreamedPreparation(Preparation):
         return sum(part["rows"] for part in self.parts)
 
     def publish(self) -> PreparedCorpus:
-        """Go on until all that is wanted is published, or until stopped."""
+        """Continue until everything requested is published, or until stopped."""
         if self.segment < 1:
             few = f"segment_tokens {self.head_bytes} do not fill one row of {self.context + 1}: take larger segments"
             raise CorpusError(self.corpus.name, [few])
@@ -92,6 +93,8 @@ class StreamedPreparation(Preparation):
                 problem = problem.removeprefix(f"corpus {self.corpus.name}: ")
                 with contextlib.suppress(OSError):  # of a full disk
                     write_json(self.folder / "corpus.json", {**known.counts, "problem": problem})
+                    if shared_root():
+                        SharedFolder(self.corpus.place(self.context)).publish()
             elif isinstance(error, CorpusError):
                 shutil.rmtree(self.partial)
             raise
@@ -100,7 +103,7 @@ class StreamedPreparation(Preparation):
             for left in self.folder.glob("*.partial"):  # of a killed preparation
                 left.unlink()
         if not (prepared := PreparedCorpus.open(self.folder, self.corpus.weights)):
-            raise CorpusError(self.corpus.name, ["preparing it was stopped before its first segment was there"])
+            raise CorpusError(self.corpus.name, ["preparation was stopped before its first segment was ready"])
         return prepared
 
     def _go_on(self) -> bool:
@@ -260,7 +263,7 @@ class StreamedPreparation(Preparation):
     def _publish(self, plan: DocumentPlan, *, is_complete: bool) -> None:
         """Publish what is packed; a reader finds parts.json as far as corpus.json says, or further."""
         if not is_complete and self.rows <= (self.known.rows if self.known else 0):
-            return  # a preparation that goes on has not come to what is new yet
+            return  # a resumed preparation has not reached new shards yet
         target = self.folder if self.known else self.ready
         write_json(target / "parts.json", self.parts)
         done = self.shards[: self.packed_shards]
@@ -278,6 +281,8 @@ class StreamedPreparation(Preparation):
         if not self.known and (is_complete or self.rows >= self.segment):
             self.reveal()
         self.known = PreparedCorpus.open(self.folder)
+        if self.known and shared_root():
+            SharedFolder(self.corpus.place(self.context)).publish()
 
 
 class _Shard:

@@ -57,7 +57,7 @@ class BytePairs:
         if self.vocab_size < 257:
             found.append(f"vocab_size is {self.vocab_size}; 256 bytes and end-of-text need 257")
         if self.sample_bytes < 1:
-            found.append(f"sample_bytes is {self.sample_bytes}, needs at least 1")
+            found.append(f"sample_bytes must be at least 1 (got {self.sample_bytes})")
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Pretrained:
         """The tokenizer as ``tokenizer.json`` has it, without what :func:`plain_json` leaves out.
 
         Raises:
-            TokenizerError: it is not there, or is no tokenizer; the message says what to do.
+            TokenizerError: it is not there, or is not a tokenizer; the message says what to do.
         """
         try:
             return plain_json(self._load().to_str())
@@ -196,7 +196,7 @@ def exact(text: str, end_of_text: str | None) -> Tokenizer:
         end_of_text: the token between documents, which no text becomes; also where the file does not call it special.
 
     Raises:
-        TokenizerError: the text is no tokenizer.
+        TokenizerError: the text is not a tokenizer.
     """
     try:
         document = json.loads(plain_json(text))
@@ -213,7 +213,7 @@ def exact(text: str, end_of_text: str | None) -> Tokenizer:
 
 
 def _is_library_error(error: BaseException) -> bool:
-    """The tokenizers library raises bare Exceptions, and panics of Rust, which are no Exceptions."""
+    """The tokenizers library raises bare Exceptions, and panics of Rust, which are not Exceptions."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: how good, where the model thought, and what that cost."""
+"""Evaluation: loss, tasks, halting telemetry, and their cost."""

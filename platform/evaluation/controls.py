@@ -1,4 +1,4 @@
-"""Does the router know anything, and what would more or less thinking cost? Other halting on the same weights.
+"""Controls and compute dial: other halting on the same weights, at equal mean steps or at other depths.
 
 Controls (docs/controls.md): the split is read again with another source of steps, at the router's mean number of them.
 
@@ -38,7 +38,7 @@ from haltscale.platform.evaluation.halting_summary import interval_of, oracle
 from haltscale.platform.evaluation.held_out import Batch, Tally, TokenEvents, batches, read_batch
 
 TAUS = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-"""The dial's values of tau, beside the model's own. At 1 nothing is thought."""
+"""The dial's values of tau, beside the model's own. At 1 no latent step is taken."""
 
 
 def first_tokens(documents: Sequence[HeldOutDocument], tokens: int | None) -> list[HeldOutDocument]:
@@ -186,13 +186,13 @@ def _read(model: LanguageModel, text: Text, rule: Threshold) -> Arm:
     arm, shape = Arm(), model.config.shape
     loop = probing.latent_loop_of(model)
     assert loop is not None
-    asked = 0
+    head_rows = 0
     for batch in text.batches():
         reading, events = read_batch(model, batch, goes_on=rule)
-        asked += sum(reading.trace.counts.rows[: loop.rules.l_max])
+        head_rows += sum(reading.trace.counts.rows[: loop.rules.l_max])
         arm.add(events)
     if rule.score.reads_head:
-        arm.head_flops = ledger.head_flops(shape, model.config.vocab_size, asked)
+        arm.head_flops = ledger.head_flops(shape, model.config.vocab_size, head_rows)
     return arm
 
 

@@ -24,7 +24,7 @@ from haltscale.platform.store import RunStore
 
 
 class EvaluationError(ValueError):
-    """A model cannot be evaluated as asked; the message says what to do."""
+    """A model cannot be evaluated as requested; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Evaluation:
         """
         for name, value in (("limit", self.limit), ("tokens", self.tokens)):
             if value is not None and value < 1:
-                raise EvaluationError(f"{name} = {value}: must be at least 1")
+                raise EvaluationError(f"{name} must be at least 1 (got {value})")
         tasks = find_tasks(self.tasks, self.shots)
         store = RunStore(self.store)
         with model_folder(find_model(self.model, store), store) as folder:
@@ -94,12 +94,14 @@ def open_corpus(folder: str | Path, loaded: LoadedModel) -> PreparedCorpus:
     Raises:
         EvaluationError: there is none, or its tokens are not the model's.
     """
-    corpus = PreparedCorpus.open(Path(folder))
+    corpus = PreparedCorpus.open(folder)
     if corpus is None:
-        raise EvaluationError(f"{folder} holds no prepared corpus (corpus.json); a study prepares its own when it runs")
+        raise EvaluationError(
+            f"{folder} does not contain a prepared corpus (corpus.json); a study prepares its own when it runs"
+        )
     own, models = (_tokenizer_of(where / "tokenizer.json") for where in (corpus.folder, loaded.folder))
     if own != models:
-        raise EvaluationError(f"{folder} was tokenised with another tokenizer than the model's")
+        raise EvaluationError(f"{folder} was tokenised with a different tokenizer from the model's")
     return corpus
 
 
@@ -138,10 +140,10 @@ def evaluations(
         tokens: read only so many held-out tokens, rounded up to whole documents, for controls and dial.
 
     Raises:
-        EvaluationError: controls or dial are asked for without a corpus.
+        EvaluationError: controls or dial are requested without a corpus.
     """
     if (controls or with_dial) and not corpora:
-        raise EvaluationError("controls and dial read held-out text: name a prepared corpus")
+        raise EvaluationError("controls and dial require held-out text: name a prepared corpus")
     keep_freed_memory()
     context = loaded.model.config.context
     for corpus in corpora if held_out_loss else ():
@@ -162,7 +164,7 @@ TUNING_TOKENS = 16_384
 
 
 def training_text(corpus: PreparedCorpus, tokens: int) -> list[HeldOutDocument]:
-    """Training rows spread over a corpus, as many tokens as asked for but at most :data:`TUNING_TOKENS`; none where
+    """Training rows spread over a corpus, as many tokens as requested but at most :data:`TUNING_TOKENS`; none where
     the folder holds held-out text alone."""
     if not (corpus.folder / "parts.json").is_file():
         return []

@@ -197,6 +197,6 @@ def alarms(histogram: npt.NDArray[np.float64], *, l_max: int) -> list[str]:
     found = []
     same = int(histogram.argmax())
     if l_max and histogram[same] >= DEAD_SHARE:
-        where = {0: "no token thinks", l_max: "every token thinks to the end"}.get(same, f"all take {same}")
+        where = {0: "no token takes a step", l_max: "every token takes all steps"}.get(same, f"all take {same}")
         found.append(f"collapsed: {histogram[same]:.1%} of the tokens take {same} of {l_max} latent steps ({where})")
     return found

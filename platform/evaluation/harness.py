@@ -32,7 +32,7 @@ class HaltscaleLM(TemplateLM):
         super().__init__()
         self.loaded = loaded
         self.odd_requests = 0
-        """Requests that could not be answered as asked; each was named in a warning."""
+        """Requests that could not be answered as given; each was named in a warning."""
 
     @property
     def eot_token_id(self) -> int:
@@ -51,9 +51,9 @@ class HaltscaleLM(TemplateLM):
             return []
 
     def _left_out(self, what: object, why: str) -> None:
-        """Name a request that cannot be answered as asked: one of thousands does not end an evaluation."""
+        """Log a request that cannot be answered as given: one of thousands does not end an evaluation."""
         self.odd_requests += 1
-        log.warning("a request cannot be answered as asked, %s: %.200r", why, what)
+        log.warning("a request cannot be answered as given, %s: %.200r", why, what)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **ignored: Any
@@ -68,8 +68,8 @@ class HaltscaleLM(TemplateLM):
                 self._left_out(texts, problem)
                 pair = Pair([end], own[-room:])
             pairs.append(pair)
-        asked = [pair for pair in pairs if pair.continuation]
-        scored = iter(log_likelihoods(self.loaded, asked)[0])
+        continued = [pair for pair in pairs if pair.continuation]
+        scored = iter(log_likelihoods(self.loaded, continued)[0])
         answers = (next(scored) if pair.continuation else Scored(0.0, True) for pair in pairs)
         return [(one.log_likelihood, one.greedy) for one in answers]
 

@@ -1,4 +1,4 @@
-"""Held-out evaluation: loss, perplexity, bits per byte, and where the model thought. PyTorch only.
+"""Held-out evaluation: loss, perplexity, bits per byte, and latent steps. PyTorch only.
 
 Texts are read in batches of windows, and what happened at every token comes as a stream of events, so that a long
 evaluation needs no more memory than a short one.
@@ -259,7 +259,7 @@ class Tally:
             ValueError: nothing was taken in.
         """
         if not self.tokens:
-            raise ValueError("nothing was read: the text has no tokens")
+            raise ValueError("the held-out text has no tokens")
         loss = self._nll / self.tokens
         variance = max(self._nll2 - self._nll * loss, 0.0) / max(self.tokens - 1, 1)
         histogram = self._histogram / self.tokens

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from haltscale.platform.evaluation.evaluation_jobs import Evaluation  # noqa: E402
 from haltscale.platform.ray_connection import connected  # noqa: E402
 
-ENVIRONMENT = ("HALTSCALE_HOME", "HALTSCALE_TASKS")
+ENVIRONMENT = ("HALTSCALE_HOME", "HALTSCALE_CORPORA", "HALTSCALE_TASKS")
 """What the parts need of this process's environment: where corpora and tasks are."""
 
 
@@ -33,7 +33,7 @@ def spread(
         cpus: of each part, which computes with as many threads.
 
     Raises:
-        ValueError: as :meth:`Evaluation.results` does; the other parts go on until this process ends.
+        ValueError: as :meth:`Evaluation.results` does; the other parts continue until this process ends.
         ClusterError: the head takes jobs only.
     """
     with connected():

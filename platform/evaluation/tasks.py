@@ -77,12 +77,12 @@ def standard_task(name: str, shots: int) -> Task:
     """A standard task.
 
     Raises:
-        TaskError: there is none of that name or with so many shots, or the package is not here.
+        TaskError: no task has that name or number of shots, or the package is not installed.
     """
     if name not in STANDARD:
-        raise TaskError(f"no task {name!r}; there are: {', '.join(STANDARD)}, or the path of a file of JSON lines")
+        raise TaskError(f"task must be one of {', '.join(STANDARD)}, or a file of JSON lines (got {name!r})")
     if shots not in STANDARD[name]:
-        raise TaskError(f"{name} comes with {' or '.join(map(str, STANDARD[name]))} shots, not with {shots}")
+        raise TaskError(f"{name}: shots must be {' or '.join(map(str, STANDARD[name]))} (got {shots})")
     label = f"{name}-{shots}shot"
     packed = _package_file(f"{STANDARD[name][shots]}/requests.jsonl.gz")
     try:
@@ -117,7 +117,7 @@ def _package_file(path: str) -> bytes:
 
 def _grouped(label: str, rows: list[dict[str, object]]) -> Iterator[Item]:
     """Requests of the package's format, one row per choice, as items."""
-    questions: dict[int, list[dict]] = {}
+    questions: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         if row["doc_id"] < UNCONDITIONED:  # type: ignore[operator]
             questions.setdefault(row["doc_id"], []).append(row)  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ def task_file(path: str | Path) -> Task:
             raise TaskError(str(error)) from error
         raise TaskError(f"{path}, line {error.line}: needs an object with {' and '.join(FIELDS)} ({error})") from error
     if not items:
-        raise TaskError(f"{path} holds no item")
+        raise TaskError(f"{path} has no items")
     return Task(name=Path(bare_name(path.name)).stem, items=tuple(items))
 
 
@@ -172,7 +172,7 @@ def _own_item(where: str, row: Any) -> Item:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"{text!a} holds half a surrogate pair at character {error.start}"
-            raise TaskError(f"{where}: {half}, which is no text") from None
+            raise TaskError(f"{where}: {half}, which is not valid text") from None
     return _item(where, contexts=[query] * len(choices), choices=[f" {c}" for c in choices], gold=gold)
 
 

@@ -92,7 +92,7 @@ class EventsWriter:
         if self._waiting:
             self._flush()
         if self._writer is None:
-            raise ValueError("the validation split has no tokens: nothing was read")
+            raise ValueError("the validation split has no tokens")
         self._writer.close()
 
 
@@ -168,7 +168,7 @@ class Quantiles:
         """For each share, a number such that about that share of all lie below it."""
         upto = np.cumsum(self._counts)
         bins = np.searchsorted(upto, np.asarray(shares) * upto[-1], side="left")
-        return ((bins.astype(np.uint32) + 1) << self.SHIFT).view(np.float32)
+        return np.asarray(((bins.astype(np.uint32) + 1) << self.SHIFT).view(np.float32))
 
 
 def position_bins(position: npt.NDArray[Any], context: int) -> npt.NDArray[np.int64]:
@@ -233,7 +233,7 @@ def build_cube(events: EventsFile, edges: npt.NDArray[np.float32]) -> pd.DataFra
 def router_entropy(exits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Nats, of each row of exit masses: 0 where the router is certain when to stop."""
     masses = exits.astype(np.float64)
-    return -(masses * np.log(np.where(masses > 0, masses, 1.0))).sum(1)
+    return np.asarray(-(masses * np.log(np.where(masses > 0, masses, 1.0))).sum(1))
 
 
 def write_cube(cube: pd.DataFrame, edges: npt.NDArray[np.float32], metadata: Mapping[str, Any], path: Path) -> None:

@@ -18,12 +18,12 @@ FREQUENCY_CLASSES = 10
 
 
 class TokenClass(StrEnum):
-    """What a token looks like; its first character that is no white space decides."""
+    """What a token looks like; its first character that is not white space decides."""
 
     WORD_START = "word_start"
     """Letters after white space."""
     WORD_INSIDE = "word_inside"
-    """Letters that go on a word, or begin one without white space before it."""
+    """Letters that continue a word, or begin one without white space before it."""
     NUMBER = "number"
     PUNCTUATION = "punctuation"
     """Punctuation and symbols."""

@@ -8,11 +8,12 @@ the folder alone.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import math
-import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from haltscale.model import LanguageModel, Method, ModelConfig
+from haltscale.model import METHODS, LanguageModel, Method, ModelConfig
 from haltscale.platform.corpora.tokenization import exact
 from haltscale.platform.inference.models import (
     EXPORTED_CONFIG,
@@ -34,7 +35,7 @@ from haltscale.platform.inference.models import (
 from haltscale.platform.llama import llama_parts
 
 MODELING = "haltscale.platform.inference.huggingface"
-OWN_IMPORT = re.compile(r"^(\s*)from haltscale\.model(?:\.(\w+))? import", re.MULTILINE)
+MODEL = "haltscale.model"
 
 
 class ExportError(ValueError):
@@ -77,7 +78,7 @@ def _write(loaded: LoadedModel, target: Path, record: Mapping[str, Any]) -> Path
             config, weights = llama_config(model.config), llama_weights(model)
         else:
             config, weights = own_config(model.config), own_weights(model)
-            write_code(folder)
+            write_code(folder, model.config.method)
         end = loaded.end_of_text
         config |= {"dtype": str(next(iter(weights.values())).dtype).removeprefix("torch.")}
         config |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
@@ -156,22 +157,93 @@ def own_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     return {EXPORTED_PREFIX + name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
 
 
-def write_code(folder: Path) -> None:
-    """The modelling code and every file of haltscale.model that it needs, flat, with relative imports."""
+def write_code(folder: Path, method: str = Method.ADAPTIVE) -> None:
+    """The modelling code and every file that it needs of haltscale.model and of the method's own package, flat, with
+    relative imports.
+
+    Raises:
+        ExportError: the method is another package's, and a file of it imports what an export cannot include.
+    """
+    entry = METHODS[method].model.__module__
+    own = entry.partition(".")[0]
+    packages = ("haltscale", own)
     waiting, written = [MODELING], set[str]()
+    if own != "haltscale":
+        waiting.append(entry)
     while waiting:
         module = waiting.pop()
         if module in written:
             continue
         written.add(module)
-        source = _source(module)
-        name = "modeling_haltscale" if module == MODELING else module.rsplit(".", 1)[1]
-        (folder / f"{name}.py").write_text(OWN_IMPORT.sub(r"\1from .\2 import", source), encoding="utf-8")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and node.module == "haltscale.model":
-                waiting += [f"haltscale.model.{alias.name}" for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("haltscale."):
-                waiting.append(node.module)
+        source, needed = _flat(module, _source(module), packages)
+        if module == MODELING and own != "haltscale":
+            source += _registration(method, entry)
+        (folder / f"{_flat_name(module)}.py").write_text(source, encoding="utf-8")
+        waiting += needed
+
+
+def _flat(module: str, source: str, packages: tuple[str, ...]) -> tuple[str, list[str]]:
+    """A file whose imports of these packages are those of files beside it, and the modules that it imports."""
+    lines, needed = source.splitlines(keepends=True), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            if wrong := [alias.name for alias in node.names if alias.name.partition(".")[0] in packages]:
+                raise ExportError(f"{module}, line {node.lineno}: import {wrong[0]}: write it as from ... import ...")
+            continue
+        if not isinstance(node, ast.ImportFrom) or _target(node, module).partition(".")[0] not in packages:
+            continue
+        statements: dict[str, list[str]] = {}
+        for alias in node.names:
+            found, is_module = _defined_in(_target(node, module), alias.name)
+            if found.startswith("haltscale.") and not found.startswith(f"{MODEL}."):
+                raise ExportError(
+                    f"{module}, line {node.lineno}: {found} is not part of {MODEL}, and an export takes nothing else of"
+                    " haltscale along: move what needs it out of the method's files"
+                )
+            needed.append(found)
+            name, known_as = (_flat_name(found) if is_module else alias.name), alias.asname or alias.name
+            from_file = "" if is_module else _flat_name(found)
+            statements.setdefault(from_file, []).append(name if name == known_as else f"{name} as {known_as}")
+            if is_module:  # transformers copies the files of imports of this form only
+                statements.setdefault(name, []).append(f"__name__ as _{name}")
+        written = [f"from .{file} import {', '.join(names)}\n" for file, names in statements.items()]
+        first, last = node.lineno - 1, node.end_lineno or node.lineno
+        lines[first:last] = ["".join(" " * node.col_offset + line for line in written), *[""] * (last - first - 1)]
+    return "".join(lines), needed
+
+
+def _target(node: ast.ImportFrom, module: str) -> str:
+    """The full name of what a file of a module imports from."""
+    spec = importlib.util.find_spec(module)
+    return importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent if spec else None)
+
+
+def _defined_in(module: str, name: str) -> tuple[str, bool]:
+    """The module that ``from module import name`` takes the name from, and whether it is the name: a package's
+    ``__init__`` only hands names on."""
+    if not hasattr(importlib.import_module(module), "__path__"):
+        return module, False
+    if importlib.util.find_spec(f"{module}.{name}"):
+        return f"{module}.{name}", True
+    for node in ast.parse(_source(module)).body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
+            return _defined_in(_target(node, module), name)
+    return module, False
+
+
+def _flat_name(module: str) -> str:
+    """The name of a module's file in an export."""
+    if module == MODELING:
+        return "modeling_haltscale"
+    return module.removeprefix(f"{MODEL}.") if module.startswith(MODEL) else module.replace(".", "_")
+
+
+def _registration(method: str, module: str) -> str:
+    """The end of the modelling code for a method of another package: it adds its entry to the methods."""
+    found = [name for name, value in vars(sys.modules[module]).items() if value is METHODS[method]]
+    if not found:
+        raise ExportError(f"the MethodEntry of {method} must stand in the file of its model, {module}: move it there")
+    return f"\nfrom .{_flat_name(module)} import {found[0]} as ENTRY\n\nMETHODS[{str(method)!r}] = ENTRY\n"
 
 
 def _source(module: str) -> str:

@@ -113,7 +113,9 @@ class HaltscaleForCausalLM(PreTrainedModel, GenerationMixin):
         columns = input_ids.shape[1]
         if read is not None:
             if not valid_BT.all():
-                raise ValueError("what is added to texts that have been read holds padding: read them anew, whole")
+                raise ValueError(
+                    "tokens appended to processed texts contain padding: process the texts again as a whole"
+                )
             logits = [self.inner.decode_step(tokens_B, read.state)[0] for tokens_B in input_ids.unbind(1)]
             return torch.stack(logits, dim=1)[:, -logits_to_keep:], Read(read.state, read.columns + columns)
         state = self.inner.start_decoding(len(input_ids))

@@ -23,6 +23,7 @@ from haltscale.model import METHODS
 from haltscale.platform.checkpoints import WEIGHT, CheckpointError, Checkpoints
 from haltscale.platform.config import Precision, RunConfig, current_identity
 from haltscale.platform.corpora.corpus import recorded_end_of_text
+from haltscale.platform.corpora.shared import SharedFolder, is_url, shared_root
 from haltscale.platform.corpora.tokenization import END_OF_TEXT
 from haltscale.platform.inference.models import FILES, TOKENIZER_CONFIG, ModelFolderError, end_of_text_config
 from haltscale.platform.store import RunState, RunStore, haltscale_home
@@ -90,7 +91,7 @@ def find_run(store: RunStore, study: str, name: str) -> str:
         return found[0]
     listed = "\n".join(f"  {study}/{run.key}   {run.label} ({run.state})" for run in views)
     how = "several runs match" if found else "no run is called"
-    raise ModelFolderError(f"{how} {name!r} in study {study}; there are:\n{listed}")
+    raise ModelFolderError(f"{how} {name!r} in study {study}; available:\n{listed}")
 
 
 def _find_step(store: RunStore, study: str, key: str, step: str) -> int:
@@ -183,10 +184,19 @@ def _tokenizer(store: RunStore, study: str, key: str) -> str:
 
 
 def own_corpus(store: RunStore, study: str, key: str) -> Path:
-    """The folder of the corpus that a run was trained on, as the study prepared it on this machine."""
+    """The folder of the corpus that a run was trained on, on this machine; fetched from where :func:`own_corpus_place`
+    says."""
+    place = own_corpus_place(store, study, key)
+    return SharedFolder(place).fetch() if is_url(place) else Path(place)
+
+
+def own_corpus_place(store: RunStore, study: str, key: str) -> str:
+    """The place of the corpus that a run was trained on, as the study prepared it: a folder of this machine, or a URL
+    where ``HALTSCALE_CORPORA`` names one."""
     try:
         about, identity = store.study(study)["corpus"], store.run(study, key).spec["identity"]
-        return haltscale_home() / "corpora" / f"{about['name']}-{about['fingerprint']}-{identity['context']}"
+        root = shared_root() or str(haltscale_home() / "corpora")
+        return f"{root}/{about['name']}-{about['fingerprint']}-{identity['context']}"
     except KeyError as error:
         told = f"{study}/{key}: its documents do not say which corpus it was trained on (no {error})"
         raise ModelFolderError(f"{told}; name one with --corpus") from error

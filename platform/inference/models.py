@@ -172,7 +172,7 @@ def _config(path: Path) -> ModelConfig:
             f"{path} is the config of a {kind!r} model and not haltscale's: it cannot be loaded here"
         )
     if not isinstance(data, dict):
-        raise ModelFolderError(f"{path} holds no object; train or export the model again")
+        raise ModelFolderError(f"{path} does not contain an object; train or export the model again")
     try:
         config = config_from_dict(data)
         problems = config_problems(config)
@@ -189,7 +189,7 @@ def _tokenizer(path: Path, config: ModelConfig) -> tuple[Tokenizer, str]:
         text = path.read_text(encoding="utf-8")
         tokenizer = exact(text, None)
     except (TokenizerError, UnicodeDecodeError) as error:
-        raise ModelFolderError(f"{path} is no tokenizer ({error})") from error
+        raise ModelFolderError(f"{path} is not a tokenizer ({error})") from error
     if (size := max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1) > config.vocab_size:
         raise ModelFolderError(
             f"{path} has {size} tokens, the model knows {config.vocab_size}: they do not belong"
@@ -218,7 +218,9 @@ def _weights(path: Path, model: LanguageModel) -> dict[str, Any]:
     try:
         weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelFolderError(f"{path} is damaged or no safetensors file ({error}); copy or train it again") from error
+        raise ModelFolderError(
+            f"{path} is damaged or not a safetensors file ({error}); copy or train it again"
+        ) from error
     weights = {name.removeprefix(EXPORTED_PREFIX): weight for name, weight in weights.items()}
     expected = model.state_dict()
     found = [f"{name} is missing" for name in expected if name not in weights]
@@ -227,7 +229,7 @@ def _weights(path: Path, model: LanguageModel) -> dict[str, Any]:
         if expected[name].shape != weights[name].shape:
             found.append(f"{name} is {list(weights[name].shape)}, should be {list(expected[name].shape)}")
         elif not weights[name].isfinite().all():
-            found.append(f"{name} holds numbers that are not finite: the run diverged")
+            found.append(f"{name} contains numbers that are not finite: the run diverged")
     if found:
         shown = "\n".join(f"  - {line}" for line in sorted(found)[:10])
         more = f"\n  and {len(found) - 10} more" if len(found) > 10 else ""

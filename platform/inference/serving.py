@@ -43,7 +43,7 @@ from haltscale.platform.inference.text_generation import MAX_CACHE_BYTES, Writte
 LOOPBACK = "127.0.0.1"
 PORT = 8300
 AT_ONCE = 16
-"""Completions that are written at a time; each may set aside a cache of its own. Further ones are told to come back."""
+"""Completions that are written at a time; each may set aside a cache of its own. Further ones get a 503."""
 MOST_BYTES = 4 << 20
 """Of a request's body."""
 MOST_THROWN = 64 << 20
@@ -253,7 +253,7 @@ class Server:
         body = json.loads(content)
         request = Completion.parse(body)
         if body.get("model") not in (None, self.name):
-            raise UnknownModelError(f"no model {str(body['model'])[:80]!r} here; there is: {self.name}")
+            raise UnknownModelError(f"no model {str(body['model'])[:80]!r}; available: {self.name}")
         ended = set[int]()
         tokens = write(
             self.loaded,

@@ -85,6 +85,7 @@ def finish(
             "steps": progress.step,
             "parameters": groups,
             "parameters_total": sum(groups.values()),
+            "parameters_recurrent": model.recurrent_parameters(),
             **{name: row[name] for name in ("loss", "loss_standard_error", "perplexity", "bits_per_byte")},
             **{name: row[name] for name in ("mean_steps", "expected_steps", "steps_histogram", "tokens_evaluated")},
             "held_out_by_document": dict(result.by_document),

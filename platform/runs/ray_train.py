@@ -1,17 +1,15 @@
 """One run from its spec to its record: by a group of Ray Train's workers, or in the process that asks.
 
 One of the few modules that import Ray. The worker function ties the parts together; each of them also works without
-Ray. A run goes on from its last checkpoint by itself: after a worker's death, and in a new job after the driver's.
+Ray. A run resumes from its last checkpoint by itself: after a worker's death, and in a new job after the driver's.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,14 +18,14 @@ import torch
 import torch.distributed
 from ray.train.torch import TorchTrainer
 
-from haltscale.model import build_model
+from haltscale.model import METHODS, build_model
 from haltscale.platform.checkpoints import Checkpoints
 from haltscale.platform.config import ConfigError, RunConfig
 from haltscale.platform.corpora.corpus import PreparedCorpus
 from haltscale.platform.corpora.ray_data import RESERVED_CPUS, Batch, stream
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.initial_model import InitialModelError
-from haltscale.platform.memory import release_freed_memory
+from haltscale.platform.memory import collect_garbage
 from haltscale.platform.recorder import RunRecorder
 from haltscale.platform.runs.branching import branch_point
 from haltscale.platform.runs.finalize import evaluate_run, finish
@@ -36,6 +34,7 @@ from haltscale.platform.schedule import share
 from haltscale.platform.store import Cause, RunState, RunStore
 from haltscale.platform.training.engine import full_weights, open_process_group, readable, snapshot, start
 from haltscale.platform.training.loop import Hooks, train
+from haltscale.platform.training.metrics import sum_over_ranks
 from haltscale.platform.training.monitors import RunCappedError, TrainingDivergedError, memory_explained
 from haltscale.platform.training.progress import Progress
 from haltscale.platform.training.sinks import open_sinks
@@ -57,6 +56,7 @@ class RunSpec:
     identity: dict[str, Any]
     execution: dict[str, Any]
     corpus_folder: str
+    """The prepared corpus's place: a folder that every node has, or a URL."""
     corpus_weights: dict[str, float | None]
     """Of the corpus's sources, where they are mixed."""
     role: str = "comparison"
@@ -72,7 +72,9 @@ class RunSpec:
     def described(self) -> dict[str, Any]:
         """What ``spec.json`` and ``record.json`` say about the run."""
         names = ["label", "study", "key", "role", "identity", "execution", *(["recipe"] if self.recipe else [])]
-        return {name: getattr(self, name) for name in names}
+        described = {name: getattr(self, name) for name in names}
+        # for readers of the store, which may lack the package of the method
+        return described | {"routed": METHODS[self.identity["method"]].routed}
 
 
 def fit(spec: RunSpec, *, callbacks: list[Any] | None = None) -> None:
@@ -122,7 +124,7 @@ def fit_here(spec: RunSpec, *, report: Callable[[dict[str, Any]], object]) -> No
     and DeepSpeed are imported once for all runs of the process. The result is that of :func:`fit`, to the last bit.
 
     A run that raises is tried again from its last checkpoint, ``max_failures`` times. If the process dies, whoever
-    started it calls again in another one; the run goes on from its last checkpoint then too.
+    started it calls again in another one; the run resumes from its last checkpoint then too.
 
     Args:
         spec: the run.
@@ -134,16 +136,17 @@ def fit_here(spec: RunSpec, *, report: Callable[[dict[str, Any]], object]) -> No
         raise ValueError(f"workers must be 1 to train in one process (got {execution.workers}): use fit")
     node = ray.get_runtime_context().get_node_id()
     for left in reversed(range(execution.max_failures + 1)):
+        ended = False
         try:
             _train_run(spec, Surroundings(rank=0, world=1, report=report, nodes=lambda: [node]))
+            ended = True
             return
         except Exception:
             if not left:
                 raise
             log.exception("%s: failed; trying again from its last checkpoint, %d times more", spec.label, left)
         finally:
-            gc.collect()  # DeepSpeed's engine is full of cycles, and the next run needs its memory
-            release_freed_memory()
+            collect_garbage(settled=ended)  # DeepSpeed's engine is full of cycles, and the next run needs its memory
 
 
 def _nodes(world: int) -> list[str]:
@@ -183,11 +186,15 @@ class Surroundings:
 
 def _train_run(spec: RunSpec, around: Surroundings) -> None:
     rank = around.rank
+    METHODS.named(spec.identity["method"])  # the study's own: one that is given by its path has to be imported here too
     run, execution = RunConfig.from_identity(spec.identity), ExecutionConfig.from_dict(spec.execution)
     torch.set_num_threads(execution.cpus_per_worker)
-    corpus = PreparedCorpus.open(Path(spec.corpus_folder), spec.corpus_weights)
+    corpus = PreparedCorpus.open(spec.corpus_folder, spec.corpus_weights)
     if corpus is None:
-        raise FileNotFoundError(f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem")
+        raise FileNotFoundError(
+            f"{spec.corpus_folder} is not on this node: put HALTSCALE_HOME on a shared filesystem, or set"
+            " HALTSCALE_CORPORA to a place in object storage"
+        )
 
     open_process_group()
     store = RunStore(spec.store)
@@ -237,8 +244,10 @@ def _train(
 
         def save(progress: Progress) -> None:
             checkpoints.write(snapshot(engine), progress.to_dict())
-            if is_preempted:
+            if sum_over_ranks(int(notice()), world):
                 checkpoints.wait()
+                sum_over_ranks(0, world)  # the others have waited too
+                recorder.has_saved()
             prune(progress)
             around.report({"step": progress.step})
 
@@ -254,7 +263,7 @@ def _train(
             while run.steps is None or first < run.steps:  # how many steps a budget in FLOPs buys is not known yet
                 last = first + STEPS_PER_STREAM if run.steps is None else run.steps
                 yield from stream(
-                    corpus.folder,
+                    corpus.place,
                     seed=run.seed,
                     mixture=corpus.mixture,
                     batch=run.batch_sequences,
@@ -271,7 +280,10 @@ def _train(
             write(row)
             is_preempted = around.is_preempted()
 
-        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=lambda: is_preempted)
+        def notice() -> bool:
+            return is_preempted or recorder.is_told_to_save
+
+        hooks = Hooks(log=log, checkpoint=save, evaluate=evaluate, notice=notice)
         sinks = open_sinks(
             execution.sinks if rank == 0 else (),
             study=spec.study,

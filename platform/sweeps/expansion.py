@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from haltscale.model import METHODS, Method, RouterKind, SourceOptions, StepsFrom, VanillaOptions
+from haltscale.model import METHODS, Method, RouterKind, StepsFrom, VanillaOptions
 from haltscale.platform.config import ConfigError, RunConfig, apply_point, current_identity, run_key
 from haltscale.platform.store import RunState, RunView
 from haltscale.platform.sweeps import planning
@@ -15,14 +15,19 @@ from haltscale.platform.sweeps.recipes import RunTuned, shortened, tuned_problem
 from haltscale.platform.sweeps.spec import COMPARISON
 from haltscale.platform.sweeps.sweep import Budget, Control, ControlKind, Point, Sweep, Tuned, plain_point
 
-PLAIN = {Method.VANILLA: "it is the plain model that the control would be"}
-UNROUTED = {
-    method: "it has no router: every token takes as many steps as every other"
-    for method in Method
-    if not issubclass(METHODS[method].options, SourceOptions)
-} | {Method.SHUFFLED: "it is itself a control (an old one, with a router of its own)"}
-NO_SUBJECTS = {kind: UNROUTED if kind.replays else PLAIN for kind in ControlKind}
-"""Methods that each kind of control means nothing for, and why; it is known for all others."""
+
+def no_subject(kind: ControlKind, method: str) -> str:
+    """Why a kind of control means nothing for runs of a method; empty where it means something."""
+    entry = METHODS[method]
+    if not kind.replays:
+        return "it is the plain model that the control would be" if method == Method.VANILLA else ""
+    if entry.replays:
+        return ""
+    if entry.old_control and entry.routed:
+        return "it is itself a control (an old one, with a router of its own)"
+    if entry.routed:
+        return "its steps cannot be replayed: its options do not inherit SourceOptions"
+    return "it has no router: all tokens take the same number of steps"
 
 
 class PlanState(StrEnum):
@@ -131,7 +136,8 @@ def expand(sweep: Sweep, base: RunConfig, vocab_size: int, *, on_gpu: bool = Fal
             problems.append("some controls are given twice: call controls(of=...) once for each run")
     known = [run for _, run in runs if isinstance(run, RunConfig)]
     tuned = [run for _, run in runs if isinstance(run, RunTuned)]
-    if taken := {each.how.seed for each in tuned} & {run.seed for run in [*known, *(each.run for each in tuned)]}:
+    seeds = [run.seed for run in [*known, *(each.run for each in tuned)]]  # whatever a study gives, hashable or not
+    if taken := {each.how.seed for each in tuned if each.how.seed in seeds}:
         problems.append(
             f"seed {min(taken)} is that of tuning runs and of a compared run, which would be the best of several draws:"
             " give tuned(..., seed=...) another one"
@@ -182,7 +188,7 @@ def _run(base: RunConfig, point: Point, vocab_size: int) -> tuple[RunConfig, lis
 def _control_problems(control: Control, subject: RunConfig) -> list[str]:
     """Why a run can have no such control."""
     kind, advice = control.kind, "leave these runs out of it"
-    if why := NO_SUBJECTS[kind].get(subject.method):
+    if why := no_subject(kind, subject.method):
         return [f"the {kind} control is not for {subject.method}, since {why}: {advice}"]
     source = getattr(subject.options, "steps_from", StepsFrom.ROUTER)
     if kind.replays and source is not StepsFrom.ROUTER:

@@ -116,12 +116,12 @@ def _kept(
 ) -> tuple[float, float, float]:
     """Of one sequence, the bytes that the forward pass keeps outside the layers and in them, and twice what one block
     keeps of one pass: its inside and the gradients of it. again: with activation checkpointing."""
-    shape, length, options = run.shape, run.context, planning._priced(run.options)
+    shape, length, options = run.shape, run.context, planning._priced(run.method, run.options)
     probe = _probe(run.method, options, precision, parts=parts, factorised=bool(run.embedding_rank))
     outside = length * float(probe.outside @ [shape.d, vocab_size, run.embedding_rank, 1.0])
     outside += length**2 * probe.square
     per_layer = length * float(probe.per_layer @ _widths(shape))
-    passes = planning._counts(*planning._stand_in(run.method, options), 8).rows
+    passes = planning._counts(*planning._every_step(run.method, options), 8).rows
     inside = 2 * per_layer / len(passes)
     if not again:
         return outside, shape.layers * per_layer, inside
@@ -132,9 +132,10 @@ def _kept(
     return outside, shape.layers * rows * DTYPES[precision].itemsize * (shape.d + seen), inside
 
 
-def _looks_back(method: Method) -> bool:
-    """Whether later passes of a method see the states of earlier ones."""
-    return method in (Method.ADAPTIVE, Method.SHUFFLED, Method.FIXED, Method.PONDER3, Method.ADAPONDER)
+def _looks_back(method: str) -> bool:
+    """Whether later passes of a method see the states of earlier ones; assumed of other packages' methods."""
+    looks = (Method.ADAPTIVE, Method.SHUFFLED, Method.FIXED, Method.PONDER3, Method.ADAPONDER)
+    return method in looks or method not in list(Method)
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,10 @@ class _Probe:
 
 
 @cache
-def _probe(method: Method, options: Any, precision: Precision, *, parts: bool, factorised: bool) -> _Probe:
+def _probe(method: str, options: Any, precision: Precision, *, parts: bool, factorised: bool) -> _Probe:
     method, options = _at_full_depth(method, options)
-    least = 3 if method is Method.MOR else 1
+    problems = METHODS[method].model.shape_problems
+    least = next(layers for layers in range(1, 100) if not problems(replace(BASE, layers=layers)))
 
     def kept(
         shape: Shape, *, more: int = 0, tokens: int = FEWEST_TOKENS, rank: int = LEAST_RANK, times: int = 1
@@ -181,13 +183,13 @@ def _probe(method: Method, options: Any, precision: Precision, *, parts: bool, f
     return _Probe(per_layer, outside, square)
 
 
-def _at_full_depth(method: Method, options: Any) -> tuple[Method, Any]:
+def _at_full_depth(method: str, options: Any) -> tuple[str, Any]:
     """A method, or one in its place, that takes every latent step."""
-    if method is Method.MOR and options.routing is Routing.TOKEN_CHOICE:
-        return planning._stand_in(method, options)
     if hasattr(options, "router_bias"):
-        options = replace(options, router_bias=100.0, tau=0.0)
-    return method, options
+        return method, replace(options, router_bias=100.0, tau=0.0)
+    if getattr(options, "routing", None) is Routing.EXPERT_CHOICE:  # its depths do not depend on the data
+        return method, options
+    return planning._every_step(method, options)
 
 
 def _kept_by(config: ModelConfig, dtype: torch.dtype, length: int, *, parts: bool) -> float:

@@ -72,7 +72,7 @@ class StudyPlan(StudySpec):
         )
 
     def _views(self, store: RunStore) -> dict[str, RunView]:
-        """All of the study's runs in the store, those of its earlier versions too; none where its name is no name.
+        """All of the study's runs in the store, those of its earlier versions too; none where its name is invalid.
 
         By the key that the run has today, which for a record of an earlier schema is not its folder's name.
         """
@@ -108,6 +108,7 @@ class StudyPlan(StudySpec):
         if not len(self.sweep):
             found.append("the sweep is empty: give it at least one point, such as grid(size='0.6m')")
         found += self._expansion.problems
+        found += [problem for target in self.targets for problem in target.problems()]
         found += self.corpus.problems()
         sound = self._expansion.alike if not self._expansion.problems else []
         if self.role == TUNING and self._expansion.tuned:
@@ -309,6 +310,7 @@ class StudyPlan(StudySpec):
             "question": self.question,
             "note": self.note,
             "source": self.source,
+            "targets": [target.document() for target in self.targets],
             "corpus": dict(corpus_counts),
             "runs": list(known),
             "controls": controls,

@@ -18,12 +18,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from haltscale.model import METHODS, LanguageModel, Method, ModelConfig, PassCounts, Shape, ledger
+from haltscale.model import METHODS, LanguageModel, ModelConfig, PassCounts, Shape, ledger
 from haltscale.model.config import rung
-from haltscale.model.fixed import FixedOptions
-from haltscale.model.looped import LoopedOptions
-from haltscale.model.ponder import PonderOptions
-from haltscale.model.ponder2 import Ponder2Options
 from haltscale.platform.config import ConfigError, RunConfig, current_identity
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.identity import digest
@@ -33,13 +29,6 @@ from haltscale.platform.sweeps.sweep import Budget, Point
 PROBE_SHAPE = Shape(layers=3, d=16, heads=1, kv_heads=1, ffn=16)
 PROBE_CONTEXT = 256
 """Longer contexts are carried on from three shorter ones: rows are linear in the length, key pairs quadratic."""
-PRICELESS = (
-    *("lam", "beta", "tau", "router_bias", "router_rate", "router_detached", "gate_warmup", "lam_ramp", "explore"),
-    *("gain_margin", "prior_steps", "steps_from", "steps_schedule", "steps_seed"),
-    *("injection", "loop_norm", "zero_outputs", "scaled_residuals", "depth_growth", "depth_curve"),
-)
-"""Options that change how often a model halts, or what is learned, but not what a pass costs. Where no router decides,
-the cost of a depth that grows is the mean over the budget (`cost`)."""
 GROWTH_SHARES = 1000
 """Shares of the budget at which a growing depth is asked for."""
 NEAR = 0.02
@@ -62,25 +51,25 @@ def cost(run: RunConfig, vocab_size: int) -> Cost:
     Raises:
         ValueError: the run has errors (:meth:`RunConfig.problems`).
     """
-    options = _priced(run.options)
+    entry, options = METHODS[run.method], _priced(run.method, run.options)
     rank = run.embedding_rank
     bound = _training_flops(run.method, run.shape, options, run.context, vocab_size, rank)
     expected: float | None = bound
-    if isinstance(options, Ponder2Options):  # draws its number of passes at every step
-        drawn = [replace(options, jacobi_low=n, jacobi_high=n) for n in range(options.jacobi_low, options.jacobi_high)]
-        known = [_training_flops(run.method, run.shape, o, run.context, vocab_size, rank) for o in drawn]
-        expected = float(np.mean([*known, bound]))
-    elif run.document_mask or _stand_in(run.method, options)[0] is not run.method:
+    if entry.drawn is not None:
+        drawn: list[Any] = list(entry.drawn(options))
+        depths = [_training_flops(run.method, run.shape, each, run.context, vocab_size, rank) for each in drawn]
+        expected = float(np.mean(depths))
+    elif run.document_mask or entry.routed:
         expected = None
     elif getattr(run.options, "depth_growth", 0.0):
-        expected = _mean_while_growing(run, vocab_size)
+        expected = _mean_while_growing(run, vocab_size) if hasattr(run.options, "steps") else None
     return Cost(bound=bound, expected=expected)
 
 
 def _mean_while_growing(run: RunConfig, vocab_size: int) -> float:
     """Realised training FLOPs per token of a method without a router, on average over the growth of its depth."""
     options: Any = run.options  # of a method with `steps`: looped or fixed
-    priced: Any = _priced(options)
+    priced: Any = _priced(run.method, options)
     l_max = math.ceil(options.steps)
     depths = Counter(options.most_steps(n / GROWTH_SHARES, l_max) for n in range(GROWTH_SHARES))
 
@@ -199,34 +188,28 @@ def _hardware(execution: Mapping[str, Any]) -> tuple[Any, ...]:
 # ---- asking the methods ---------------------------------------------------------------------------------------------
 
 
-def _stand_in(method: Method, options: Any) -> tuple[Method, Any]:
-    """A method that takes all the steps which a router could ask for; a method without a router is its own."""
-    if method is Method.ADAPONDER:
-        return Method.PONDER, PonderOptions(steps=options.l_max)
-    if method is Method.MOR:
-        return Method.LOOPED, LoopedOptions(steps=options.recursions - 1)
-    if hasattr(options, "l_max"):
-        gradient_passes = getattr(options, "gradient_passes", 0)
-        return Method.FIXED, FixedOptions(steps=float(options.l_max), gradient_passes=gradient_passes)
-    return method, options
+def _every_step(method: str, options: Any) -> tuple[str, Any]:
+    """What takes all the steps which a router could ask for; a method without a router does so itself."""
+    every_step = METHODS[method].every_step
+    return every_step(options) if every_step else (method, options)
 
 
-def _priced(options: Any) -> Any:
-    defaults = type(options)()
-    return replace(options, **{f.name: getattr(defaults, f.name) for f in fields(options) if f.name in PRICELESS})
+def _priced(method: str, options: Any) -> Any:
+    defaults, costless = type(options)(), METHODS[method].costless
+    return replace(options, **{f.name: getattr(defaults, f.name) for f in fields(options) if f.name in costless})
 
 
 @cache
 def _training_flops(
-    method: Method, shape: Shape, options: Any, context: int, vocab_size: int, embedding_rank: int
+    method: str, shape: Shape, options: Any, context: int, vocab_size: int, embedding_rank: int
 ) -> float:
     model = _weightless(method, shape, options, vocab_size, embedding_rank)
-    counts = _counts(*_stand_in(method, options), context)
+    counts = _counts(*_every_step(method, options), context)
     return model.flops(counts).training.realised / counts.tokens
 
 
 @cache
-def _weightless(method: Method, shape: Shape, options: Any, vocab_size: int, embedding_rank: int) -> LanguageModel:
+def _weightless(method: str, shape: Shape, options: Any, vocab_size: int, embedding_rank: int) -> LanguageModel:
     """A model that has shapes and no weights."""
     config = ModelConfig(
         method=method,
@@ -252,7 +235,7 @@ class _Undrawn(TorchFunctionMode):
 
 
 @cache
-def _counts(method: Method, options: Any, context: int) -> PassCounts:
+def _counts(method: str, options: Any, context: int) -> PassCounts:
     if context > PROBE_CONTEXT:
         lengths = [PROBE_CONTEXT // 4, PROBE_CONTEXT // 2, PROBE_CONTEXT]
         probed = [_counts(method, options, length) for length in lengths]
@@ -273,4 +256,5 @@ def _counts(method: Method, options: Any, context: int) -> PassCounts:
     config = ModelConfig(method=method, shape=PROBE_SHAPE, vocab_size=8, context=context, options=options)
     tokens_BT = torch.zeros(1, context, dtype=torch.long)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return METHODS[method].model(config).eval()(tokens_BT, tokens_BT).trace.counts
+        counts: PassCounts = METHODS[method].model(config).eval()(tokens_BT, tokens_BT).trace.counts
+    return counts

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from haltscale.platform.durations import clock
 from haltscale.platform.store import RunState, RunStore, RunView
 
+MOST_BARS = 16
+"""Of runs that train; with more of them, the others are counted."""
+
 
 class SweepProgress:
-    """Watches the runs of one study in the store."""
+    """Watches the runs of one study in the store. A run that has finished is not read again."""
 
     def __init__(
         self, store: RunStore, study: str, planned_flops: Mapping[str, float], now: Callable[[], float]
@@ -22,6 +25,7 @@ class SweepProgress:
         self._store, self._study, self._planned, self._now = store, study, dict(planned_flops), now
         self._began = now()
         self._reported: set[str] = set()
+        self._finished: dict[str, RunView] = {}
         self._first_share = self._share_done(self._runs())
 
     def lines(self) -> list[str]:
@@ -29,10 +33,14 @@ class SweepProgress:
         runs = self._runs()
         ended = [self._ended(run) for run in runs if run.key not in self._reported and _has_ended(run)]
         self._reported |= {run.key for run in runs if _has_ended(run)}
-        return [*ended, *(_bar(run) for run in runs if run.state is RunState.RUNNING), self._summary(runs)]
+        bars = [_bar(run) for run in runs if run.state is RunState.RUNNING]
+        more = [f"  ... and {len(bars) - MOST_BARS} more that train"] if len(bars) > MOST_BARS else []
+        return [*ended, *bars[:MOST_BARS], *more, self._summary(runs)]
 
     def _runs(self) -> list[RunView]:
-        return [self._store.run(self._study, key) for key in self._planned]
+        views = self._store.views(self._study, [key for key in self._planned if key not in self._finished])
+        self._finished |= {key: view for key, view in views.items() if view.state is RunState.FINISHED}
+        return [views.get(key) or self._finished[key] for key in self._planned]
 
     def _share_done(self, runs: list[RunView]) -> float:
         return sum(self._planned[run.key] * _share(run) for run in runs) / sum(self._planned.values())

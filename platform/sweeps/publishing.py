@@ -1,7 +1,8 @@
 """Publish a study: its records and what the dashboard draws of them, small enough for a repository.
 
-The copy is itself a run store, so every reader of stores reads it. Left behind are weights, checkpoints, the telemetry
-of single held-out tokens, all runs that have not finished, and those of earlier versions of the study.
+The copy is itself a run store, so every reader of stores reads it. Left behind are checkpoints, weights (but for those
+of named runs), the telemetry of single held-out tokens, all runs that have not finished, and those of earlier versions
+of the study.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ log = logging.getLogger(__name__)
 
 MOST_METRICS = 40
 """Rows of training metrics of a run that are kept, spread evenly, the first and the last among them."""
+MOST_MODEL_BYTES = 3_000_000
+"""Of the finished model of a run that is copied with its weights."""
 
 
-def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
+def publish(store: RunStore, study: str, root: str | Path, *, models: Sequence[str] = ()) -> RunStore:
     """Copy the finished runs of a study, as it was planned last, to another store, in place of what that has of it.
 
     Of each run: ``spec.json``, ``record.json``, evaluations, metrics thinned to :data:`MOST_METRICS` rows, and the last
@@ -32,16 +35,18 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
         store: where the study is.
         study: its name.
         root: root of the store to copy to, a local folder.
+        models: keys of runs whose finished model is copied too, so that pages that run a model have one.
 
     Returns:
         The store that was copied to.
 
     Raises:
-        StoreError: the study is not there, has no finished run, or would be copied onto itself.
+        StoreError: the study is not there, has no finished run, or would be copied onto itself; a named run has not
+            finished, or its model is too large for a repository.
     """
     document = {name: value for name, value in store.study(study).items() if name != "schema"}
     if not document:
-        raise StoreError(f"no study {study!r} in {store.root}; there are: {', '.join(store.studies()) or 'none'}")
+        raise store.no_study(study)
     copy = RunStore(root)
     if copy.root == store.root:
         raise StoreError(f"{root} is the store that the study is in: give another folder")
@@ -49,9 +54,13 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
     runs = [run for run in store.views(study, planned).values() if run.state is RunState.FINISHED and not run.problem]
     if not runs:
         raise StoreError(f"study {study!r} has no finished run yet: `haltscale status {study}` shows how far it is")
+    folders = {key: _model_files(store, study, key, {run.key for run in runs}) for key in models}
     shutil.rmtree(copy.path(study), ignore_errors=True)
     for run in runs:
         _publish_run(store, copy, study, run.key, {"spec": run.spec, "record": run.record})
+    for key, files in folders.items():
+        for file in files:
+            _copy_file(store, copy, file, study, key, "model")
     kept = {run.key for run in runs}
     controls = {key: control for key, control in document.get("controls", {}).items() if key in kept}
     listed: dict[str, Any] = {"runs": [run.key for run in runs], "controls": controls, "published_of": len(planned)}
@@ -59,6 +68,19 @@ def publish(store: RunStore, study: str, root: str | Path) -> RunStore:
         listed["tuning"] = [key for key in document["tuning"] if key in kept]
     copy.write_json(copy.path(study, None, "study.json"), {**document, **listed})
     return copy
+
+
+def _model_files(store: RunStore, study: str, key: str, finished: set[str]) -> list[str]:
+    """The files of a run's finished model."""
+    if key not in finished:
+        raise StoreError(f"run {key!r} has not finished in study {study!r}: name a finished run's key")
+    listed = store.fs.find(store.path(study, key, "model"), detail=True)
+    if not listed:
+        raise StoreError(f"run {key} has no finished model in {store.root}")
+    if (size := sum(int(one["size"]) for one in listed.values())) > MOST_MODEL_BYTES:
+        limit = f"{MOST_MODEL_BYTES / 1e6:g} MB"
+        raise StoreError(f"the model of run {key} has {size / 1e6:.1f} MB: at most {limit} are copied with a study")
+    return list(listed)
 
 
 def _publish_run(store: RunStore, copy: RunStore, study: str, key: str, documents: dict[str, Any]) -> None:
@@ -80,7 +102,7 @@ def _publish_run(store: RunStore, copy: RunStore, study: str, key: str, document
 def _is_ragged(documents: dict[str, Any]) -> bool:
     """Whether a run compares, and its tokens took different numbers of steps."""
     histogram = documents["record"].get("steps_histogram") or []
-    return documents["spec"].get("role") != "tuning" and sum(share > 0 for share in histogram) > 1
+    return bool(documents["spec"].get("role") != "tuning") and sum(share > 0 for share in histogram) > 1
 
 
 def _copy_file(store: RunStore, copy: RunStore, path: str, study: str, key: str, folder: str) -> None:

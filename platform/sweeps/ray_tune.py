@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,10 @@ log = logging.getLogger(__name__)
 TRIAL_CPUS = 0.01
 """A trial's driver only waits for its workers; at Ray's default of 1 CPU each it would starve them."""
 PROGRESS_SECONDS = 10.0
+PROGRESS_SHARE = 0.05
+"""Of the time, at most, in which a sweep's progress is read from the store."""
+WRITERS = 16
+"""Writes to the store at once, when a sweep begins."""
 
 
 def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False) -> None:
@@ -77,7 +82,7 @@ def run_stages(study: StudyPlan, store: RunStore, *, retry_failed: bool = False)
 def run_missing(study: StudyPlan, missing: Mapping[str, PlannedRun], store: RunStore) -> None:
     """Train runs, as many at once as the cluster holds, in their order.
 
-    A run that fails is recorded as failed and the others go on.
+    A run that fails is recorded as failed and the others continue.
     """
     runs = {key: entry.run for key, entry in missing.items() if entry.run}
     with contextlib.ExitStack() as beside:  # a streamed corpus is prepared further until its runs have ended
@@ -101,7 +106,7 @@ def _begin(study: StudyPlan, runs: list[RunConfig]) -> contextlib.AbstractContex
 
 def _describe(study: StudyPlan, corpora: Mapping[int, PreparedCorpus], store: RunStore) -> None:
     corpus = next(iter(corpora.values()))
-    counts = (PreparedCorpus.open(corpus.folder) or corpus).counts
+    counts = (PreparedCorpus.open(corpus.place) or corpus).counts
     store.write_json(store.path(study.name, None, "study.json"), study.document(counts, store))
 
 
@@ -121,15 +126,14 @@ def _run(
             label=missing[key].label,
             identity=study.identity(run),
             execution=asdict(study.execution),
-            corpus_folder=str(corpora[run.context].folder),
+            corpus_folder=corpora[run.context].place,
             corpus_weights=study.corpus.weights,
             role=missing[key].role,
             recipe=dict(missing[key].recipe or {}) or None,
             planned_flops=study.flops_bound(run),
         )
-        store.write_json(store.path(study.name, key, "spec.json"), spec.described())
-        store.write_json(store.path(study.name, key, "status.json"), {"state": RunState.PLANNED})  # no old failure
         specs.append(spec)
+    _write_plan(specs, store)
     progress = SweepProgress(store, study.name, {s.key: s.planned_flops for s in specs}, time.monotonic)
     with _shown(progress):
         failed = _tune(specs, concurrency=concurrency(ray.cluster_resources(), study), halving=study.halving)
@@ -139,6 +143,18 @@ def _run(
             status = {name: value for name, value in view.status.items() if name != "schema"}
             ended = {**status, "state": RunState.STOPPED, "seconds_left": None, "error": None}
             store.write_json(store.path(study.name, key, "status.json"), ended)
+
+
+def _write_plan(specs: list[ray_train.RunSpec], store: RunStore) -> None:
+    """What the runs are to be, in the store; many at once, since each write may be a request's or a disk's wait."""
+
+    def write(spec: ray_train.RunSpec) -> None:
+        store.write_json(store.path(spec.study, spec.key, "spec.json"), spec.described())
+        store.write_json(store.path(spec.study, spec.key, "status.json"), {"state": RunState.PLANNED})  # no old failure
+
+    with ThreadPoolExecutor(WRITERS) as writers:
+        for _ in writers.map(write, specs):
+            pass  # raises what a write did
 
 
 def concurrency(resources: Mapping[str, float], study: StudyPlan) -> int:
@@ -210,7 +226,7 @@ def _trial_here(config: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _failures_recorded(spec: ray_train.RunSpec) -> Iterator[None]:
-    """A failure is recorded in the run's own folder, where it belongs; the other trials go on."""
+    """A failure is recorded in the run's own folder, where it belongs; the other trials continue."""
     try:
         yield
     except Exception as error:
@@ -241,9 +257,12 @@ def _shown(progress: SweepProgress) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(PROGRESS_SECONDS):
+        wait = PROGRESS_SECONDS
+        while not over.wait(wait):
+            began = time.monotonic()
             for line in progress.lines():
                 log.info("%s", line)
+            wait = max(PROGRESS_SECONDS, (time.monotonic() - began) / PROGRESS_SHARE)
 
     thread = threading.Thread(target=watch, daemon=True, name="sweep-progress")
     thread.start()

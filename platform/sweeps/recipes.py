@@ -178,7 +178,7 @@ def _is_numeric(axis: list[Any]) -> bool:
 
 
 def _neighbour(axis: list[Any], value: Any, step: int) -> Any:
-    """The next value of an axis; None at its end, and for what is no number."""
+    """The next value of an axis; None at its end, and for what is not a number."""
     place = axis.index(value) + step
     return axis[place] if _is_numeric(axis) and 0 <= place < len(axis) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from haltscale.platform.analysis.matched import document_frame
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import TUNING
+from haltscale.platform.analysis.targets import judge, targets_of
 from haltscale.platform.arms import OLD_CONTROLS, arm, is_control
 from haltscale.platform.identity import canonical_json
 from haltscale.platform.store import RunState, RunStore, RunView, StoreError
@@ -68,8 +70,32 @@ def table(views: Iterable[RunView]) -> pd.DataFrame:
     return pd.DataFrame(run_table.rows(views))
 
 
+def judged_targets(store: RunStore, study: str) -> pd.DataFrame:
+    """The study's targets with their outcomes (:func:`haltscale.platform.analysis.judge`); empty where it has none."""
+    if store.study_problem(study) or not (targets := targets_of(document := store.study(study))):
+        return pd.DataFrame()
+    views = list(store.runs(study))
+    frame = table(views)
+    if len(frame) and (planned := set(document.get("tuning") or ())):
+        frame["role"] = frame["role"].mask(frame["key"].isin(planned), TUNING)
+    documents = {view.key: document_frame(view.record) for view in views}
+    return judge(targets, frame, documents=documents, prefer=subjects(document))
+
+
+def subjects(document: Mapping[str, Any]) -> dict[str, int]:
+    """How often the controls in a study's ``study.json`` name a run as their subject, by key."""
+    pairs = run_table.mapping(document.get("controls"))
+    return dict(Counter(run_table.words(run_table.mapping(pair).get("of")) for pair in pairs.values()))
+
+
+def show_targets(frame: pd.DataFrame, *, title: str) -> None:
+    """Print targets with their outcomes."""
+    if len(frame):
+        show(frame[["claim", "verdict", "figure", "reason", "source"]], title=title)
+
+
 SAME_STEPS = 0.01
-"""Means of latent steps that differ by more than this, relatively, are no equal steps."""
+"""Means of latent steps that differ by more than this, relatively, are not equal."""
 
 
 def control_differences(store: RunStore, study: str) -> pd.DataFrame:
@@ -230,7 +256,7 @@ def show(frame: pd.DataFrame, *, title: str) -> None:
             Text(name), justify="right" if numeric else "left", no_wrap=not numeric, min_width=width, overflow="fold"
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*map(Text, row))  # text of the store is no markup
+        table.add_row(*map(Text, row))  # text of the store is not markup
     console = _console()
     unbounded = console.options.update(max_width=10_000)
     needed = console.measure(table, options=unbounded).minimum

@@ -34,7 +34,7 @@ class Study(StudyPlan):
 
         Connects to the Ray cluster that this process belongs to (a submitted job), else to the local head, else to a
         Ray of its own. A run that fails is tried again as often as the execution says, then recorded with its error,
-        and the others go on. Controls are trained as soon as their subjects have finished.
+        and the others continue. Controls are trained as soon as their subjects have finished.
 
         Args:
             retry_failed: try runs again that diverged or were refused.

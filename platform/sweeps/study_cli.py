@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from haltscale.platform.cluster import ClusterError
 from haltscale.platform.config import ConfigError
 from haltscale.platform.store import RunState, RunStore, StoreError
-from haltscale.platform.sweeps import report
+from haltscale.platform.sweeps import notice, report
 from haltscale.platform.sweeps.expense import Rates, priced, summary
 from haltscale.platform.training.mfu import PEAKS
 
@@ -55,28 +57,35 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         raise _Captured
     parser = argparse.ArgumentParser(
         description=study.question,
-        epilog="example: --dry-run --set tokens=100000 shows what shorter runs would be and starts nothing",
+        epilog="example: --dry-run --set tokens=100000 shows the plan of shorter runs and starts nothing",
     )
     parser.add_argument("--store", help="root of the run store: a folder or an fsspec URL")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and stop")
     parser.add_argument(
-        "--mfu", type=float, help="with --dry-run: device-hours at this share (0 to 1) of the peak rate"
+        "--mfu", type=float, help="with --dry-run: device-hours at this share (0 to 1) of the peak FLOP/s"
     )
     parser.add_argument(
-        "--device", default=Rates.device, help=f"with --mfu: {', '.join(PEAKS)}; by default {Rates.device}"
+        "--device", default=Rates.device, help=f"with --mfu: {', '.join(PEAKS)} (default: {Rates.device})"
     )
-    parser.add_argument("--price", type=float, help="with --mfu: money at this price of a device for an hour")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON, and everything else to stderr")
+    parser.add_argument("--price", type=float, help="with --mfu: the price of one device-hour")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON; everything else goes to stderr")
     parser.add_argument(
-        "--retry-failed", action="store_true", help="try runs again that diverged, were refused, or had their time"
+        "--retry-failed", action="store_true", help="retry runs that diverged, were refused, or reached max_hours"
     )
-    parser.add_argument("--adopt", action="store_true", help="go on with the runs of another study of the same name")
+    parser.add_argument("--adopt", action="store_true", help="continue the runs of another study of the same name")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
         help="override a field of the base run or of the execution for all runs, e.g. --set tokens=100000",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="plan and run that part of the sweep alone, e.g. --only method=vanilla --only seed=0",
     )
     options = parser.parse_args(arguments)
     if options.mfu is not None and not options.dry_run:
@@ -95,6 +104,8 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, end_like_ctrl_c)
     try:
         chosen = study.overridden(options.set)
+        if options.only:
+            chosen = chosen.only(options.only)
         if not chosen.source:
             chosen = replace(chosen, source=_source())
         store = RunStore(options.store)
@@ -106,7 +117,12 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
             report.show_plan(plan, title=f"{chosen.name}: the plan", as_json=options.json)
             if rates and not options.json:
                 report.say(summary(plan, rates))
+            if chosen.targets and not options.json:
+                claims = pd.DataFrame([{"claim": each.claim, "source": each.source} for each in chosen.targets])
+                report.show(claims, title=f"{chosen.name}: its targets")
             return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR2, lambda *_: notice.save_and_end(store, chosen.name))  # SIGUSR1 is Tune's
         results = chosen.run(store, retry_failed=options.retry_failed, adopt=options.adopt)
     except (ConfigError, StoreError, StudyBusyError, ClusterError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
@@ -114,12 +130,14 @@ def main(study: Any, arguments: Sequence[str] | None = None) -> None:
         log.info("interrupted: finished runs are kept, unfinished ones resume from their last checkpoint")
         sys.exit(128 + (terminated[0] if terminated else signal.SIGINT))
     report.show_results(results, title=chosen.name, note=chosen.note, as_json=options.json)
+    if not options.json:
+        report.show_targets(report.judged_targets(store, chosen.name), title=f"{chosen.name}: targets")
     status = chosen.status(store)
-    states = status[status["role"] == chosen.role]["state"]  # a tuning run that diverged has told what it was to tell
+    states = status[status["role"] == chosen.role]["state"]  # a diverged tuning run is a result too
     if unfinished := int((~states.isin([RunState.FINISHED, RunState.STOPPED])).sum()):
         permanent = int(states.isin([RunState.DIVERGED, RunState.CAPPED]).sum())
         advice = "submit the study again to resume"
-        advice += f" ({permanent} diverged or had their time: those only with --retry-failed)" if permanent else ""
+        advice += f" ({permanent} diverged or reached max_hours: retried only with --retry-failed)" if permanent else ""
         sys.exit(f"{unfinished} of {len(states)} runs have no result; {advice}")
 
 

@@ -101,7 +101,7 @@ class Tuning:
             found.append(f"rule must be a Rule such as Constant() or StepLaw() (got {self.rule!r})")
         for name in dict(self.at):
             if name in ("method", "seed") or name in self.names:
-                found.append(f"at gives the {name} of the tuning runs: it may give what differs there beside it")
+                found.append(f"at must not set {name}, which the sweep or tuned sets")
         return found
 
 
@@ -165,18 +165,21 @@ class Sweep:
         ({'method': 'vanilla'}, {'method': 'adaptive', 'lam': 0.1}, {'method': 'adaptive', 'lam': 1.0})
 
         Raises:
-            ValueError: a point names no method, or no point's method has one of the options.
+            ValueError: a point names no method or one that there is not, or no point's method has one of the options.
         """
         if any("method" not in plain_point(point) for point in self.points):
             raise ValueError("with_options asks what each point's method has: give method=... in the sweep before it")
-        has = {name: {f.name for f in fields(entry.options)} for name, entry in METHODS.items()}  # type: ignore[arg-type]
-        known = set().union(*(has.get(plain_point(point)["method"], set()) for point in self.points))
+        has: dict[Any, set[str]] = {}
+        for method in {plain_point(point)["method"] for point in self.points}:
+            options: Any = METHODS[METHODS.named(method)].options
+            has[method] = {f.name for f in fields(options)}
+        known = set().union(*has.values())
         if unknown := [name for name in axes if name not in known]:
             hints = ", ".join(f"{name!r}{did_you_mean(name, sorted(known))}" for name in unknown)
             raise ValueError(f"no method of this sweep has the option {hints}")
         made: list[AnyPoint] = []
         for point in self.points:
-            own = {name: value for name, value in axes.items() if name in has.get(plain_point(point)["method"], ())}
+            own = {name: value for name, value in axes.items() if name in has[plain_point(point)["method"]]}
             made += [_joined(point, more) for more in grid(**own).points]
         return Sweep(tuple(made))
 
@@ -203,8 +206,8 @@ def zip_(**axes: Any) -> Sweep:
     values = {name: _values(value) for name, value in axes.items()}
     lengths = {name: len(found) for name, found in values.items() if _is_axis(axes[name])}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ValueError(f"zip_ pairs values one by one, but {told}: give all axes the same length, or use grid")
+        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"zip_ pairs values one by one, but {counts}: give all axes the same length, or use grid")
     count = next(iter(lengths.values()), 1)
     return Sweep(tuple({n: v[i if n in lengths else 0] for n, v in values.items()} for i in range(count)))
 
@@ -254,7 +257,7 @@ def controls(
     """
     for kind in kinds:
         if kind not in list(ControlKind):
-            raise ValueError(f"control {str(kind)!r} is none of {', '.join(ControlKind)}")
+            raise ValueError(f"kinds must be one of {', '.join(ControlKind)} (got {str(kind)!r})")
     subjects = [point for point in of.points if not isinstance(point, Control)]
     return Sweep(tuple(Control(ControlKind(kind), point, learning_rate) for point in subjects for kind in kinds))
 
@@ -289,7 +292,7 @@ def tuned(
         extensions: values by which an axis may grow beyond those given.
 
     Raises:
-        ValueError: a point is a control, or tuned already. All else is told by the study, with its other errors.
+        ValueError: a point is a control, or tuned already. The study reports everything else, with its other errors.
     """
     if not all(isinstance(point, dict) for point in sweep.points):
         raise ValueError("tuned is of plain points: controls(of=tuned(...)), and tuned(...) once for each point")
@@ -355,7 +358,7 @@ def choice(*values: Any) -> Distribution:
 
 
 def sample(n: int, /, *, seed: int = 0, **axes: Any) -> Sweep:
-    """``n`` points drawn at random; an axis that is no distribution has its one value in all of them.
+    """``n`` points drawn at random; an axis that is not a distribution has its one value in all of them.
 
     The draw of an axis depends on the seed, its name and the point's number alone: a larger ``n``, or one more axis,
     keeps the earlier draws. ``seed`` is the draw's own; runs get theirs from ``* grid(seed=...)``.

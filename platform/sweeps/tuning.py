@@ -4,7 +4,7 @@ A tuning study chooses by the held-out loss, so its runs have the role ``tuning`
 and a study of their own: they cannot enter a frontier by accident. Compare with fresh seeds afterwards.
 
 Its points follow from its seed and its results alone. So a tuning study that was killed asks for the same runs again,
-finds them finished, and goes on; a larger ``samples`` runs only what is new.
+finds them finished, and continues; a larger ``samples`` runs only what is new.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ class TuningStudy(Study):
         """Everything that is wrong with the study, all at once."""
         found = super().problems(cluster, views)
         if len(self.sweep) != 1:
-            found.append(f"the sweep of a tuning study has one point, this one has {len(self.sweep)}")
+            found.append(f"the sweep of a tuning study must have one point (got {len(self.sweep)})")
         if not self.space:
             found.append("space is empty: give it something to search, such as lam=log_uniform(0.01, 1.0)")
         elif not found:
             found += [problem.partition(": ")[2] for problem in self.drawn._expansion.problems[:1]]
         for name in ("samples", "batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                found.append(f"{name} is {getattr(self, name)!r}, needs a whole number from 1 on")
+                found.append(f"{name} must be an integer of at least 1 (got {getattr(self, name)!r})")
         if self.search not in list(Search):
-            found.append(f"search {self.search!r} is none of {', '.join(Search)}")
+            found.append(f"search must be one of {', '.join(Search)} (got {self.search!r})")
         if not self.objectives or not set(self.objectives) <= set(OBJECTIVES):
-            found.append(f"objectives are {self.objectives!r}: give one or more of {', '.join(OBJECTIVES)}")
+            found.append(f"objectives must be one or more of {', '.join(OBJECTIVES)} (got {self.objectives!r})")
         if self.halving and self.search is not Search.RANDOM:
-            found.append("halving goes with search='random': a run that was ended early has no result to learn from")
+            found.append("halving requires search='random': TPE cannot learn from a run that was stopped early")
         return found
 
     @cached_property
@@ -98,16 +98,16 @@ class TuningStudy(Study):
     def _planned(self, views: Mapping[str, RunView]) -> list[PlannedRun]:
         if self.search is Search.RANDOM:
             return self.drawn._planned(views)
-        return self._over(self._asked(views))._planned(views)
+        return self._over(self._suggested(views))._planned(views)
 
-    def _asked(self, views: Mapping[str, RunView]) -> list[Point]:
+    def _suggested(self, views: Mapping[str, RunView]) -> list[Point]:
         """All points of the rounds up to the first one that is not finished: a pure function of the results."""
         searcher, points = self._searcher(), list[Point]()
         while len(points) < self.samples:
             trials = [searcher.ask(self._distributions) for _ in range(min(self.batch, self.samples - len(points)))]
-            asked = [{name: self._rounded(name, value) for name, value in trial.params.items()} for trial in trials]
-            points += asked
-            results = [self._result(point, views) for point in asked]
+            suggested = [{name: self._rounded(name, value) for name, value in trial.params.items()} for trial in trials]
+            points += suggested
+            results = [self._result(point, views) for point in suggested]
             if any(result is None for result in results):
                 break
             for trial, result in zip(trials, results, strict=True):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +26,7 @@ from haltscale.platform.checkpoints import (
     tensor_name,
 )
 from haltscale.platform.config import Optimizer, Precision, RunConfig
-from haltscale.platform.execution import ExecutionConfig, Offload, OptimizerKernel
+from haltscale.platform.execution import ExecutionConfig, Offload
 from haltscale.platform.memory import keep_freed_memory
 from haltscale.platform.training.muon import MuonAdamW, Piece, matrices, with_muon
 from haltscale.platform.training.parameter_groups import parameter_groups
@@ -78,7 +75,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
     settings: dict[str, Any] = {
         "lr": 0.0,  # the loop sets it at every step; some of DeepSpeed's wrappers take one while they are built
         "betas": (run.adam_beta1, run.adam_beta2),
-        "fused": execution.optimizer_kernel is OptimizerKernel.FUSED,
+        "fused": True,
     }
     if is_muon := run.optimizer is Optimizer.MUON:
         precise = run.resolved().precision
@@ -99,7 +96,7 @@ def build_engine(model: LanguageModel, run: RunConfig, execution: ExecutionConfi
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
-    if is_muon:  # it wants a parameter group stepped as a whole
+    if is_muon:  # it requires a parameter group to be stepped as a whole
         config["zero_optimization"]["sub_group_size"] = max(10**9, sum(p.numel() for p in model.parameters()))
     if precision is Precision.BF16:
         config["communication_data_type"] = "fp32"
@@ -149,25 +146,7 @@ def _zero(execution: ExecutionConfig, parameters: int) -> dict[str, Any]:
     for name, device in (("optimizer", execution.offload_optimizer), ("param", execution.offload_parameters)):
         if device is not Offload.NONE:
             zero[f"offload_{name}"] = {"device": str(device), "pin_memory": torch.cuda.is_available()}
-        if device is Offload.NVME:
-            _check_asynchronous_files()
-            zero[f"offload_{name}"]["nvme_path"] = folder = tempfile.mkdtemp(
-                prefix="haltscale-", dir=execution.offload_folder or None
-            )
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if execution.offload_parameters is Offload.NVME:
-        zero["offload_param"]["buffer_size"] = min(100_000_000, parameters)
     return zero
-
-
-def _check_asynchronous_files() -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        raise ValueError(
-            "offload to nvme: DeepSpeed cannot compile its asynchronous reader here; install libaio's headers and a"
-            " compiler (Debian: apt-get install libaio-dev g++ ninja-build), or offload to cpu"
-        )
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -193,22 +172,8 @@ class Fragment:
         return tensor.data.view(-1).narrow(0, self.offset, self.numel)
 
 
-@contextmanager
-def _in_memory(optimizer: Any, group: int) -> Iterator[None]:
-    """A group of ZeRO-3's parameters with its master weights and moments in memory, wherever they live otherwise."""
-    swapped = optimizer._swappable_optimizer_subgroup(group)
-    if swapped:
-        optimizer._optimizer_states_and_gradient_swap_in(group)
-    try:
-        yield
-    finally:
-        if swapped:
-            optimizer._optimizer_states_and_gradient_swap_out(group)
-
-
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """Where the float32 weights of every parameter are on this rank, at any ZeRO stage. Each is in memory until the
-    next one is asked for."""
+    """Where the float32 weights of every parameter are on this rank, at any ZeRO stage."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     rank, world = dist.get_rank(), dist.get_world_size()
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -218,14 +183,13 @@ def fragments(engine: Any) -> Iterator[Fragment]:
             master.update({id(half): whole for half, whole in zip(halves, wholes, strict=True)})
     if stage == 3:
         for group, members in enumerate(optimizer.fp16_groups):
-            with _in_memory(optimizer, group):
-                for parameter in members:
-                    _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                    start = rank * length
-                    numel = min(length, parameter.ds_numel - start)
-                    if numel > 0:
-                        flat = optimizer.fp32_partitioned_groups_flat[group]
-                        yield Fragment(names[id(parameter)], start, numel, flat, offset)
+            for parameter in members:
+                _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = rank * length
+                numel = min(length, parameter.ds_numel - start)
+                if numel > 0:
+                    flat = optimizer.fp32_partitioned_groups_flat[group]
+                    yield Fragment(names[id(parameter)], start, numel, flat, offset)
         return
     for index, parameter in enumerate(engine.module.parameters()):
         name = names[id(parameter)]
@@ -242,7 +206,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
 
 
 def snapshot(engine: Any) -> Shard:
-    """A copy of what this rank has to save; training may go on while it is written."""
+    """A copy of what this rank has to save; training may continue while it is written."""
     tensors, state, optimizer_step = {}, engine.basic_optimizer.state, 0
     for fragment in fragments(engine):
         moments = state.get(fragment.stepped, {})
@@ -267,8 +231,8 @@ def start(
     """An engine and how far it is: as the newest intact checkpoint says, else as ``branch`` does, else at the start
     (``run.init_from``).
 
-    Any number of ranks at any ZeRO stage can go on from a checkpoint of any other; by the same number at the same stage
-    the run goes on to the last bit.
+    Any number of ranks at any ZeRO stage can resume from a checkpoint of any other; with the same number at the same
+    stage the run resumes to the last bit.
 
     Raises:
         CheckpointError: there are checkpoints, but none that can be read.
@@ -288,7 +252,7 @@ def start(
     if saved is branch:
         progress.pinned = []  # in the other run's folder
     progress.events += [
-        {"step": progress.step, "what": f"{what}; went on from step {progress.step}"} for what in damage
+        {"step": progress.step, "what": f"{what}; resumed from step {progress.step}"} for what in damage
     ]
     return engine, progress
 

@@ -1,4 +1,4 @@
-"""The training loop: an engine, an iterator of batches, and hooks. It knows nothing of Ray.
+"""The training loop: an engine, an iterator of batches, and hooks. It does not depend on Ray.
 
 It runs the same in a Ray Train worker, in a plain process and in a notebook. The engine is DeepSpeed's
 (:mod:`haltscale.platform.training.engine`); what happens at logs, checkpoints and evaluations is the caller's.
@@ -51,7 +51,7 @@ class Hooks:
     checkpoint: Callable[[Progress], None]
     evaluate: Callable[[Progress], None]
     notice: Callable[[], bool] = lambda: False
-    """Whether this rank was told that it may end soon: then all save a checkpoint after the step, and go on."""
+    """Whether this rank has notice of preemption: then all save a checkpoint after the step, and continue."""
 
 
 def train(
@@ -70,7 +70,7 @@ def train(
     Args:
         engine: wraps the model; accumulates over as many calls as ``execution`` says.
         batches: this rank's batches from step ``progress.step`` on (``step``, ``seq_ids``, ``tokens``); a row may end
-            in ``IGNORE_INDEX``, which is neither thought about nor scored.
+            in ``IGNORE_INDEX``, which takes no latent steps and is not scored.
         progress: where to begin; updated in place.
         execution: micro-batches, and how often what is logged, saved and evaluated. A checkpoint comes before the
             evaluation of the same step; the evaluation at the end is left to the caller, who has more to do then.
@@ -121,7 +121,7 @@ def train(
         asks = (window.age >= execution.log_every_seconds, hooks.notice(), progress.seconds > limit)
         flops = engine.module.flops(counts).training
         step = StepTotals.of(outputs, flops, counts, asks, rank=rank, world=world).over_ranks()
-        progress.thought(step.histogram)
+        progress.add_steps(step.histogram)
         progress.step += 1
         progress.seconds += time.perf_counter() - began
         progress.spend(step.flops, step.pass_rows, run.batch_tokens)
@@ -150,7 +150,7 @@ def train(
             engine.module.train()
         if step.is_capped and not over:
             raise RunCappedError(
-                f"{execution.max_hours:g} hours of training are over at step {progress.step}: raise max_hours to resume"
+                f"max_hours ({execution.max_hours:g}) is reached at step {progress.step}: raise it to resume"
             )
     return progress
 

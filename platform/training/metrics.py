@@ -85,7 +85,7 @@ class StepTotals:
     @property
     def means(self) -> npt.NDArray[np.float64]:
         """Mean over scored tokens of loss, cross-entropy, penalty and expected steps."""
-        return self.sums[:4] / max(self.sums[4], 1.0)
+        return np.asarray(self.sums[:4] / max(self.sums[4], 1.0))
 
     @property
     def flops(self) -> Flops:
@@ -103,7 +103,7 @@ class StepTotals:
 
     @property
     def is_noticed(self) -> bool:
-        """Whether any rank was told that it may end soon."""
+        """Whether any rank has notice of preemption."""
         return bool(self.sums[10])
 
     @property
@@ -113,7 +113,7 @@ class StepTotals:
 
     @property
     def straggling(self) -> float:
-        """Most over mean latent steps of the ranks' tokens: all wait for the rank that thinks longest. 1 is even."""
+        """The straggler ratio: maximum over mean of the ranks' latent steps. 1 is balanced."""
         mean = float(self.rank_steps.mean())
         return float(self.rank_steps.max()) / mean if mean > 0 else 1.0
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from haltscale.model import LanguageModel
-from haltscale.platform.execution import ExecutionConfig, OnTrouble
+from haltscale.platform.execution import ExecutionConfig, FailurePolicy
 from haltscale.platform.training.progress import Progress
 
 EXPLODED = 3.0
@@ -20,11 +20,11 @@ EXPLODED = 3.0
 
 
 class TrainingDivergedError(RuntimeError):
-    """The run cannot go on, or its policy forbids it; the message says why and at which step."""
+    """The run cannot continue, or its policy forbids it; the message says why and at which step."""
 
 
 class RunCappedError(RuntimeError):
-    """The run has trained for as long as it may (``ExecutionConfig.max_hours``)."""
+    """The run has reached its time limit (``ExecutionConfig.max_hours``)."""
 
 
 class Watch:
@@ -53,7 +53,7 @@ class Watch:
             progress: of the run, that step included; events are added to it.
             loss: nats per token, the method's penalty included.
             cross_entropy: nats per token.
-            gradient_norm: before clipping; None where DeepSpeed does not tell.
+            gradient_norm: before clipping; None where DeepSpeed does not report it.
             histogram: tokens by executed latent steps.
 
         Raises:
@@ -81,14 +81,14 @@ class Watch:
             self._found(progress, what, self._execution.on_collapse)
 
     @staticmethod
-    def _found(progress: Progress, what: str, policy: OnTrouble) -> None:
+    def _found(progress: Progress, what: str, policy: FailurePolicy) -> None:
         progress.events.append({"step": progress.step, "what": what})
-        if policy is OnTrouble.STOP:
+        if policy is FailurePolicy.STOP:
             raise TrainingDivergedError(f"{what} at step {progress.step}")
 
 
 class RunMemoryError(RuntimeError):
-    """There was not enough memory for a step; the message says what takes less."""
+    """There was not enough memory for a step; the message says which settings need less."""
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from haltscale.platform.training.steps_schedule import StepsSchedule
 
 @dataclass
 class Progress:
-    """How far a run is; saved with every checkpoint, so that a resumed run goes on counting."""
+    """How far a run is; saved with every checkpoint, so that a resumed run continues counting."""
 
     step: int = 0
     tokens: int = 0
@@ -46,7 +46,7 @@ class Progress:
     steps_schedule: list[list[float]] = field(default_factory=list)
     """Tokens by latent steps over training (:class:`StepsSchedule`)."""
 
-    def thought(self, histogram: npt.NDArray[np.float64]) -> None:
+    def add_steps(self, histogram: npt.NDArray[np.float64]) -> None:
         """Take in how many tokens took how many latent steps, before the step's work is added."""
         schedule = StepsSchedule.from_list(self.steps_schedule)
         schedule.add(self.spent, histogram)

@@ -30,6 +30,7 @@ STUDIES = {
     "English, equal realised training FLOPs": gate_ablation_english.study,
 }
 NEEDS = "steps: unpredictable / need 0 / 1 / 2"
+NO_NEED = "steps: unpredictable / need 0"
 BASES = {
     "recipe": ("The recipe without", gate_ablation.RECIPE, gate_ablation.WITHOUT),
     "paper": ("The paper's method with", gate_ablation.PAPER, gate_ablation.WITH),
@@ -72,6 +73,7 @@ def section(store: RunStore, study: Study) -> str:
     """The tables of one study."""
     views = {view.key: view for view in store.runs(study.name)}
     english = study.name == gate_ablation_english.study().name
+    twin = study.name == gate_ablation_twin.study().name
     plain: list[RunView] = []
     if english:
         plain = variant(study, views, {"method": "vanilla", "learning_rate": gate_ablation_english.RATES["vanilla"]})
@@ -90,12 +92,15 @@ def section(store: RunStore, study: Study) -> str:
             if english:
                 row.append(difference(runs, plain) if plain else "not run")
             else:
-                row += [seeds(runs, "need", "rank_correlation"), seeds(runs, "need", "needy", "accuracy")]
+                if not twin:
+                    row += [seeds(runs, "need", "rank_correlation"), seeds(runs, "need", "needy", "accuracy")]
                 row.append(steps_by_need(runs))
             row += [seeds(runs, "mean_steps"), f"{np.mean([view.record['flops_realised'] for view in runs]):.3g}"]
             rows.append(row)
         headings = [title, "nats/token", "above the base (95 %)"]
-        more = ["above vanilla (95 %)"] if english else ["rank correlation", "accuracy on needy tokens", NEEDS]
+        more = ["rank correlation", "accuracy on needy tokens", NEEDS]
+        if english or twin:
+            more = ["above vanilla (95 %)"] if english else [NO_NEED]
         headings += [*more, "mean steps", "realised FLOPs"]
         parts.append(table(headings, [[*row, *[""] * (len(headings) - len(row))] for row in rows]))
     return "\n\n".join(parts)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,6 +30,12 @@ FLAGS = (
 )
 
 
+WRONG = re.compile(r"\bwarn|\berror|Traceback|Exception", re.IGNORECASE)
+"""In a line of the server's log."""
+KNOWN = "No runtime found, using MemoryCacheStorageManager"
+"""What Streamlit says in the process that fits, which has no pages."""
+
+
 def find_chromium() -> str | None:
     """The path of an installed Chromium or Chrome."""
     return next((path for name in CHROMIUM if (path := shutil.which(name))), None)
@@ -35,21 +43,28 @@ def find_chromium() -> str | None:
 
 @contextmanager
 def server(store_root: str) -> Iterator[str]:
-    """A dashboard on a free port; yields its address once it answers."""
+    """A dashboard on a free port; yields its address once it answers.
+
+    Raises:
+        RuntimeError: the server did not start, or wrote a warning or an error to its log.
+    """
     port = free_port()
-    process = subprocess.Popen(
-        command(store_root, port), env=environment(store_root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    address = f"http://{ADDRESS}:{port}"
-    try:
-        while not answers(f"{address}/_stcore/health"):
-            if process.poll() is not None:
-                raise RuntimeError(f"the dashboard did not start: {(process.stderr and process.stderr.read()) or ''!r}")
-            Event().wait(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command(store_root, port), env=environment(store_root), stdout=log, stderr=log)
+        address = f"http://{ADDRESS}:{port}"
+        try:
+            while not answers(f"{address}/_stcore/health"):
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"the dashboard did not start: {log.read()}")
+                Event().wait(0.1)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+        log.seek(0)
+        if wrong := [line for line in log.read().splitlines() if WRONG.search(line) and KNOWN not in line]:
+            raise RuntimeError("the server's log has:\n" + "\n".join(wrong))
 
 
 def answers(url: str) -> bool:

@@ -60,22 +60,16 @@ def test_every_row_of_the_forest_is_its_cell(reference):
         assert ("not decided" in trace.name) == (row["low"] <= 0 <= row["high"])
 
 
-def test_targets_are_shown_where_the_study_has_them(author):
+def test_targets_are_judged_where_the_study_has_them(author):
     author.finished_study()
     path = author.store.path(STUDY, None, "study.json")
-    claim = {
-        "claim": "adaptive is better",
-        "source": "table 1",
-        "verdict": "holds",
-        "figure": "1 [0, 2]",
-        "reason": "r",
-    }
-    author.store.write_json(
-        path, author.store.read_json(path) | {"claims": [claim, "odd", {"claim": "b", "verdict": 7}]}
-    )
+    target = {"claim": "it takes steps", "source": "us", "arm": "adaptive", "quantity": "mean_steps", "low": 0.0}
+    author.store.write_json(path, author.store.read_json(path) | {"targets": [target, "odd", {"claim": "b"}]})
     page = open_page("answer")
     (table,) = [frame.value for frame in page.dataframe if "claim" in frame.value]
-    assert table["verdict"].tolist() == ["holds", "not decided"]
+    assert table["claim"].tolist() == ["it takes steps"]
+    assert table["verdict"].tolist() == ["holds"]
+    assert "runs" in table["reason"][0]
     author.plan([])
     assert "Targets of the study" not in text(open_page("answer"))
 

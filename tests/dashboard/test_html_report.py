@@ -19,7 +19,7 @@ def test_a_study_in_one_file(author, tmp_path, capsys):
     body = page[page.index("<body>") :]
     assert not re.search(r'(src|href)="?https?:', body)
     assert "Loss against training compute" in body
-    assert "vanilla: 3 of the 6 runs that a fit needs" in body
+    assert "vanilla, adaptive: 3 of the 6 runs that a fit needs" in body
     assert "ran out of memory" in body
     assert body.count("<figure") >= 3
     assert "adaptive · 4.2m · λ 1" in body

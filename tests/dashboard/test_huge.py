@@ -38,21 +38,22 @@ def root(benchmark, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "query", "figures"),
     [
-        *((name, {}, 0) for name in PAGES if name not in ("live", "scaling", "sweeps", "halting", "tokens")),
+        *((name, {}, 0) for name in PAGES if name not in ("live", "compute", "sensitivity", "halting", "tokens")),
         ("live", {}, 2),
-        ("scaling", {}, 2),
-        ("scaling", {"view": "IsoFLOP"}, 1),
-        ("scaling", {"view": "Multipliers"}, 1),
-        ("scaling", {"view": "Value of a latent step"}, 1),
-        ("scaling", {"view": "Size and data"}, 1),
-        ("sweeps", {}, 4),
+        ("compute", {}, 1),
+        ("compute", {"fits": "true"}, 1),
+        ("compute", {"view": "IsoFLOP"}, 1),
+        ("compute", {"view": "Multipliers"}, 1),
+        ("compute", {"view": "Value of a latent step"}, 1),
+        ("compute", {"view": "Size and data"}, 1),
+        ("sensitivity", {}, 3),
         ("halting", {}, 7),
         ("tokens", {}, 2),
     ],
 )
 def test_a_page_of_a_thousand_runs(benchmark, name, query, figures):
     page = open_page(name, **query)
-    assert {key: page.session_state[key] for key in query} == query
+    assert {key: str(page.session_state[key]).replace("True", "true") for key in query} == query
     assert page.title[0].value == TITLES[name]
     assert f"{RUNS} finished" in text(page)
     assert not page.error
@@ -63,7 +64,7 @@ def test_a_page_of_a_thousand_runs(benchmark, name, query, figures):
 
 
 def test_a_filter_of_a_thousand_runs(benchmark):
-    page = open_page("scaling")
+    page = open_page("compute")
     whole = benchmark.points(page.get("plotly_chart")[0].proto.spec)
     page.pills(key="method").set_value(["vanilla"]).run()
     assert not page.exception

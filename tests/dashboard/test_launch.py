@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from haltscale.dashboard import html_report, launch
+from haltscale.dashboard import figure_files, html_report, launch
 from haltscale.platform import cli
 
 
@@ -65,7 +65,9 @@ def test_the_dashboard_imports_neither_ray_nor_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("program", "verb"), [(launch.main, "dashboard"), (html_report.main, "report")])
+@pytest.mark.parametrize(
+    ("program", "verb"), [(launch.main, "dashboard"), (html_report.main, "report"), (figure_files.main, "figures")]
+)
 def test_help_has_an_example(program, verb, capsys):
     with pytest.raises(SystemExit) as ended:
         program(["--help"])

@@ -35,6 +35,7 @@ def test_an_empty_store_says_how_to_fill_it(author, name):
         ("halting", 4),
         ("tokens", 2),
         ("evaluations", 0),
+        ("notes", 0),
         ("playground", 0),
         ("method", 0),
     ],

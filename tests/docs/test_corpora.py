@@ -32,9 +32,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     exec(compile(streamed, "docs/corpora.md", "exec"), names)
     assert names["corpus"].problems() == []
     assert names["corpus"].segment_tokens == 16_000_000
-    said = capsys.readouterr().out
-    assert "nothing is wrong" in said
-    assert "'overlapping_windows': " in said
+    printed = capsys.readouterr().out
+    assert "no problems found" in printed
+    assert "'overlapping_windows': " in printed
 
 
 @pytest.mark.parametrize("name", [*(kind for kind in Format if kind is not Format.AUTO), *RECIPES])

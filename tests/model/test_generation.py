@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haltscale.model import METHODS, Method, Shape
+from haltscale.model import METHODS, AdaptiveOptions, Method, Shape
 from haltscale.model.generation import Cost, GenerationError, Sampling, cache_bytes, choose, generate
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
@@ -104,6 +104,23 @@ def test_a_finished_sequence_costs_nothing(tiny: Callable, method: Method):
         assert [(one.token, one.steps) for one in own] == [(one.token, one.steps) for one in others]
     assert together.tokens == total
     assert together.flops_realised == pytest.approx(flops)
+
+
+def test_no_sequence_waits_for_another_that_takes_more_steps(tiny: Callable):
+    """A pass goes on with every sequence, whatever the depth of its token: so many passes as the slowest one needs."""
+    model = tiny(Method.ADAPTIVE, AdaptiveOptions(tau=0.3, router_bias=0.0)).eval()
+    for router in model.latent_loop.routers:
+        torch.nn.init.normal_(router.score.weight, std=3.0, generator=torch.Generator().manual_seed(0))
+    prompts, passes = [[3], [9], [2], [7]], [0]
+    model.latent_loop.stack.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    steps: list[list[int]] = [[] for _ in prompts]
+    for one in generate(model, prompts, new_tokens=20):
+        steps[one.sequence].append(one.steps)
+    assert {0, 3} <= {k for own in steps for k in own}, "the sequences are to differ in depth"
+    read_at_once = max(own[0] + 1 for own in steps)
+    alone = [sum(1 + k for k in own[1:]) for own in steps]
+    together = sum(max(column) + 1 for column in zip(*(own[1:] for own in steps), strict=True))
+    assert passes[0] == read_at_once + max(alone) < read_at_once + together
 
 
 def test_tokens_come_as_they_are_written(tiny: Callable):

@@ -279,7 +279,7 @@ def test_phi_is_found_for_every_method_and_their_difference_is_certain():
     assert advantage.low <= 0.3 <= advantage.high
     assert advantage.excludes(0.0)
     for other in ("fixed", "shuffled", "vanilla", "adaptive"):
-        with pytest.raises(ValueError, match=f"{other} is no replay control of adaptive"):
+        with pytest.raises(ValueError, match=f"{other} is not a replay control of adaptive"):
             found.advantage("adaptive", other)
 
 

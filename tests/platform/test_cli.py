@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from haltscale.platform import cli, cluster
+from haltscale.platform.load_study import load_study
 from haltscale.platform.sweeps.study import Study
 
 
@@ -140,15 +141,15 @@ def test_a_file_and_a_module_are_as_good_as_what_ships(tmp_path, monkeypatch):
     (tmp_path / "package" / "__init__.py").touch()
     (tmp_path / "package" / "sweeps.py").write_text(SCRIPT.format(corpus="texts"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    loaded = cli.load_study(str(tmp_path / "mine.py"))
+    loaded = load_study(str(tmp_path / "mine.py"))
     assert (loaded.study.name, loaded.study.source) == ("mine", "mine.py")
     assert loaded.entrypoint == ("python", "mine.py")
     assert [file.name for file in loaded.files] == ["mine.py", "texts.py"]
-    loaded = cli.load_study("package.sweeps")
+    loaded = load_study("package.sweeps")
     assert (loaded.study.name, loaded.study.source) == ("mine", "package.sweeps")
     assert loaded.entrypoint == ("python", "-m", "package.sweeps")
     assert loaded.files == (tmp_path / "package",)
-    loaded = cli.load_study("haltscale.studies.quickstart")
+    loaded = load_study("haltscale.studies.quickstart")
     assert loaded.study.name == "quickstart"
     assert loaded.files == ()
 
@@ -199,7 +200,7 @@ def test_a_study_that_is_running_is_followed_and_not_started_again(head, monkeyp
     monkeypatch.setattr(cluster, "running_job", lambda client, study, owner: "job-0")
     assert run("submit", "quickstart") == 0
     assert head == []
-    assert "is running already as job-0" in capsys.readouterr().out
+    assert "is already running as job-0" in capsys.readouterr().out
 
 
 def test_an_interrupted_follower_leaves_the_job_alone(head, monkeypatch, capsys):
@@ -211,7 +212,7 @@ def test_an_interrupted_follower_leaves_the_job_alone(head, monkeypatch, capsys)
     assert "haltscale cancel quickstart" in capsys.readouterr().out
 
 
-HANDED_ON = ("dashboard", "report")
+HANDED_ON = ("dashboard", "report", "figures")
 """Verbs that become another program, help and all; their help: tests/dashboard/test_launch.py."""
 
 

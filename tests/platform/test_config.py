@@ -31,8 +31,8 @@ def test_a_sound_run_has_no_problems(run):
     [
         ({"size": "0.6M"}, ["'0.6M'", "did you mean '0.6m'"]),
         ({"size": "enormous"}, ["'enormous'", "must be one of", "0.6m", "1.8m"]),
-        ({"tokens": 63}, ["63", "less than one batch of 64"]),
-        ({"batch_tokens": 72}, ["batch_tokens 72", "multiple of context 16"]),
+        ({"tokens": 63}, ["63", "at least one batch, 64"]),
+        ({"batch_tokens": 72}, ["batch_tokens must be a multiple of context 16", "got 72"]),
         ({"tokens": 0}, ["tokens", "0"]),
         ({"tokens": 1e6 + 0.5}, ["tokens", "1000000.5", "an integer"]),
         ({"tokens": True}, ["tokens", "True", "an integer"]),
@@ -85,7 +85,7 @@ def test_everything_wrong_is_told_at_once():
     options = AdaptiveOptions(lam=-1.0, l_max=-2, tau=7.0)
     run = replace(ADAPTIVE, size="0.6mm", tokens=10, batch_tokens=65, learning_rate=-1, seed=-1, options=options)
     found = "\n".join(run.problems())
-    for name in ("size", "tokens 10", "batch_tokens 65", "learning_rate", "seed", "lam", "l_max", "tau"):
+    for name in ("size", "got 10", "got 65", "learning_rate", "seed", "lam", "l_max", "tau"):
         assert name in found
     assert len(run.problems()) == 8
 
@@ -212,10 +212,9 @@ def test_execution_problems_come_together():
     ("changes", "words"),
     [
         ({"offload_optimizer": "tape"}, ["offload_optimizer = 'tape'", "cpu"]),
-        ({"offload_optimizer": Offload.CPU, "zero_stage": 0}, ["offload_optimizer", "zero_stage", "not 0"]),
+        ({"offload_optimizer": Offload.CPU, "zero_stage": 0}, ["offload_optimizer", "zero_stage", "(got 0)"]),
         ({"offload_parameters": Offload.CPU, "zero_stage": 2}, ["offload_parameters", "zero_stage 3"]),
-        ({"offload_optimizer": Offload.NVME, "zero_stage": 2}, ["offload_optimizer nvme needs zero_stage 3"]),
-        ({"compile": True, "zero_stage": 3}, ["compile needs zero_stage 0, 1 or 2"]),
+        ({"compile": True, "zero_stage": 3}, ["compile requires zero_stage 0, 1 or 2"]),
         ({"milestones": (0.5, 1.5)}, ["milestones = 1.5"]),
         ({"sinks": ("paper",)}, ["sinks = 'paper'", "tensorboard"]),
         ({"on_collapse": "ignore"}, ["on_collapse = 'ignore'", "continue"]),
@@ -233,7 +232,7 @@ def test_wrong_execution_is_named_with_what_is_allowed(changes, words):
 
 def test_fp16_is_refused_on_cpus():
     half = replace(GOOD, precision=Precision.FP16)
-    assert "fp16 needs gpus_per_worker" in only(ExecutionConfig().problems([half]))
+    assert "fp16 requires gpus_per_worker" in only(ExecutionConfig().problems([half]))
     assert ExecutionConfig(gpus_per_worker=1).problems([half]) == []
 
 
@@ -242,6 +241,11 @@ def test_execution_survives_json():
     back = ExecutionConfig.from_dict(json.loads(json.dumps(asdict(execution))))
     assert back == execution
     assert back.offload_optimizer is Offload.CPU
+
+
+def test_an_execution_of_an_earlier_version_is_read():
+    earlier = {"optimizer": "fused", "optimizer_kernel": "torch", "offload_folder": "/scratch", "zero_stage": 3}
+    assert ExecutionConfig.from_dict(earlier) == ExecutionConfig(zero_stage=3)
 
 
 def test_a_run_that_the_cluster_cannot_hold_is_refused():
@@ -254,12 +258,14 @@ def test_a_run_that_the_cluster_cannot_hold_is_refused():
 def test_a_worker_that_no_node_can_hold_is_refused():
     """Ray would wait for such a node for ever."""
     execution = ExecutionConfig(cpus_per_worker=4)
-    assert "largest has 3" in only(execution.problems([GOOD], {"CPU": 6, "node_cpus": 3}))
+    assert "largest node has 3" in only(execution.problems([GOOD], {"CPU": 6, "node_cpus": 3}))
     assert execution.problems([GOOD], {"CPU": 8, "node_cpus": 4}) == []
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    assert "4 sequences cannot be shared by 3 workers" in only(ExecutionConfig(workers=3).problems([GOOD, ADAPTIVE]))
+    assert "4 sequences cannot be divided evenly among 3 workers" in only(
+        ExecutionConfig(workers=3).problems([GOOD, ADAPTIVE])
+    )
 
 
 @given(share=st.integers(1, 200), workers=st.integers(1, 8), most=st.integers(1, 64))

@@ -255,3 +255,25 @@ def test_an_owner_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
     mine.release(traceless=True)
     assert [path.name for path in Path(store.path("study")).iterdir()] == ["study.json"]
     own(store).release()
+
+
+def test_a_notice_reaches_the_owner_and_is_gone_when_it_has_saved(store, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    folder = store.path("study", "run")
+    owner = Lease(store, folder)
+    owner.acquire()
+    assert not owner.noticed
+    lease.give_notice(store, folder)
+    while not owner.noticed:
+        time.sleep(0.01)
+    assert lease.has_notice(store, folder)
+    owner.heed()
+    assert not lease.has_notice(store, folder)
+    assert not owner.noticed
+    lease.give_notice(store, folder)
+    owner.release()
+    heir = Lease(store, folder)
+    heir.acquire()
+    assert not lease.has_notice(store, folder), "it was for the owner before"
+    assert not heir.noticed
+    heir.release()

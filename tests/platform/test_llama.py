@@ -191,7 +191,13 @@ def test_all_that_does_not_fit_a_llama_is_told_at_once(pretrained):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InitialModelError) as refused:
         llama(folder)
-    for said in ("attention_bias", "hidden_act is 'gelu'", "scaled (yarn)", "rms_norm_eps is None", "never loaded"):
+    for said in (
+        "attention_bias",
+        "hidden_act must be 'silu' (got 'gelu')",
+        "scaled (yarn)",
+        "rms_norm_eps must be a number (got None)",
+        "never loaded",
+    ):
         assert said in str(refused.value)
 
 
@@ -226,11 +232,11 @@ def pickled(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (other_kind, "model_type is 'gpt2', needs 'llama'"),
-        (fewer_layers, r"model\.layers\.0\.mlp\.down_proj\.weight is \[32, 40\], should be \[32, 48\]"),
+        (other_kind, r"model_type must be 'llama' \(got 'gpt2'\)"),
+        (fewer_layers, r"down_proj\.weight must have shape \[32, 48\] \(got \[32, 40\]\)"),
         (fewer_layers, r"and \d+ more"),
-        (cut_off, "damaged or no safetensors"),
-        (pickled, "damaged or no safetensors"),
+        (cut_off, "damaged or not a safetensors"),
+        (pickled, "damaged or not a safetensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "config.json and tokenizer.json are needed"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "config.json and tokenizer.json are needed"),
@@ -287,7 +293,7 @@ def test_all_that_does_not_fit_a_run_is_told_at_once(pretrained):
     assert len(found) == 3
     assert "size '0.6m' is Shape(layers=2" in found[0]
     assert "give size 'imported'" in found[0]
-    assert "301 token ids, init_from knows 300" in found[1]
+    assert "301 token ids, init_from has 300" in found[1]
     assert "context 128 is longer than that of init_from, 64" in found[2]
     assert run_from(folder).problems(257) == []
     assert "not on the ladder" in RunConfig(size=IMPORTED).problems()[0]
@@ -344,6 +350,6 @@ def test_the_index_names_the_weights_and_leftovers_are_not_read(pretrained, tmp_
     with pytest.raises(InitialModelError, match="and so does a file before it"):
         llama(old)
     index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
-    with pytest.raises(InitialModelError, match=r"names files that are not there: gone\.safetensors"):
+    with pytest.raises(InitialModelError, match=r"names missing files: gone\.safetensors"):
         llama(old)
     assert named

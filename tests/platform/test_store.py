@@ -41,9 +41,9 @@ def test_the_root_follows_the_environment(monkeypatch, home, tmp_path):
     "name", ["..", ".", "", "a/b", "/etc", "../x", "a\\b", "-x", ".hidden", "a b", "x\n", "ü", "a" * 101]
 )
 def test_a_name_that_could_leave_the_store_is_refused(any_store, name):
-    with pytest.raises(StoreError, match="no name for a study or a run"):
+    with pytest.raises(StoreError, match="not a valid study or run name"):
         any_store.path(name)
-    with pytest.raises(StoreError, match="no name for a study or a run"):
+    with pytest.raises(StoreError, match="not a valid study or run name"):
         any_store.path("study", name)
 
 

@@ -118,7 +118,7 @@ def test_a_bucket_that_is_not_there_is_named(s3):
 
 
 def test_a_url_that_nothing_reads_is_refused():
-    with pytest.raises(StoreError, match="no folder and no URL"):
+    with pytest.raises(StoreError, match="neither a folder nor a URL"):
         RunStore("nosuch://bucket/runs")
 
 

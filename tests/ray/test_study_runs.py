@@ -22,7 +22,7 @@ from haltscale.platform.store import RunState, RunStore
 from haltscale.platform.training.progress import Progress
 from haltscale.studies import known_need
 
-from jobs import command_line, drivers, environment, run, submit, training_workers, wait_for
+from jobs import command_line, drivers, run, submit, training_workers, wait_for
 from looping import timeless
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -106,7 +106,7 @@ def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_p
 
     job = submit(head, "python", script)
     wait_for(checkpointed, job)
-    killed = training_workers()
+    killed = training_workers(head)
     assert killed, "no training worker was found"
     for process in killed:
         process.send_signal(signal.SIGKILL)
@@ -117,6 +117,48 @@ def test_a_run_survives_its_workers_death(head: cluster.Head, texts: Path, tmp_p
     assert view.state is RunState.FINISHED
     assert steps == sorted(set(steps))
     assert steps[-1] == 48
+
+
+def test_a_process_that_trains_run_after_run_is_killed(head: cluster.Head, texts: Path, tmp_path: Path) -> None:
+    """The run that it was in goes on from its last checkpoint in another process; those before it stay as they are, and
+    those after it are trained."""
+    script = write_study(
+        tmp_path / "toy_lane.py",
+        texts,
+        name="toy-lane",
+        runs="sweep=grid(method='vanilla', seed=[0, 1, 2])",
+        execution="evaluations=1, checkpoints=48, log_every_seconds=0.0, cpus_per_worker=2",  # one run at a time
+    )
+    store = RunStore()
+
+    def states() -> list[RunState]:
+        return [view.state for view in store.runs("toy-lane")] if "toy-lane" in store.studies() else []
+
+    def is_in_its_second_run() -> bool:
+        running = [view for view in store.runs("toy-lane") if view.state is RunState.RUNNING] if states() else []
+        return RunState.FINISHED in states() and any((view.status.get("step") or 0) >= 12 for view in running)
+
+    job = submit(head, "python", script)
+    wait_for(lambda: RunState.RUNNING in states(), job)
+    (first,) = training_workers(head)
+    wait_for(is_in_its_second_run, job)
+    (killed,) = training_workers(head)
+    assert killed.pid == first.pid, "one process trains run after run"
+    before = {view.key: view.record["finished_at"] for view in store.runs("toy-lane") if view.state == "finished"}
+    killed.send_signal(signal.SIGKILL)
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+
+    assert states() == [RunState.FINISHED] * 3
+    attempts = {view.key: [attempt["step"] for attempt in view.record["attempts"]] for view in store.runs("toy-lane")}
+    assert sorted(map(len, attempts.values())) == [1, 1, 2]
+    for key, steps in attempts.items():
+        assert steps[0] == 0
+        assert len(steps) == 1 or 11 <= steps[1] < 48, "it goes on from the newest of a checkpoint for every step"
+        assert store.metrics("toy-lane", key)["step"].tolist()[-1] == 48
+        assert store.metrics("toy-lane", key)["step"].is_unique
+    for key, finished_at in before.items():
+        assert store.run("toy-lane", key).record["finished_at"] == finished_at
 
 
 @pytest.mark.slow
@@ -135,7 +177,7 @@ def test_a_budget_in_flops_ends_a_run(head: cluster.Head, texts: Path, tmp_path:
         job = submit(head, "python", script, *options)
         if name == "killed":
             wait_for(lambda logged=logged: any(row["flops_realised"] > budget / 2 for row in logged()), job)
-            for process in training_workers():
+            for process in training_workers(head):
                 process.send_signal(signal.SIGKILL)
         output, _ = job.communicate()
         assert job.returncode == 0, output
@@ -215,7 +257,7 @@ def test_no_process_outlives_its_job(head: cluster.Head, quickstart: str) -> Non
     assert submitted
     while not all(client.get_job_status(job).is_terminal() for job in submitted):  # a status follows the output
         time.sleep(0.1)
-    assert not [process.pid for process in training_workers() if head.temp_dir in environment(process)]
+    assert not [process.pid for process in training_workers(head)]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from toys import write_study, write_texts
 from haltscale.platform import cluster
 from haltscale.platform.store import RunState, RunStore
 
-from jobs import drivers, environment, of_head, submit, training_workers, wait_for
+from jobs import drivers, of_head, submit, training_workers, wait_for
 from looping import timeless
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -61,9 +61,10 @@ def test_worker_driver_and_head_die_and_the_run_is_the_one_left_alone(own_head, 
 
     job = submit(head, "python", toy, "--store", killed.root)
     reach(killed, 10, job)
-    for process in training_workers():
-        if head.temp_dir in environment(process):
-            process.send_signal(signal.SIGKILL)
+    doomed = training_workers(head)
+    assert doomed
+    for process in doomed:
+        process.send_signal(signal.SIGKILL)
     reach(killed, 24, job)
 
     doomed = drivers(toy)

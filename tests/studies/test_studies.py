@@ -16,7 +16,8 @@ import pytest
 import haltscale.studies
 from haltscale.platform import cli
 from haltscale.platform.api import ConfigError, RunStore, Study, sotu
-from haltscale.studies import reference
+from haltscale.platform.corpora.prepare import prepare
+from haltscale.studies import little_text, reference
 
 RUNS = {
     "ablation": 3 + 3 * 5 * 3 * 3,
@@ -25,6 +26,9 @@ RUNS = {
     "gate_ablation_tuning": 5 * 3,
     "gate_ablation_twin": 3 * (8 + 6),
     "isoflop": 5 * 4 * 3,
+    # tuning runs, equal FLOPs, plain models at less, controls, equal tokens (there without the wider model)
+    "little_text": 12 * 6 + 3 * (12 + 2 * 2 + 4 + 11),
+    "little_text_more": 12 * 6 + 3 * (12 + 2 * 2 + 4 + 11),
     "main_comparison": 2 * (8 + 2 + 2 * 4),
     "main_ladder": 3 * (8 + 2 + 2 * 4),
     "known_need": 3 * (2 + 3 + 2),
@@ -71,6 +75,27 @@ def test_the_plan_of_a_study(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     study.main(["--dry-run", "--store", str(tmp_path / "runs")])
     assert f"{RUNS[name]} runs: " in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_more_text_is_the_little_text_and_more_with_the_same_held_out() -> None:
+    names = {}
+    for name in little_text.UNIQUE:
+        prepared = prepare(little_text.corpus(name), context=256)
+        assert prepared.counts["validation_tokens"] > 100_000
+        assert prepared.counts["train_bytes"] == pytest.approx(little_text.UNIQUE[name], rel=0.2)
+        names[name] = set(prepared.validation_names())
+        folder = little_text.texts(little_text.UNIQUE[name])
+        names[name, "all"] = {file.name for file in folder.iterdir()}
+    less, more = little_text.UNIQUE
+    assert len(names[less]) == little_text.HELD_OUT
+    assert names[less] == names[more]
+    assert names[less, "all"] < names[more, "all"]
+
+
+def test_the_waves_of_little_text_add_runs_and_change_none() -> None:
+    plans = [little_text.study(waves=waves).plan().query("state == 'planned'")["key"] for waves in (1, 2, 3)]
+    assert set(plans[0]) < set(plans[1])
+    assert set(plans[1]) == set(plans[2]), "equal tokens are compared at the recipes that are known by then"
 
 
 def test_the_main_comparison_is_the_papers() -> None:

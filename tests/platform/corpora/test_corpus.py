@@ -54,7 +54,7 @@ def test_everything_wrong_comes_at_once(corpus):
 @pytest.mark.parametrize("weight", [0, -1.5, float("inf"), "much"])
 def test_a_weight_that_is_none(corpus, weight):
     problem = only(corpus(source={"weight": weight}).problems())
-    assert "source texts: weight is" in problem
+    assert "source texts: weight must be" in problem
     assert "above 0" in problem
 
 
@@ -98,7 +98,7 @@ def test_token_arrays_need_their_tokenizer(corpus, tmp_path):
     assert "name their tokenizer" in only(corpus(sources=tokens).problems())
     assert corpus(sources=tokens, tokenizer=Pretrained(name="bytes")).problems() == []
     (tmp_path / "a.bin").write_bytes(b"\0" * 63)
-    assert "no whole number of uint16" in only(
+    assert "not a whole number of uint16" in only(
         corpus(
             sources={"ids": Source(path=str(tmp_path / "a.bin"), format="uint16")}, tokenizer=Pretrained(name="bytes")
         ).problems()

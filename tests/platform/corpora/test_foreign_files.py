@@ -203,14 +203,14 @@ def test_the_probe_keeps_its_spaces_and_its_words(pairs, tmp_path):
     [
         ("3,We packed bread, cheese, and a map", r"line 5: the row has at least 3 cells, the header has 2"),
         ("first line of a text that", r"line 5: the row has 1 cells, the header has 2"),
-        ('3,"it ends" and goes on', "line 5: text follows the quotation mark that ends a cell"),
+        ('3,"it ends" and goes on', "line 5: text follows the closing quotation mark of a cell"),
         ('3,"it never ends', "line 5: the quoted cell that begins here never ends"),
     ],
 )
 def test_a_row_that_does_not_fit_its_header_is_refused(tmp_path, row, said):
     (tmp_path / "a.csv").write_text("id,text\n" + "".join(f"{n},{n} words\n" for n in range(3)) + row + "\n")
     message = refusal(corpus_of(tmp_path / "a.csv"))
-    assert f"{tmp_path}/a.csv is no CSV: {said}" in message
+    assert f"{tmp_path}/a.csv is not valid CSV: {said}" in message
 
 
 @pytest.mark.parametrize("suffix", ["tsv", "csv"])
@@ -255,7 +255,7 @@ def test_a_long_cell_is_counted_and_two_columns_of_a_name_are_refused(tmp_path):
     )
     assert "b.parquet has 2 columns called 'text'" in refusal(corpus_of(tmp_path / "b.parquet"))
     (tmp_path / "b.jsonl").write_text('{"text": "a", "text": "b"}\n')
-    assert "holds the field 'text' more than once" in refusal(corpus_of(tmp_path / "b.jsonl"))
+    assert "has the field 'text' more than once" in refusal(corpus_of(tmp_path / "b.jsonl"))
 
 
 def test_a_cache_of_csv_from_before_is_made_again_under_its_fingerprint(tmp_path):
@@ -365,7 +365,7 @@ def test_links_to_nowhere_pipes_and_circles(tmp_path):
     os.mkfifo(path / "pipe.txt")
     message = refusal(corpus_of(path))
     assert "gone.txt cannot be read: No such file or directory (a link to nowhere)" in message
-    assert "pipe.txt is no regular file" in message
+    assert "pipe.txt is not a regular file" in message
     with pytest.raises(CorpusError, match=r"gone\.txt"):
         _ = corpus_of(path).fingerprint
 
@@ -423,7 +423,7 @@ def test_a_predicate_that_raises_names_the_document(tmp_path, monkeypatch):
     assert (
         f"keep 'foreign_keep:keep' fails on document 00.txt of {path} (ZeroDivisionError: division by zero)" in message
     )
-    assert "is no function" in corpus_of(path, keep="foreign_keep:number").problems()[0]
+    assert "is not a function" in corpus_of(path, keep="foreign_keep:number").problems()[0]
     (tmp_path / "foreign_broken.py").write_text("1 / 0")
     assert "ZeroDivisionError" in corpus_of(path, keep="foreign_broken:keep").problems()[0]
     sys.modules.pop("foreign_keep")

@@ -115,7 +115,7 @@ def test_shares_make_up_the_batch(batch, steps, data):
 
 
 def test_an_uneven_share_is_refused():
-    with pytest.raises(ValueError, match="6 sequences cannot be shared by 4 workers"):
+    with pytest.raises(ValueError, match="6 sequences cannot be divided evenly among 4 workers"):
         rank_share(np.zeros((1, 6), dtype=np.int64), rank=0, world=4)
 
 

@@ -171,7 +171,7 @@ def test_the_probe_can_be_named(corpus):
 def test_a_probe_that_is_in_no_file_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(9)))
-    with pytest.raises(CorpusError, match="probe_document 'a' is in none"):
+    with pytest.raises(CorpusError, match="probe_document 'a' is not in its sources"):
         prepare(plain(Source(path=str(path)), probe_document="a"), 8)
     assert prepare(plain(Source(path=str(path)), probe_document="a.jsonl@0"), 8).probe().name == "a.jsonl@0"
 

@@ -166,7 +166,7 @@ def test_token_files_that_are_no_bare_arrays_are_refused(tmp_path):
     (tmp_path / "c.bin").write_bytes(b"123")
     problems = Source(path=str(tmp_path), format=Format.UINT16).file_problems()
     assert [problem.split(" ")[0].rsplit("/")[-1] for problem in problems] == ["a.npy", "b.bin.gz", "c.bin"]
-    for problem, reason in zip(problems, ["NumPy header", "compressed", "no whole number"], strict=True):
+    for problem, reason in zip(problems, ["NumPy header", "compressed", "not a whole number"], strict=True):
         assert reason in problem
 
 
@@ -190,7 +190,7 @@ def test_a_glob_takes_what_matches(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "c.csv"):
         WRITERS[name.replace("b", "a").replace("c.", "a.")](tmp_path / name, [f"from {name}"])
     assert texts_of(Source(path=f"{tmp_path}/*.jsonl")) == ["from a.jsonl", "from b.jsonl"]
-    assert "do not tell one format" in Source(path=str(tmp_path)).file_problems()[0]
+    assert "do not determine one format" in Source(path=str(tmp_path)).file_problems()[0]
     assert texts_of(Source(path=str(tmp_path), format=Format.CSV)) == ["from c.csv"]
 
 
@@ -205,7 +205,7 @@ def test_hugging_face_datasets_stream(tmp_path, monkeypatch):
     before = source.identity()
     write_parquet(tmp_path / "train-00002-of-00003.parquet", ["other"])
     assert hugging_face(str(tmp_path)).identity() != before
-    with pytest.raises(SourceError, match="has no field 'body'; there are: 'text', 'id'"):
+    with pytest.raises(SourceError, match="has no field 'body'; available: 'text', 'id'"):
         everything(hugging_face(str(tmp_path), text_field="body"))
 
 
@@ -232,7 +232,7 @@ def test_filters_and_nulls_are_counted(tmp_path):
     assert [text for _, text in found] == ["long enough"]
     assert skipped == {"filtered": 3, "empty": 1, "null": 1}
     del sys.modules["tests_predicate"]
-    assert "no importable module:function" in source.problems()[0]
+    assert "is not an importable module:function" in source.problems()[0]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -302,13 +302,13 @@ def test_a_file_that_is_cut_short_is_named(tmp_path, name, kept):
 def test_a_missing_field_names_those_that_are_there(tmp_path, name):
     WRITERS[name](tmp_path / name, TEXTS)
     (problem,) = Source(path=str(tmp_path / name), text_field="body").file_problems()
-    assert "has no field 'body'; there are: " in problem
+    assert "has no field 'body'; available: " in problem
     assert "'text'" in problem
 
 
 def test_a_later_row_without_the_field_names_its_place(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["fine"]) + b'{"title": "no text"}\n')
-    assert "the line at byte 17 has no field 'text'; there are: 'title'" in refused(
+    assert "the line at byte 17 has no field 'text'; available: 'title'" in refused(
         Source(path=str(tmp_path / "a.jsonl"))
     )
 
@@ -316,8 +316,8 @@ def test_a_later_row_without_the_field_names_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b'{"text": "x"}\n{"text": \n', "is no JSON in the line at byte 14"),
-        (b'["text"]\n', "the line at byte 0 is no object"),
+        (b'{"text": "x"}\n{"text": \n', "is not valid JSON in the line at byte 14"),
+        (b'["text"]\n', "the line at byte 0 is not an object"),
         (b'{"text": 5}\n', "field 'text' is int, not text"),
     ],
 )

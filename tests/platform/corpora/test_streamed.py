@@ -151,7 +151,10 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     source = written(tmp_path / "texts")
     two = Corpus(name="two", sources={"a": source, "b": source}, segment_tokens=590)
     assert any("a streamed corpus has one source" in problem for problem in two.problems())
-    assert any("segment_tokens is 0" in problem for problem in streamed_corpus(source, segment_tokens=0).problems())
+    assert any(
+        "segment_tokens must be an integer above 0 (got 0)" in problem
+        for problem in streamed_corpus(source, segment_tokens=0).problems()
+    )
     for changes, context, message in (
         ({}, 591, "segment_tokens 590 do not fill one row of 592"),
         ({"segment_tokens": 100}, 8, "usable documents in its first 100 bytes of text, but 1 validation"),
@@ -305,7 +308,7 @@ def test_a_shard_that_cannot_be_read_ends_the_wait_and_is_tried_again(remote, ga
     gate.failure = "connection reset"
     with begin(corpus, CONTEXT) as early:
         gate.open()
-        with pytest.raises(CorpusError, match=r"rows are prepared, then: .*19\.txt cannot be read.*connection reset"):
+        with pytest.raises(CorpusError, match=r"failed after \d+ rows: .*19\.txt cannot be read.*connection reset"):
             early.wait_for(10**9)
         assert RowReader(early.folder).read(np.arange(early.rows)).shape == (early.rows, CONTEXT + 1)
     gate.failure = None

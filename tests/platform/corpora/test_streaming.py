@@ -26,7 +26,7 @@ def prepared(tmp_path, request) -> PreparedCorpus:
 
 def read(prepared: PreparedCorpus, *, first: int, steps: int, world: int) -> tuple[np.ndarray, np.ndarray]:
     """Sequence ids ``(steps, batch)`` and tokens ``(steps, batch, context + 1)`` of all ranks together."""
-    shared = {"folder": str(prepared.folder), "seed": 5, "mixture": prepared.mixture, "batch": BATCH, "world": world}
+    shared = {"place": str(prepared.folder), "seed": 5, "mixture": prepared.mixture, "batch": BATCH, "world": world}
     window = {"first": np.array([first]), "steps": np.array([steps])}
     tables = [ray_data._read_window(window, rank=rank, **shared) for rank in range(world)]
     for table in tables:

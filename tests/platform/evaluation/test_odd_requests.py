@@ -113,5 +113,5 @@ def test_an_export_is_evaluated_on_its_own_corpus(corpus, finished, tmp_path):
     assert open_corpus(prepared.folder, exported).rows == prepared.rows
     text["model"]["merges"] = text["model"]["merges"][:-1]
     (prepared.folder / "tokenizer.json").write_text(json.dumps(text))
-    with pytest.raises(EvaluationError, match="another tokenizer"):
+    with pytest.raises(EvaluationError, match="different tokenizer"):
         open_corpus(prepared.folder, original)

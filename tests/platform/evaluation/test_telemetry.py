@@ -194,8 +194,8 @@ def test_gains_and_oracle_by_hand():
 @pytest.mark.parametrize(
     ("histogram", "l_max", "said"),
     [
-        ([1, 0, 0], 2, "no token thinks"),
-        ([0, 0, 1], 2, "to the end"),
+        ([1, 0, 0], 2, "no token takes a step"),
+        ([0, 0, 1], 2, "takes all steps"),
         ([0, 1, 0], 2, "all take 1"),
         ([0.5, 0.5, 0], 2, None),
         ([1], 0, None),

@@ -282,7 +282,7 @@ def test_drawing_and_beams_with_the_cache(finished, tmp_path):
     beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, **beams, use_cache=False))
     read = model(prompt, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="holds padding"):
+    with pytest.raises(ValueError, match="contain padding"):
         model(prompt, attention_mask=torch.tensor([[1] * 7 + [0]]), past_key_values=read, use_cache=True)
 
 

@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint(run):
     *_, earlier, last = sorted(run.weights)
     [shard] = run.folder(last).glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
-    with pytest.raises(ModelFolderError, match=rf"step {last} .*its hash differs; name another one, or latest"):
+    with pytest.raises(ModelFolderError, match=rf"step {last} .*the hash differs; name another one, or latest"):
         load(f"study/run@{last}", run.store)
     assert find_model("study/run@latest", run.store).step == earlier
     for step in run.weights:

@@ -101,11 +101,11 @@ def a_pickle_in_disguise(folder: Path) -> None:
 DAMAGES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "lacks tokenizer.json"),
-    "weights cut off": (lambda f: cut(f, "model.safetensors", 5000), "damaged or no safetensors"),
-    "empty weights": (lambda f: cut(f, "model.safetensors", 0), "damaged or no safetensors"),
+    "weights cut off": (lambda f: cut(f, "model.safetensors", 5000), "damaged or not a safetensors"),
+    "empty weights": (lambda f: cut(f, "model.safetensors", 0), "damaged or not a safetensors"),
     "config cut off": (lambda f: cut(f, "config.json", 40), "config.json is damaged"),
     "config of another library": (foreign, "config of a 'llama' model"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "holds no object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "does not contain an object"),
     "unknown option": (lambda f: edit(f, lambda c: c["options"].update(lamda=1)), "options.lamda"),
     "unsound option": (lambda f: edit(f, lambda c: c["options"].update(l_max=-1)), "l_max = -1"),
     "a weight is missing": (lambda f: rewrite(f, lambda w: w.pop("head.weight")), "head.weight is missing"),
@@ -114,9 +114,9 @@ DAMAGES = {
     "not finite": (lambda f: rewrite(f, lambda w: w["head.weight"].fill_(torch.nan)), "not finite"),
     "tokenizer too large": (lambda f: tokenizer(41).save(str(f / "tokenizer.json")), "41 tokens, the model knows 40"),
     "tokenizer of others": (lambda f: tokenizer(40, end="x").save(str(f / "tokenizer.json")), "no end-of-text"),
-    "tokenizer cut off": (lambda f: cut(f, "tokenizer.json", 100), "is no tokenizer"),
+    "tokenizer cut off": (lambda f: cut(f, "tokenizer.json", 100), "is not a tokenizer"),
     "only pickled weights": (only_a_pickle, "never loaded"),
-    "pickled weights in disguise": (a_pickle_in_disguise, "damaged or no safetensors"),
+    "pickled weights in disguise": (a_pickle_in_disguise, "damaged or not a safetensors"),
 }
 
 

@@ -167,7 +167,7 @@ def test_the_model_that_is_there(address):
         ({"prompt": "x", "stop": 3}, 400, "stop must be"),
         ({"prompt": "x", "n": 2, "echo": True}, 400, "echo = True is not supported"),
         ({"prompt": "x", "temprature": 0}, 400, "temprature is not known"),
-        ({"prompt": "x", "model": "gpt-4"}, 404, "there is: quick/run"),
+        ({"prompt": "x", "model": "gpt-4"}, 404, "available: quick/run"),
         ([], 400, "must be a JSON object"),
         ("{", 400, "Expecting property name"),
         ("[" * 100_000, 400, "recursion"),
@@ -308,7 +308,7 @@ def test_the_verb(finished, tmp_path):
         taken = subprocess.run(
             [sys.executable, *arguments[:-4], "--port", str(port)], capture_output=True, text=True, check=False
         )
-        assert "name another one with --port" in taken.stderr
+        assert "choose another one with --port" in taken.stderr
         run.send_signal(signal.SIGINT)
         run.communicate(timeout=30)
 

@@ -248,7 +248,7 @@ def test_bad_studies_get_all_their_errors_at_once(study, store, author):
         "clip = -1",
         "did you mean 'tokens_per_parameter'",
         "training_flops 1 is less than one batch of 64",
-        "tokens 3 is less than one batch of 64",
+        "tokens must be at least one batch, 64 (got 3)",
         "tokens and tokens_per_parameter are two budgets",
         "has schema 99",
     ):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from haltscale.platform.sweeps.progress import SweepProgress, describe
+from haltscale.platform.sweeps.progress import MOST_BARS, SweepProgress, describe
 
 
 class Clock:
@@ -87,3 +87,27 @@ def test_a_damaged_run_is_described_by_its_problem(store, author):
     author.spec("study", "key", "label")
     store.fs.pipe_file(store.path("study", "key", "status.json"), b"{")
     assert "damaged" in describe(store.run("study", "key"))
+
+
+def test_a_finished_run_is_not_read_again_and_a_failed_one_is(store, author, clock, monkeypatch):
+    keys = ("finished", "failed", "planned")
+    sweep = SweepProgress(store, "study", dict.fromkeys(keys, 1.0), clock)
+    author.record("study", "finished", loss=3.5)
+    author.status("study", "failed", "failed", error="the disk is full")
+    assert "2/3 runs" in sweep.lines()[-1]
+    asked = []
+    views = store.views
+    monkeypatch.setattr(store, "views", lambda study, keys: (asked.extend(keys), views(study, keys))[1])
+    author.status("study", "failed", "running", step=1, steps=2)  # tried again
+    assert "1/3 runs |  50 %" in sweep.lines()[-1]
+    assert asked == ["failed", "planned"]
+
+
+def test_of_many_that_train_some_are_shown(store, author, clock):
+    keys = [f"run-{index:03d}" for index in range(MOST_BARS + 5)]
+    for key in keys:
+        author.status("study", key, "running", step=1, steps=2)
+    *bars, more, last = SweepProgress(store, "study", dict.fromkeys(keys, 1.0), clock).lines()
+    assert [key in bar for key, bar in zip(keys, bars, strict=False)] == [True] * MOST_BARS
+    assert more == "  ... and 5 more that train"
+    assert last.startswith(f"0/{len(keys)} runs |  50 %")

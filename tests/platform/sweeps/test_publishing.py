@@ -44,6 +44,17 @@ def full(store: RunStore, author: Any) -> RunStore:
     return store
 
 
+def test_the_models_that_are_named_go_along(full: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = publishing.publish(full, "quick", tmp_path / "published", models=["finished"])
+    assert copy.local_path("quick", "finished", "model", "weights.safetensors").read_bytes() == b"weights"
+    with pytest.raises(StoreError, match="name a finished run's key"):
+        publishing.publish(full, "quick", tmp_path / "published", models=["running"])
+    monkeypatch.setattr(publishing, "MOST_MODEL_BYTES", 6)
+    with pytest.raises(StoreError, match="at most 6e-06 MB are copied"):
+        publishing.publish(full, "quick", tmp_path / "published", models=["finished"])
+    assert copy.finished_keys("quick") == {"finished"}, "a refusal removes nothing"
+
+
 def test_the_copy_reads_like_the_store_it_came_from(full: RunStore, tmp_path: Path) -> None:
     copy = publishing.publish(full, "quick", tmp_path / "published")
     assert copy.studies() == ["quick"]

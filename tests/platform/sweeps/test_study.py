@@ -13,7 +13,7 @@ from haltscale.model import AdaptiveOptions, Method, VanillaOptions
 from haltscale.platform.config import ConfigError
 from haltscale.platform.execution import ExecutionConfig
 from haltscale.platform.store import RunStore
-from haltscale.platform.sweeps.sweep import Sweep, grid
+from haltscale.platform.sweeps.sweep import Sweep, controls, grid, tuned
 
 
 def only(problems: list[str]) -> str:
@@ -46,7 +46,7 @@ def test_the_cheapest_run_comes_first(study):
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "", "..", "with space"])
 def test_a_name_that_is_no_folder_is_refused(study, name):
-    assert "no name for a study" in only(study(name=name).problems())
+    assert "not a valid study or run name" in only(study(name=name).problems())
 
 
 def test_an_empty_sweep_is_refused(study):
@@ -254,6 +254,24 @@ def test_assignments_override_base_and_execution(study):
     assert {run.tokens for run in changed.runs} == {128}
     assert study().base.tokens == 1024
     assert study().overridden([]) == study()
+
+
+def test_a_part_of_a_study_keeps_its_keys_and_its_controls(study):
+    learned = grid(method="adaptive", lam=[0.1, 0.3])
+    whole = replace(study(), sweep=tuned(grid(method="vanilla"), over={"learning_rate": [1e-3, 2e-3]}) + learned)
+    whole = replace(whole, sweep=whole.sweep + controls(of=learned, kinds=["dense"]))
+    part = whole.only(["method=adaptive", "lam=0.3"])
+    assert len(part.sweep) == 2
+    assert [part.key(run) for run in part.runs] == [whole.key(run) for run in whole.runs if run.options.lam == 0.3]
+    assert len(whole.only(["method=vanilla"]).sweep) == 1
+    assert len(whole.only([f"size={whole.base.size}"]).sweep) == len(whole.sweep), "what the base says counts"
+
+
+def test_a_part_that_is_none_is_refused(study):
+    with pytest.raises(ConfigError, match="no point of the sweep is that"):
+        study().only(["method=mor"])
+    with pytest.raises(ConfigError, match="give FIELD=VALUE"):
+        study().only(["vanilla"])
 
 
 @pytest.mark.parametrize("assignment", ["tokenz=5", "nonsense=1", "=5", ""])

@@ -145,7 +145,7 @@ def test_draws_are_the_same_for_ever_and_spread():
         (lambda: uniform(1, 1), "smaller"),
         (lambda: log_uniform(0, 1), "above 0"),
         (lambda: choice(), "at least one"),
-        (lambda: controls(of=grid(method="adaptive"), kinds=["denze"]), "none of dense, wider, fixed, shuffled"),
+        (lambda: controls(of=grid(method="adaptive"), kinds=["denze"]), "one of dense, wider, fixed, shuffled"),
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong, message):

@@ -115,10 +115,10 @@ def test_equal_draws_are_one_run(tuning, store):
         ({"space": {}}, "space is empty"),
         ({"space": {"lamda": log_uniform(0.1, 1)}}, "did you mean 'lam'"),
         ({"sweep": grid(method="adaptive", seed=[0, 1])}, "one point"),
-        ({"samples": 0}, "samples is 0"),
-        ({"search": "grid"}, "none of random, tpe"),
-        ({"objectives": ("los",)}, "objectives are"),
-        ({"search": Search.TPE, "halving": Halving()}, "goes with search='random'"),
+        ({"samples": 0}, "samples must be an integer of at least 1 (got 0)"),
+        ({"search": "grid"}, "one of random, tpe"),
+        ({"objectives": ("los",)}, "objectives must be one or more of"),
+        ({"search": Search.TPE, "halving": Halving()}, "requires search='random'"),
     ],
 )
 def test_a_search_for_nothing_is_refused(tuning, changes, message):

@@ -10,7 +10,7 @@ import pytest
 
 from haltscale.model import AdaptiveOptions, Method, VanillaOptions, build_model
 from haltscale.platform.config import RunConfig
-from haltscale.platform.execution import ExecutionConfig, OnTrouble
+from haltscale.platform.execution import ExecutionConfig, FailurePolicy
 from haltscale.platform.training.monitors import EXPLODED, TrainingDivergedError, Watch
 from haltscale.platform.training.progress import Progress
 
@@ -31,7 +31,7 @@ def look(watch: Watch, progress: Progress, *, histogram: tuple[int, ...] = (4, 4
     watch.look(progress, histogram=np.array(histogram, dtype=np.float64), **values)
 
 
-@pytest.mark.parametrize("policy", OnTrouble)
+@pytest.mark.parametrize("policy", FailurePolicy)
 @pytest.mark.parametrize("changes", [{"loss": math.nan}, {"loss": math.inf}, {"gradient_norm": math.inf}])
 def test_a_lost_loss_or_gradient_stops_the_run_whatever_the_policy(policy, changes):
     progress = Progress(step=16)
@@ -49,7 +49,7 @@ def test_a_sound_step_is_no_event():
 def test_an_explosion_stops_the_run_or_is_recorded_once():
     with pytest.raises(TrainingDivergedError, match=rf"exploded to {BAD:.1f} at step 1"):
         look(watch(), Progress(), cross_entropy=BAD)
-    progress, tolerant = Progress(), watch(on_divergence=OnTrouble.CONTINUE)
+    progress, tolerant = Progress(), watch(on_divergence=FailurePolicy.CONTINUE)
     for loss in (2.0, BAD, BAD, 2.0, BAD):
         look(tolerant, progress, cross_entropy=loss)
     assert [event["step"] for event in progress.events] == [2, 5]
@@ -68,7 +68,7 @@ def test_a_collapsed_router_is_recorded_after_its_while(histogram, words):
 
 
 def test_a_collapse_stops_the_run_where_the_policy_says_so():
-    progress, strict = Progress(), watch(on_collapse=OnTrouble.STOP)
+    progress, strict = Progress(), watch(on_collapse=FailurePolicy.STOP)
     look(strict, progress, histogram=(9, 0, 0))
     look(strict, progress, histogram=(0, 0, 9))  # the other end: another while begins
     look(strict, progress, histogram=(0, 0, 9))
