@@ -151,8 +151,9 @@ class Replay:
         if state.text is None:
             state.text = torch.zeros(state.batch, 1, dtype=torch.long, device=device)
         position_N1 = torch.tensor(positions, dtype=torch.long, device=device)[:, None]
-        draws_N1, text_N1 = draws(tokens_N[:, None], self.seed, position=position_N1, text_B1=state.text[rows])
-        state.text[rows] = text_N1
+        row_N = torch.tensor(rows, device=device)
+        draws_N1, text_N1 = draws(tokens_N[:, None], self.seed, position=position_N1, text_B1=state.text[row_N])
+        state.text[row_N] = text_N1
         edges = [self._at(row, t) for t in positions]
         edges_NK = torch.tensor(edges, dtype=torch.float64, device=device).view(len(rows), -1)
         steps: list[int] = (draws_N1 >= edges_NK).sum(1).tolist()
