@@ -114,22 +114,25 @@ def _widths(shape: Shape) -> list[float]:
 def _kept(
     run: RunConfig, vocab_size: int, precision: Precision, *, parts: bool, again: bool
 ) -> tuple[float, float, float]:
-    """Of one sequence, the bytes that the forward pass keeps outside the layers and in them, and twice what one block
-    keeps of one pass: its inside and the gradients of it. again: with activation checkpointing."""
+    """Of one sequence, the bytes that the forward pass keeps outside the layers and in them, and what the way back adds
+    in one block of one pass: the gradients of its inside; with activation checkpointing (``again``) its inside too."""
     shape, length, options = run.shape, run.context, planning._priced(run.method, run.options)
     probe = _probe(run.method, options, precision, parts=parts, factorised=bool(run.embedding_rank))
     outside = length * float(probe.outside @ [shape.d, vocab_size, run.embedding_rank, 1.0])
     outside += length**2 * probe.square
     per_layer = length * float(probe.per_layer @ _widths(shape))
     passes = planning._counts(*planning._every_step(run.method, options), 8).rows
-    inside = 2 * per_layer / len(passes)
+    kv, rows = shape.kv_heads * shape.head_dim, length * sum(passes) / 8
+    looks_back, itemsize = _looks_back(run.method), DTYPES[precision].itemsize
+    carried = (
+        shape.layers * rows * itemsize * 2 * kv if looks_back else 0.0
+    )  # gradients of earlier passes' keys, values
+    inside = per_layer / len(passes)
     if not again:
-        return outside, shape.layers * per_layer, inside
+        return outside, shape.layers * per_layer, inside + carried
     # A block's input is kept, and what later passes see of it: keys and values, in the tensors that they are part of.
-    kv = shape.kv_heads * shape.head_dim
-    seen = shape.d + kv + shape.d + 2 * kv if _looks_back(run.method) else 0
-    rows = length * sum(passes) / 8
-    return outside, shape.layers * rows * DTYPES[precision].itemsize * (shape.d + seen), inside
+    seen = shape.d + kv + shape.d + 2 * kv if looks_back else 0
+    return outside, shape.layers * rows * itemsize * (shape.d + seen), 2 * inside + carried
 
 
 def _looks_back(method: str) -> bool:

@@ -48,7 +48,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def run_of(method: str, precision: Precision, context: int = 256) -> RunConfig:
-    run = RunConfig(method=Method(method), options=METHODS[method].options(), size="0.6m", precision=precision)
+    size = "1.8m" if method == "mor" else "0.6m"  # three layers at least
+    run = RunConfig(method=Method(method), options=METHODS[method].options(), size=size, precision=precision)
     return replace(run, context=context, batch_tokens=2 * context)
 
 
