@@ -23,7 +23,7 @@ than its compared runs: an arm must not lose for having been made to spend too m
 
 **Order.** `WAVES`: what answers the question first, so that the study can be published, marked provisional, whenever it
 is stopped: ``study(waves=1)`` plans the first only. Later waves add runs; none changes. A run spends 2.4e12 FLOPs; all
-waves of one U about 3e14, two to three hours of two cores.
+waves of one U about 4e14, three to four hours of two cores.
 
 **What it cannot say.** One size, one text, one budget for each U; everything is far below the scale of the papers.
 """
@@ -92,7 +92,13 @@ OTHERS: list[Mapping[str, Any]] = [
     {"method": "ponder3", **HALTING},
     {"method": "adaponder", **HALTING},
 ]
-WAVES = 3
+AROUND: list[Mapping[str, Any]] = [
+    *({"lam": value} for value in (0.03, 0.3)),
+    *({"beta": value} for value in (0.0, 2.0)),
+    *({"l_max": value} for value in (1, 5)),
+]
+"""One option of the paper's method at a time, below and above what is compared."""
+WAVES = 4
 
 
 def texts(unique: int) -> Path:
@@ -154,7 +160,7 @@ def sweep(waves: int = WAVES) -> Sweep:
     Args:
         waves: 1: plain models, loops and adaptive at equal FLOPs, plain models at less, and the controls of the paper's
             router; 2: every other method too, and the controls of the router that labels teach; 3: the paper's own
-            comparison, at equal tokens.
+            comparison, at equal tokens; 4: the paper's method at other values of lam, beta and l_max, each tuned.
     """
     found = arms(CORE, training_flops=FLOPS)
     found += sum((arms(CORE[:2], training_flops=FLOPS * share) for share in LESS), start=Sweep(()))
@@ -164,6 +170,8 @@ def sweep(waves: int = WAVES) -> Sweep:
         found += controls(of=arms([LABELS], training_flops=FLOPS), kinds=["shuffled", "fixed"])
     if waves > 2:
         found += arms([point for point in [*CORE, *OTHERS] if "size" not in point], tokens=TOKENS)
+    if waves > 3:
+        found += arms([{**PAPER, **other} for other in AROUND], training_flops=FLOPS)
     return found
 
 
@@ -175,7 +183,11 @@ def plain_tokens(share: float) -> int:
 def targets() -> tuple[Target, ...]:
     """What is claimed, by the paper, by others and by us."""
     paper, ours = "arXiv 2602.08220", "this study's question"
-    gates = {"paper": {"gate_target": "readout"}, "labels": {"gate_target": "stopping"}}
+    gates = {
+        "paper": {"gate_target": "readout", **{name: PAPER[name] for name in ("lam", "beta", "l_max")}},
+        "labels": {"gate_target": LABELS["gate_target"]},
+    }
+    read = {"planned_tokens": TOKENS}
     found = []
     for name, options in gates.items():
         arm = f"adaptive ({'as the paper has it' if name == 'paper' else 'taught by labels'})"
@@ -197,8 +209,8 @@ def targets() -> tuple[Target, ...]:
             ),
             Target(
                 claim=f"{arm} has a lower loss than the plain model at equal tokens",
-                source=paper, arm="adaptive", options=options, reference="vanilla", reference_options={"size": SIZE},
-                equal="tokens", high=0.0,
+                source=paper, arm="adaptive", options={**options, **read}, reference="vanilla",
+                reference_options={"size": SIZE, **read}, equal="tokens", high=0.0,
             ),
             Target(
                 claim=f"{arm} takes fewer steps at tokens that are easy to predict",
@@ -206,8 +218,8 @@ def targets() -> tuple[Target, ...]:
             ),
             Target(
                 claim=f"{arm} needs fewer training FLOPs than PonderLM-2 at equal tokens",
-                source=paper, arm="adaptive", options=options, reference="ponder2", equal="tokens",
-                quantity="flops_realised", relative=True, high=0.0,
+                source=paper, arm="adaptive", options={**options, **read}, reference="ponder2",
+                reference_options=read, equal="tokens", quantity="flops_realised", relative=True, high=0.0,
             ),
         ]  # fmt: skip
     found += [
@@ -224,6 +236,18 @@ def targets() -> tuple[Target, ...]:
             source="arXiv 2609.19107", arm=arm, reference="vanilla", reference_options={"size": SIZE}, high=0.0,
         )
         for arm in ("looped", "looped/injected")
+    ]  # fmt: skip
+    found += [
+        Target(
+            claim="a larger lambda takes fewer latent steps (0.3 beside 0.03)",
+            source=paper, arm="adaptive", options={**gates["paper"], "lam": 0.3}, reference="adaptive",
+            reference_options={**gates["paper"], "lam": 0.03}, quantity="mean_steps", high=0.0,
+        ),
+        Target(
+            claim="beta takes steps from easy tokens rather than from hard ones (2 beside 0)",
+            source=paper, arm="adaptive", options={**gates["paper"], "beta": 2.0}, reference="adaptive",
+            reference_options={**gates["paper"], "beta": 0.0}, quantity="easy_steps", minus="hard_steps", high=0.0,
+        ),
     ]  # fmt: skip
     return tuple(found)
 

@@ -186,7 +186,10 @@ def measured(
             return Refusal(reason=f"{seeds} seed: a verdict needs {LEAST_SEEDS} at least, paired"), ""
         bases = dict.fromkeys(map(str, comparison.cells["basis"]))
         over = ", ".join(base for base in bases if base != Basis.NONE) if len(comparison.cells) == 1 else "points"
-        return comparison.overall, f"{len(comparison.points)} pairs of runs, {seeds} seeds; interval over {over}"
+        return (
+            comparison.overall,
+            f"{len(comparison.points)} pairs of runs, {seeds} seeds; interval over {over or 'seeds'}",
+        )
     points = compare_arms(arm, reference, x).points
     sides = []
     for frame, key in ((arm, "key"), (reference, "reference_key")):

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from haltscale.platform.analysis.estimates import Refusal
+from haltscale.platform.analysis.laws import fit_recurrence
 from haltscale.platform.analysis.matched import document_frame
 from haltscale.platform.analysis.paired import paired_difference
+from haltscale.platform.analysis.runs import TUNING
 from haltscale.platform.markdown import report_main, table
 from haltscale.platform.store import RunState, RunStore, RunView
 from haltscale.platform.sweeps import report
@@ -23,7 +25,12 @@ from haltscale.studies import little_text
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "little-text.md"
 SCRIPT = "studies/results/little_report.py"
-PLAIN, WIDER = "vanilla", "vanilla, wider"
+PLAIN, WIDER, PAPERS = "vanilla", "vanilla, wider", "adaptive, the paper's"
+AROUND = ("lam", "beta", "l_max")
+LADDER = ("fixed", "shuffled", "posthoc-change", "posthoc-divergence", "posthoc-confidence", "oracle", "full")
+KINDS = ("word_start", "word_inside", "number", "punctuation", "space")
+SHOWN = slice(96, 176)
+"""Tokens of the probe text that are shown with their steps."""
 
 
 def arm_of(record: Mapping[str, Any]) -> str:
@@ -40,9 +47,10 @@ def arm_of(record: Mapping[str, Any]) -> str:
         return "looped, embedding injected"
     if method != "adaptive":
         return method
-    name = (
-        "adaptive, labels" if options["gate_target"] == little_text.LABELS["gate_target"] else "adaptive, the paper's"
-    )
+    name = "adaptive, labels" if options["gate_target"] == little_text.LABELS["gate_target"] else PAPERS
+    if record["role"] != "control" and options["gate_target"] == "readout":
+        changed = [name for name in AROUND if options[name] != little_text.PAPER[name]]
+        name += "".join(f", {option} {options[option]:g}" for option in changed)
     replayed = options["steps_from"]
     return name if replayed == "router" else f"{name}: steps {replayed}"
 
@@ -88,7 +96,11 @@ def mean(views: list[RunView], name: str) -> float:
 
 def arms_table(store: RunStore, study: str, *, at_tokens: bool) -> str:
     """Every arm of one comparison: its loss and what it is above the plain models."""
-    found = {name: views for (name, tokens), views in arms(store, study).items() if tokens is at_tokens}
+    found = {
+        name: views
+        for (name, tokens), views in arms(store, study).items()
+        if tokens is at_tokens and not name.startswith(f"{PAPERS}, ")
+    }
     plain = best_plain(found)
     unique = store.study(study)["corpus"]["train_tokens"]
     rows = []
@@ -136,6 +148,101 @@ def tuning_table(store: RunStore, study: str) -> str:
     return table(["arm", "best rate/decay", "nats/token", "the others, above it"], rows) if rows else "Not run yet."
 
 
+def sensitivity_table(store: RunStore, study: str) -> str:
+    """The paper's method with one option changed, each at its own recipe."""
+    found = {name: views for (name, tokens), views in arms(store, study).items() if not tokens}
+    rows = []
+    for name, views in found.items():
+        if not name.startswith(f"{PAPERS}, "):
+            continue
+        values = views[0].record["recipe"]["values"]
+        row = [name.removeprefix(f"{PAPERS}, "), str(len(views))]
+        row += [f"{values['learning_rate']:g}/{values['weight_decay']:g}", f"{mean(views, 'mean_steps'):.2f}"]
+        row += [f"{mean(views, 'loss'):.4f}", difference(views, found.get(PAPERS, []))]
+        rows.append(row)
+    compared = ", ".join(f"{name} {little_text.PAPER[name]:g}" for name in AROUND)
+    headings = ["changed", "seeds", "rate/decay", "mean steps", "nats/token", f"above {compared} (95 %)"]
+    return table(headings, rows) if rows else "Not run yet."
+
+
+def ladder_table(store: RunStore, study: str) -> str:
+    """The finished weights of the paper's method, halted by other rules at equal mean steps, and at full depth: loss
+    above the router's choice, where ``haltscale evaluate RUN --controls`` has measured it."""
+    rows = []
+    for view in arms(store, study).get((PAPERS, False), []):
+        found = store.later_evaluations(study, view.key).get("controls")
+        if not found:
+            continue
+        rules = {arm["name"]: arm for arm in found["arms"]}
+        row = [str(view.record["identity"]["seed"]), f"{rules['learned']['mean_steps']:.3f}"]
+        for name in LADDER:
+            change = rules[name]["minus_learned"]
+            row.append(f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]")
+        rows.append(row)
+    headings = ["seed", "mean steps", *(name.replace("posthoc-", "post hoc: ") for name in LADDER)]
+    return table(headings, rows) if rows else "Not evaluated yet."
+
+
+def where_table(store: RunStore, study: str) -> str:
+    """Which tokens take the steps of the paper's method, and what the steps change for those that take them."""
+    views = arms(store, study).get((PAPERS, False), [])
+    summaries = [
+        store.halting_summary(study, view.key, steps[-1])
+        for view in views
+        if (steps := store.halting_steps(study, view.key))
+    ]
+    if not summaries:
+        return "Not run yet."
+    every = sum(summary["tokens"] for summary in summaries)
+    parts = {kind.replace("_", " "): [_of_class(summary, kind) for summary in summaries] for kind in KINDS}
+    parts["the tenth that is easiest to predict"] = [summary["by_surprisal"][0] for summary in summaries]
+    parts["the tenth that is hardest"] = [summary["by_surprisal"][-1] for summary in summaries]
+    rows = []
+    for name, found in parts.items():
+        weights = np.array([row["tokens"] for row in found])
+        steps, loss = (np.average([row[what] for row in found], weights=weights) for what in ("mean_steps", "loss"))
+        rows.append([name, f"{weights.sum() / every:.0%}", f"{steps:.2f}", f"{loss:.2f}"])
+    text = table(["tokens", "share", "mean steps", "nats/token"], rows)
+    rows = []
+    for k in range(1, 1 + max(len(summary["gain_by_step"]) for summary in summaries)):
+        found = [row for summary in summaries for row in summary["gain_by_step"] if row["step"] == k]
+        share = sum(row["tokens"] for row in found) / sum(summary["oracle"]["tokens"] for summary in summaries)
+        rows.append([str(k), f"{share:.1%}", ", ".join(f"{row['mean']:+.3f}" for row in found)])
+    headings = ["after step", "tokens that take it", "loss minus that after no step, by seed, nats/token"]
+    return f"{text}\n\n{table(headings, rows)}"
+
+
+def _of_class(summary: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return next(dict(row) for row in summary["by_token_class"] if row["value"] == kind)
+
+
+def passage(store: RunStore, study: str) -> str:
+    """A passage of the probe text; tokens that take latent steps in the first seed carry their number."""
+    views = arms(store, study).get((PAPERS, False), [])
+    if not views:
+        return "Not run yet."
+    view = views[0]
+    tokens = store.probe(study, view.key, store.probe_steps(study, view.key)[-1])[SHOWN]
+    shown = [
+        text.replace("\n", " ") + (f"<sub>{steps}</sub>" if steps else "")
+        for text, steps in zip(tokens["text"], tokens["steps"], strict=True)
+    ]
+    return "> " + "".join(shown).strip()
+
+
+def recurrence(store: RunStore, study: str) -> str:
+    """phi, or why it cannot be told."""
+    frame = report.results(store, study)
+    found = fit_recurrence(frame[frame["role"].ne(TUNING)])
+    if isinstance(found, Refusal):
+        return f"phi, the worth of a pass, is not identified: {found.reason}."
+    rows = [
+        [method, f"{phi.value:.2f} [{phi.low:.2f}, {phi.high:.2f}]", phi.problem or "identified"]
+        for method, phi in found.phi.items()
+    ]
+    return table(["method", "phi, the worth of a pass (95 %)", ""], rows)
+
+
 def state(store: RunStore, study: str) -> str:
     """How much of the plan is published."""
     plan = little_text.study(study).plan(store)
@@ -156,6 +263,14 @@ def figures(store: RunStore) -> str:
         parts.append(f"**Equal realised training FLOPs**\n\n{arms_table(store, study, at_tokens=False)}")
         parts.append(f"**Equal tokens**\n\n{arms_table(store, study, at_tokens=True)}")
         parts.append(f"**Does it matter where the steps are?**\n\n{controls_table(store, study)}")
+        heading = (
+            "**Other rules on the same weights** (the paper's method; nats/token above its router, 95 % over documents)"
+        )
+        parts.append(f"{heading}\n\n{ladder_table(store, study)}")
+        parts.append(f"**Where the latent steps go** (the paper's method)\n\n{where_table(store, study)}")
+        parts.append(f"A passage of the probe text, latent steps as subscripts:\n\n{passage(store, study)}")
+        parts.append(f"**Sensitivity of the paper's method**\n\n{sensitivity_table(store, study)}")
+        parts.append(f"**Worth of a pass**\n\n{recurrence(store, study)}")
         parts.append(f"**Claims**\n\n{targets_table(store, study)}")
         parts.append(f"**Tuning**\n\n{tuning_table(store, study)}")
     return "\n\n".join(parts)

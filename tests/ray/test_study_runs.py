@@ -139,7 +139,7 @@ def test_a_process_that_trains_run_after_run_is_killed(head: cluster.Head, texts
         return RunState.FINISHED in states() and any((view.status.get("step") or 0) >= 12 for view in running)
 
     job = submit(head, "python", script)
-    wait_for(lambda: RunState.RUNNING in states(), job)
+    wait_for(lambda: RunState.RUNNING in states() and bool(training_workers(head)), job)
     (first,) = training_workers(head)
     wait_for(is_in_its_second_run, job)
     (killed,) = training_workers(head)

@@ -26,9 +26,10 @@ RUNS = {
     "gate_ablation_tuning": 5 * 3,
     "gate_ablation_twin": 3 * (8 + 6),
     "isoflop": 5 * 4 * 3,
-    # tuning runs, equal FLOPs, plain models at less, controls, equal tokens (there without the wider model)
-    "little_text": 12 * 6 + 3 * (12 + 2 * 2 + 4 + 11),
-    "little_text_more": 12 * 6 + 3 * (12 + 2 * 2 + 4 + 11),
+    # tuning runs, equal FLOPs, plain models at less, controls, equal tokens (there without the wider model), and the
+    # paper's method at six other settings
+    "little_text": 18 * 6 + 3 * (12 + 2 * 2 + 4 + 11 + 6),
+    "little_text_more": 18 * 6 + 3 * (12 + 2 * 2 + 4 + 11 + 6),
     "main_comparison": 2 * (8 + 2 + 2 * 4),
     "main_ladder": 3 * (8 + 2 + 2 * 4),
     "known_need": 3 * (2 + 3 + 2),
