@@ -98,7 +98,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class AttentionKernel(StrEnum):
-    """How attention is told who sees whom, where a plain causal mask does not say it. Changes rounding only."""
+    """How attention masks are represented where a plain causal mask does not suffice. Changes rounding only."""
 
     AUTO = "auto"
     """By indices on CUDA devices, where head and precision allow it; by dense masks elsewhere."""

@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
     replay: Replay | None = None
     """What decides the latent steps instead of the method's own router (step_source.py)."""
     attention_kernel: AttentionKernel = AttentionKernel.AUTO
-    """How attention is told who sees whom."""
+    """How attention masks are represented."""
     head_loss: HeadLoss = HeadLoss.AUTO
     """How losses come from hidden states."""
 
@@ -258,7 +258,7 @@ class LanguageModel(nn.Module):
 
     @property
     def attends_by_indices(self) -> bool:
-        """Whether attention is told by indices who sees whom (AttentionKernel)."""
+        """Whether attention masks are computed from indices (AttentionKernel)."""
         if self.attention_kernel is not AttentionKernel.AUTO:
             return self.attention_kernel is AttentionKernel.INDICES
         return fits_flex(self.embedding.weight, self.config.shape.head_dim)

@@ -63,7 +63,7 @@ class ExecutionConfig:
     """Compile each block's work outside attention with torch.compile: minutes at the start of a run for a faster GPU.
     ZeRO stages 0 to 2."""
     attention: AttentionKernel = AttentionKernel.AUTO
-    """How attention is told who sees whom: dense masks, or indices (FlexAttention), which CUDA devices take."""
+    """How attention masks are represented: dense, or as indices (FlexAttention), the default on CUDA devices."""
     head_loss: HeadLoss = HeadLoss.AUTO
     """Whether losses come from the logits of all positions, or by parts of them: less memory, the logits twice."""
     deterministic: bool = False
