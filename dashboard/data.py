@@ -19,7 +19,7 @@ import pandas as pd
 
 from haltscale.dashboard import style
 from haltscale.platform import run_table
-from haltscale.platform.analysis.runs import budgets_of, parameters_named
+from haltscale.platform.analysis.runs import TUNING, budgets_of, parameters_named
 from haltscale.platform.arms import arm, controls_of, is_control, shown
 from haltscale.platform.documents import RUN
 from haltscale.platform.run_table import mapping, number, words
@@ -575,6 +575,12 @@ def select(view: StudyView, **chosen: Sequence[str]) -> StudyView:
             text = budget_name if name == "nominal" else "{:g}".format
             runs = runs[runs[name].isna() | runs[name].map(text).isin(values)]
     return replace(view, runs=runs.reset_index(drop=True))
+
+
+def compared(view: StudyView) -> StudyView:
+    """The study without the runs that search for hyperparameters, unless it has no others."""
+    others = view.runs[view.runs["role"] != TUNING]
+    return view if others.empty else replace(view, runs=others.reset_index(drop=True))
 
 
 def analysed(runs: pd.DataFrame) -> pd.DataFrame:

@@ -21,6 +21,7 @@ UNFINISHED = ["running", "planned", "stalled", "stopped", "failed", "capped"]
 
 
 def body(view: StudyView) -> None:
+    view = data.compared(view)
     layout.heading(view, "Loss against training compute", says="What does each method reach for its compute?")
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     with left:

@@ -8,8 +8,9 @@ import pytest
 from pages import FOLDER, PAGES, TITLES, charts, open_page, text
 from streamlit.testing.v1 import AppTest
 
-from haltscale.dashboard import launch
+from haltscale.dashboard import headless, launch
 from haltscale.platform.lease import Lease
+from haltscale.platform.store import RunStore
 
 STUDY = "quick"
 
@@ -360,3 +361,11 @@ def test_the_published_study_is_there_before_anything_was_run(name, monkeypatch,
     assert "Does adaptive latent chain-of-thought pay for its FLOPs" in text(page)
     assert not page.error
     assert {file: file.stat().st_mtime_ns for file in Path(launch.demo_root()).rglob("*")} == before, "only read"
+
+
+def test_runs_that_search_for_hyperparameters_are_no_points_of_a_comparison():
+    root = Path(__file__).parents[2] / "studies" / "results"
+    drawn = headless.draw(str(root), "compute", {"study": "little-text"}).charts
+    (chart,) = (one for one in drawn if "scaling" in one.name)
+    shown = RunStore(root).views("little-text", set(chart.behind["key"]))
+    assert {view.record["role"] for view in shown.values()} == {"comparison"}

@@ -90,5 +90,5 @@ def test_spread_over_ray_gives_what_one_process_gives(
         assert without_times(printed[evaluation.model].items()) == without_times([held_out])
 
     broken = replace(evaluations[0], tasks=("lambda",))
-    with pytest.raises(TaskError, match="task must be one of lambada.*got 'lambda'"):
+    with pytest.raises(TaskError, match=r"task must be one of lambada.*got 'lambda'"):
         list(ray_evaluate.spread([evaluations[1], broken]))
