@@ -37,6 +37,8 @@ RESERVED_CPUS = 0.25
 """CPU that a run's workers leave to its streaming tasks and its drivers, or all of them would wait for ever."""
 WINDOW_TOKENS = 1 << 20
 """What one streaming task reads, at least a step."""
+PIECE_STEPS = 64
+"""Of the first window, what is read ahead at once."""
 BESIDE_SHARE = 4
 """Beside training, a streamed corpus is prepared by one process for so many CPUs of the cluster, and at least one."""
 
@@ -147,14 +149,14 @@ def _windows(
 ) -> Iterator[Batch]:
     """:func:`stream` of rows that are all there.
 
-    The first window is read here. Meanwhile Ray starts a process for the others, which takes seconds: longer than many
-    a small run trains.
+    The first window is read here, in pieces. Meanwhile Ray starts a process for the others, which takes seconds: longer
+    than many a small run trains, and again and again where Ray ends idle processes between two windows.
     """
     row_tokens = _reader(place).read(np.array([0])).shape[1]
-    each = min(64, max(1, WINDOW_TOKENS * world // (batch * row_tokens)))
-    windows = [{"first": first, "steps": min(each, steps - first)} for first in range(first_step, steps, each)]
+    windows = _split(first_step, steps, max(1, WINDOW_TOKENS * world // (batch * row_tokens)))
     if not windows:
         return
+    pieces = _split(first_step, first_step + windows[0]["steps"], PIECE_STEPS)
     read: dict[str, Any] = {
         "place": place,
         "seed": seed,
@@ -164,17 +166,25 @@ def _windows(
         "world": world,
     }
     others = _read_by_ray(windows[1:], read) if len(windows) > 1 else iter(())
-    beside = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    beside = ThreadPoolExecutor(2, thread_name_prefix="stream")
     try:
         second = beside.submit(next, others, None)
-        first = {name: np.array([number]) for name, number in windows[0].items()}
-        yield from _batches(_read_window(first, **read), batch=batch, world=world)
+        here = (_read_window({name: np.array([n]) for name, n in piece.items()}, **read) for piece in pieces)
+        ahead = beside.submit(next, here, None)
+        while (window := ahead.result()) is not None:
+            ahead = beside.submit(next, here, None)
+            yield from _batches(window, batch=batch, world=world)
         if (window := second.result()) is not None:
             yield from _batches(window, batch=batch, world=world)
         for window in others:
             yield from _batches(window, batch=batch, world=world)
     finally:
         beside.shutdown(wait=False)  # a budget of FLOPs may end a run before its second window is there
+
+
+def _split(first_step: int, steps: int, each: int) -> list[dict[str, int]]:
+    """The steps ``first_step .. steps - 1`` in parts of so many."""
+    return [{"first": first, "steps": min(each, steps - first)} for first in range(first_step, steps, each)]
 
 
 def _read_by_ray(windows: list[dict[str, int]], read: dict[str, Any]) -> Iterator[pa.Table]:

@@ -106,6 +106,7 @@ def test_the_stream_is_the_order(
     from haltscale.platform.corpora import ray_data
 
     monkeypatch.setattr(ray_data, "WINDOW_TOKENS", 300)  # several windows: Ray reads all but the first
+    monkeypatch.setattr(ray_data, "PIECE_STEPS", 2)
     order = {"seed": 5, "mixture": prepared.mixture, "batch": 4, "first_step": first_step}
     streams = [
         list(ray_data.stream(prepared.folder, **order, steps=45, rank=rank, world=world)) for rank in range(world)
