@@ -85,7 +85,15 @@ def training_workers(head: cluster.Head) -> list[psutil.Process]:
     """The processes of a head in which a model is trained: Ray Train's, or a trial's own (as Ray calls them)."""
     titles = ("RayTrainWorker", "ray::_trial_here", "ray::ImplicitFunc")
     found = [process for process in psutil.process_iter() if any(title in command_line(process) for title in titles)]
-    return [process for process in found if head.temp_dir in environment(process)]
+    return [process for process in found if any(head.temp_dir in command_line(parent) for parent in parents(process))]
+
+
+def parents(process: psutil.Process) -> list[psutil.Process]:
+    """What started a process: of Ray's workers, whose titles lie over their environments, the raylet of their head."""
+    try:
+        return process.parents()
+    except psutil.Error:
+        return []
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
