@@ -173,10 +173,11 @@ RUNGS = {
     "posthoc": "post hoc: best training-free rule",
     "learned": "learned: the router",
     "oracle": "oracle: the best places, equal steps",
+    "none": "none: no step anywhere",
     "full": "full: all steps everywhere",
 }
-"""Ways of halting on the same weights, from the one that knows least to the one that knows all; ``full`` takes more
-steps and stands apart."""
+"""Ways of halting on the same weights, from the one that knows least to the one that knows all; ``none`` and ``full``
+take fewer and more steps and stand apart."""
 
 
 def ladder_rows(found: Mapping[str, Any], run: str) -> pd.DataFrame:

@@ -7,7 +7,8 @@ Controls (docs/controls.md): the split is read again with another source of step
   steps that the router takes there, and then moved, by counts of steps alone, to the router's mean on this text.
 - ``oracle``: the truth decides. The best places to stop at full depth, at a price for each step that brings their mean
   to the router's.
-- ``full``: all steps everywhere.
+- ``none`` and ``full``: no step and all steps everywhere, so not at equal steps: what the latent steps are worth to
+  these weights.
 
 Gates and readout stay the router's. If the learned halting does no better than these at equal steps, it has learned a
 budget and not a choice.
@@ -109,7 +110,7 @@ def control(
 
     Returns:
         ``arms``: rows of ``name`` (learned, shuffled, fixed, posthoc-change, posthoc-divergence, posthoc-confidence,
-        oracle, full), ``loss`` (nats), ``mean_steps``, ``flops_realised`` per token, ``nats_by_document``, and
+        oracle, none, full), ``loss`` (nats), ``mean_steps``, ``flops_realised`` per token, ``nats_by_document``, and
         ``minus_learned``, the paired difference in nats with a 95 % interval over documents (no ends for a single
         one): above 0 the router is better; of posthoc arms also ``threshold``, and ``tuned_mean_steps``, what the
         threshold of the tuning text took here. ``tokens_by_document``. ``oracle``: at full depth, the best place to
@@ -124,7 +125,7 @@ def control(
     text = Text(documents=documents, context=context, batch_rows=batch_rows)
     stream = torch.Generator().manual_seed(seed)
     arms = {name: Arm() for name in ("learned", "shuffled", "fixed")}
-    full = Arm()
+    none, full = Arm(), Arm()
     learned_steps, learned_nll, by_step = [], [], []
     for batch in text.batches():
         reading, learned = read_batch(model, batch)
@@ -133,6 +134,7 @@ def control(
         arms["learned"].add(learned)
         arms["shuffled"].add(read_batch(model, batch, steps_BT=shuffled)[1])
         arms["fixed"].add(read_batch(model, batch, steps_BT=level)[1])
+        none.add(read_batch(model, batch, steps_BT=torch.zeros_like(own).long())[1])
         all_steps = torch.full_like(own, loop.rules.l_max).long() * valid
         events = read_batch(model, batch, steps_BT=all_steps, by_step=1.0)[1]
         full.add(events)
@@ -148,7 +150,7 @@ def control(
         arms["oracle"] = _dictated(
             model, text, best_steps(nll.astype(np.float64), int(steps.sum(dtype=np.int64)), seed)
         )
-    arms["full"] = full
+    arms |= {"none": none, "full": full}
 
     found = oracle(np.full(len(nll), loop.rules.l_max), nll.astype(np.float64))
     if found is not None:

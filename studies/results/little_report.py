@@ -27,7 +27,7 @@ PAGE = FOLDER / "little-text.md"
 SCRIPT = "studies/results/little_report.py"
 PLAIN, WIDER, PAPERS = "vanilla", "vanilla, wider", "adaptive, the paper's"
 AROUND = ("lam", "beta", "l_max")
-LADDER = ("fixed", "shuffled", "posthoc-change", "posthoc-divergence", "posthoc-confidence", "oracle", "full")
+LADDER = ("fixed", "shuffled", "posthoc-change", "posthoc-divergence", "posthoc-confidence", "oracle", "none", "full")
 KINDS = ("word_start", "word_inside", "number", "punctuation", "space")
 SHOWN = slice(96, 176)
 """Tokens of the probe text that are shown with their steps."""

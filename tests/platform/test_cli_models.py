@@ -63,7 +63,7 @@ def test_evaluate_writes_what_it_prints(store, run_folder, prepared, tmp_path, c
     assert printed["held-out-tiny"]["tokens_evaluated"] == 160
     assert [row["name"] for row in printed["controls"]["arms"]] == [
         *("learned", "shuffled", "fixed", "posthoc-change", "posthoc-divergence", "posthoc-confidence"),
-        *("oracle", "full"),
+        *("oracle", "none", "full"),
     ]
     assert printed["general"]["items"] == 1
     stored = store.later_evaluations("quick", "finished")

@@ -43,11 +43,14 @@ def test_controls_spend_what_the_router_spends(model, texts):
     events = read_documents(model, texts, context=CONTEXT)
     assert 0.2 < events.steps.mean() < 1.9, "halting is not ragged: the test has lost its subject"
     assert arms["learned"]["loss"] == pytest.approx(events.nll.mean(), rel=1e-5)
-    assert list(arms) == ["learned", "shuffled", "fixed", *POSTHOC, "oracle", "full"]
+    assert list(arms) == ["learned", "shuffled", "fixed", *POSTHOC, "oracle", "none", "full"]
     for name in ("learned", "shuffled", "fixed", "oracle"):
         assert arms[name]["mean_steps"] == pytest.approx(events.steps.mean())
     for name in POSTHOC:
         assert arms[name]["mean_steps"] == pytest.approx(events.steps.mean(), rel=0.01)
+    assert arms["none"]["mean_steps"] == 0
+    depths = {row["value"]: row for row in dial(model, texts, context=CONTEXT, taus=[]) if row["dial"] == "l_max"}
+    assert arms["none"]["loss"] == pytest.approx(depths[0]["loss"], rel=1e-6)
     assert arms["full"]["mean_steps"] == 2
     assert {row["tokens_evaluated"] for row in arms.values()} == {625}
     lengths = np.array([len(text.tokens) - 1 for text in texts])
@@ -59,7 +62,7 @@ def test_controls_spend_what_the_router_spends(model, texts):
         assert gap["mean"] == pytest.approx(arms[name]["loss"] - arms["learned"]["loss"], abs=1e-6)
         assert gap["low"] < gap["mean"] < gap["high"]
         assert gap["documents"] == 6
-    assert len({row["loss"] for row in arms.values()}) == 8
+    assert len({row["loss"] for row in arms.values()}) == 9
     assert arms["oracle"]["loss"] < min(arms[name]["loss"] for name in ("learned", "shuffled", "fixed", *POSTHOC))
     extra = {name: arms[name]["flops_realised"] - arms["posthoc-change"]["flops_realised"] for name in POSTHOC[1:]}
     assert all(value > 0 for value in extra.values()), "reading every state costs head rows"
