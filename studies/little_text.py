@@ -33,6 +33,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ FLOPS = 2.4e12
 LESS = (0.25, 0.5)
 """Shares of the budget that the plain models spend too: on repeated text less may be more."""
 TUNING_FLOPS = 6e11
-TOKENS = 400_000
+TOKENS = 781 * 512
 """Of the comparison at equal tokens."""
 BASE = RunConfig(size=SIZE, context=256, batch_tokens=512, warmup_fraction=0.05)
 SEEDS = (0, 1, 2)
@@ -175,9 +176,9 @@ def sweep(waves: int = WAVES) -> Sweep:
     return found
 
 
-def plain_tokens(share: float) -> int:
-    """What the plain model reads for a share of the budget."""
-    return tokens_for(FLOPS * share, BASE, VOCABULARY)
+def plain(share: float = 1.0, size: str = SIZE) -> dict[str, Any]:
+    """The options that choose the plain runs of a size and a share of the budget."""
+    return {"size": size, "planned_tokens": tokens_for(FLOPS * share, replace(BASE, size=size), VOCABULARY)}
 
 
 def targets() -> tuple[Target, ...]:
@@ -187,25 +188,25 @@ def targets() -> tuple[Target, ...]:
         "paper": {"gate_target": "readout", **{name: PAPER[name] for name in ("lam", "beta", "l_max")}},
         "labels": {"gate_target": LABELS["gate_target"]},
     }
-    read = {"planned_tokens": TOKENS}
+    read, spent = {"planned_tokens": TOKENS}, {"budget": FLOPS}
     found = []
     for name, options in gates.items():
         arm = f"adaptive ({'as the paper has it' if name == 'paper' else 'taught by labels'})"
         found += [
             Target(
                 claim=f"{arm} beats more epochs of the plain model at equal FLOPs",
-                source=ours, arm="adaptive", options=options, reference="vanilla", reference_options={"size": SIZE},
-                high=0.0,
+                source=ours, arm="adaptive", options={**options, **spent}, reference="vanilla",
+                reference_options=plain(), high=0.0,
             ),
             Target(
                 claim=f"{arm} beats a wider plain model at equal FLOPs",
-                source=ours, arm="adaptive", options=options, reference="vanilla", reference_options={"size": WIDER},
-                high=0.0,
+                source=ours, arm="adaptive", options={**options, **spent}, reference="vanilla",
+                reference_options=plain(size=WIDER), high=0.0,
             ),
             Target(
                 claim=f"{arm} beats the plain model that spends half of its FLOPs",
-                source=ours, arm="adaptive", options=options, reference="vanilla", equal="nothing",
-                reference_options={"size": SIZE, "planned_tokens": plain_tokens(0.5)}, high=0.0,
+                source=ours, arm="adaptive", options={**options, **spent}, reference="vanilla", equal="nothing",
+                reference_options=plain(0.5), high=0.0,
             ),
             Target(
                 claim=f"{arm} has a lower loss than the plain model at equal tokens",
@@ -214,7 +215,8 @@ def targets() -> tuple[Target, ...]:
             ),
             Target(
                 claim=f"{arm} takes fewer steps at tokens that are easy to predict",
-                source=paper, arm="adaptive", options=options, quantity="easy_steps", minus="hard_steps", high=0.0,
+                source=paper, arm="adaptive", options={**options, **spent}, quantity="easy_steps", minus="hard_steps",
+                high=0.0,
             ),
             Target(
                 claim=f"{arm} needs fewer training FLOPs than PonderLM-2 at equal tokens",
@@ -233,7 +235,7 @@ def targets() -> tuple[Target, ...]:
     found += [
         Target(
             claim=f"on repeated text {arm} beats more epochs of the plain model at equal FLOPs",
-            source="arXiv 2609.19107", arm=arm, reference="vanilla", reference_options={"size": SIZE}, high=0.0,
+            source="arXiv 2609.19107", arm=arm, reference="vanilla", reference_options=plain(), high=0.0,
         )
         for arm in ("looped", "looped/injected")
     ]  # fmt: skip

@@ -23,6 +23,9 @@ from haltscale.platform.analysis.sweeps import SeedNoise
 
 SAME = 1.02
 """Compute, or tokens, of two runs that differ by a larger factor are not equal."""
+SAME_STEPS = 0.01
+"""Share by which the mean latent steps of a replayed control may differ from its subject's: beyond it, they differ in
+more than where their steps are."""
 LEAST_POINTS = 3
 """Points below which a mean over several cells has no interval."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from haltscale.platform.analysis.estimates import Estimate, Refusal
-from haltscale.platform.analysis.matched import Basis, choose_setting, compare_arms, mean_difference
+from haltscale.platform.analysis.matched import SAME_STEPS, Basis, choose_setting, compare_arms, mean_difference
 from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import TUNING, column, texts, usable
 from haltscale.platform.arms import OLD_CONTROLS
@@ -158,6 +158,8 @@ def _judged(
     ranked = target.quantity == LOSS and bool(target.reference)
     if ranked and (warning := recipe_warning(pd.concat(sides, ignore_index=True))):
         return row | {"reason": f"{basis}; {warning}"}
+    if target.reference.startswith(f"{target.arm}/") and (problem := _unequal_steps(*sides)):
+        return row | {"reason": f"{basis}; {problem}"}
     if low <= value.low and value.high <= high:
         return row | {"verdict": str(Outcome.HOLDS), "reason": basis}
     if value.high < low or value.low > high:
@@ -204,6 +206,13 @@ def _sides(target: Target, runs: pd.DataFrame, prefer: Mapping[str, int]) -> tup
     """The runs of the arm, and of the reference."""
     arm = _side(runs, target.arm, target.options, prefer)
     return arm, _side(runs, target.reference, target.reference_options, prefer)
+
+
+def _unequal_steps(subject: pd.DataFrame, control: pd.DataFrame) -> str:
+    """Why a control differs in more than where its subject's steps are."""
+    means = [float(column(side, "mean_steps").mean()) for side in (subject, control)]
+    apart = abs(means[1] - means[0]) > SAME_STEPS * means[0]
+    return f"mean steps differ: {means[0]:.4f} and {means[1]:.4f}" if apart else ""
 
 
 def _figures(target: Target, runs: pd.DataFrame) -> np.ndarray:

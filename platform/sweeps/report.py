@@ -17,7 +17,7 @@ from rich.text import Text
 
 from haltscale.platform import run_table
 from haltscale.platform.analysis.estimates import Refusal
-from haltscale.platform.analysis.matched import document_frame
+from haltscale.platform.analysis.matched import SAME_STEPS, document_frame
 from haltscale.platform.analysis.paired import paired_difference
 from haltscale.platform.analysis.recipes import recipe_warning
 from haltscale.platform.analysis.runs import TUNING
@@ -92,10 +92,6 @@ def show_targets(frame: pd.DataFrame, *, title: str) -> None:
     """Print targets with their outcomes."""
     if len(frame):
         show(frame[["claim", "verdict", "figure", "reason", "source"]], title=title)
-
-
-SAME_STEPS = 0.01
-"""Means of latent steps that differ by more than this, relatively, are not equal."""
 
 
 def control_differences(store: RunStore, study: str) -> pd.DataFrame:

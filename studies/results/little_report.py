@@ -102,6 +102,7 @@ def arms_table(store: RunStore, study: str, *, at_tokens: bool) -> str:
         if tokens is at_tokens and not name.startswith(f"{PAPERS}, ")
     }
     plain = best_plain(found)
+    references = list(dict.fromkeys((PLAIN, plain)))
     unique = store.study(study)["corpus"]["train_tokens"]
     rows = []
     for name, views in found.items():
@@ -109,11 +110,11 @@ def arms_table(store: RunStore, study: str, *, at_tokens: bool) -> str:
         row = [name, str(len(views)), f"{values.get('learning_rate', float('nan')):g}"]
         row += [f"{values.get('weight_decay', float('nan')):g}"]
         row += [f"{mean(views, 'loss'):.4f}", f"{np.mean([best_loss(store, view) for view in views]):.4f}"]
-        row += ["–" if name == other else difference(views, found.get(other, [])) for other in (PLAIN, plain)]
+        row += ["–" if name == other else difference(views, found.get(other, [])) for other in references]
         row += [f"{mean(views, 'mean_steps'):.2f}", f"{mean(views, 'tokens') / unique:.1f}"]
         rows.append([*row, f"{mean(views, 'flops_realised'):.3g}"])
-    headings = ["arm", "seeds", "rate", "weight decay", "nats/token, last", "best", "above vanilla (95 %)"]
-    headings += [f"above {plain} (95 %)", "mean steps", "epochs", "realised FLOPs"]
+    headings = ["arm", "seeds", "rate", "weight decay", "nats/token, last", "best"]
+    headings += [*(f"above {reference} (95 %)" for reference in references), "mean steps", "epochs", "realised FLOPs"]
     return table(headings, rows) if rows else "Not run yet."
 
 

@@ -76,6 +76,16 @@ def test_an_arm_that_is_not_tuned_beats_nobody():
     assert found["value"] == pytest.approx(-1.0)
 
 
+def test_a_control_at_other_steps_decides_nothing():
+    target = replace(BETTER, reference="adaptive/shuffled")
+    subject = runs([4.0, 4.1, 4.2], mean_steps=0.5)
+    control = runs([5.0, 5.1, 5.2], method="adaptive/shuffled", mean_steps=0.502)
+    assert outcome(target, subject, control)["verdict"] == Outcome.HOLDS
+    found = outcome(target, subject, control.assign(mean_steps=0.52))
+    assert found["verdict"] == Outcome.UNDECIDED
+    assert "mean steps differ: 0.5000 and 0.5200" in found["reason"]
+
+
 def test_unequal_compute_is_not_compared_but_equal_tokens_may_be():
     arm = runs([4.0, 4.1], flops_realised=1.03e11)
     vanilla = runs([5.0, 5.1], method="vanilla")
